@@ -1,0 +1,7 @@
+"""Vision state-space (Mamba-style) models without a compile step.
+
+Importing the package registers its models with timm, so that
+``timm.create_model("vmamba_tiny")`` finds them.
+"""
+
+__version__ = "0.1.0.dev0"
