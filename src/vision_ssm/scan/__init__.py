@@ -1,0 +1,46 @@
+"""The scan operator: selective scans along routes of token indices. See README.md beside this file."""
+
+from vision_ssm.scan.backends import available_backends, backend_for, last_backend, use_backend
+from vision_ssm.scan.operator import route_scan
+from vision_ssm.scan.routes import (
+    ATROUS_SCAN,
+    COLUMNS,
+    CROSS_SCAN,
+    ROWS,
+    AntiDiagonal,
+    Diagonal,
+    Path,
+    Reversed,
+    Routes,
+    Rows,
+    Shifted,
+    SkipSampled,
+    Snake,
+    Transposed,
+    Windowed,
+    build_routes,
+)
+
+__all__ = [
+    "ATROUS_SCAN",
+    "COLUMNS",
+    "CROSS_SCAN",
+    "ROWS",
+    "AntiDiagonal",
+    "Diagonal",
+    "Path",
+    "Reversed",
+    "Routes",
+    "Rows",
+    "Shifted",
+    "SkipSampled",
+    "Snake",
+    "Transposed",
+    "Windowed",
+    "available_backends",
+    "backend_for",
+    "build_routes",
+    "last_backend",
+    "route_scan",
+    "use_backend",
+]

@@ -1,0 +1,124 @@
+"""Which implementation runs: chosen by device, overridable, and told afterwards."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vision_ssm.scan import portable, reference
+from vision_ssm.scan.arguments import ScanArguments
+
+ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operator.
+
+    ``forward`` returns the outputs in the state's dtype, (B, L, C), and the last state, (B, K', Dk, N).
+    ``backward`` takes the gradients of both (the state's may be ``None``) and returns those of all
+    differentiable arguments by name. ``image_group`` tells how many images to process at once.
+    """
+
+    name: str
+    forward: Callable[[ScanArguments], tuple[Tensor, Tensor]]
+    backward: Callable[[ScanArguments, Tensor, Tensor | None], dict[str, Tensor]]
+    image_group: Callable[[ScanArguments], int]
+
+    def run_forward(self, args: ScanArguments) -> tuple[Tensor, Tensor]:
+        """Run :attr:`forward`, some images at a time."""
+        parts = [self.forward(args.images(group)) for group in self._groups(args)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([y for y, _ in parts]), torch.cat([state for _, state in parts])
+
+    def run_backward(self, args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> dict[str, Tensor]:
+        """Run :attr:`backward`, some images at a time."""
+        parts = [
+            self.backward(args.images(group), grad_y[group], None if grad_state is None else grad_state[group])
+            for group in self._groups(args)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return {
+            name: torch.cat([part[name] for part in parts])
+            if name in ScanArguments.PER_IMAGE
+            else torch.stack([part[name] for part in parts]).sum(0)
+            for name in parts[0]
+        }
+
+    def _groups(self, args: ScanArguments) -> list[slice]:
+        batch, size = args.x.shape[0], self.image_group(args)
+        return [slice(first, min(batch, first + size)) for first in range(0, batch, size)]
+
+
+def _portable_group(args: ScanArguments) -> int:
+    # Bounds the memory of the unrolled states; on a CPU it also keeps them near the cache.
+    elements = args.routes_per_image * args.read.shape[1] * args.channels_per_route * args.state_size
+    return max(1, (2**22 if args.x.device.type == "cpu" else 2**28) // max(1, elements))
+
+
+BACKENDS: dict[str, Backend] = {
+    # The definition has no gradient of its own: route_scan differentiates it with autograd.
+    "reference": Backend("reference", reference.scan, portable.backward, _portable_group),
+    "portable": Backend("portable", portable.scan, portable.backward, _portable_group),
+}
+
+_override: ContextVar[str | None] = ContextVar("vision_ssm_backend", default=None)
+_last = threading.local()
+
+
+def available_backends() -> tuple[str, ...]:
+    """Return the names that :func:`use_backend` and the environment variable take."""
+    return tuple(BACKENDS)
+
+
+def backend_for(device: torch.device | str) -> str:
+    """Return the name of the backend that a call on ``device`` would use now.
+
+    Raises:
+        ValueError: If the environment variable ``VISION_SSM_BACKEND`` names no backend.
+    """
+    del device  # portable serves every device until a faster backend does
+    chosen = _override.get() or os.environ.get(ENVIRONMENT_VARIABLE)
+    if chosen:
+        return _known(chosen, f"environment variable {ENVIRONMENT_VARIABLE}")
+    return "portable"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every scan of this thread (or asynchronous task) with one backend.
+
+    Raises:
+        ValueError: If ``name`` is no backend.
+    """
+    token = _override.set(_known(name, "name"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def last_backend() -> str | None:
+    """Return the name of the backend that ran this thread's latest scan, ``None`` before the first."""
+    return getattr(_last, "name", None)
+
+
+def select(device: torch.device) -> Backend:
+    """Return the backend for a call on ``device`` and note that it runs."""
+    backend = BACKENDS[backend_for(device)]
+    _last.name = backend.name
+    return backend
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; allowed are {', '.join(map(repr, BACKENDS))}")
+    return name

@@ -1,0 +1,223 @@
+"""``route_scan`` as one ``torch.library`` operator, so that compile, export and FLOP counting see it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vision_ssm.scan import export_form, portable
+from vision_ssm.scan.arguments import ScanArguments, check_arguments, check_values
+from vision_ssm.scan.backends import BACKENDS, backend_for, select
+from vision_ssm.scan.routes import Routes
+
+_ARGUMENTS = (
+    "Tensor x, Tensor dbc, Tensor A, Tensor read, Tensor write, Tensor? delta, Tensor? dt_weight, "
+    "Tensor? dt_bias, Tensor? D, Tensor? route_index, Tensor? route_weight, bool softplus, bool inclusive"
+)
+_DIFFERENTIABLE = ("x", "dbc", "A", "delta", "dt_weight", "dt_bias", "D", "route_weight")
+_NAMES = tuple(part.split()[-1] for part in _ARGUMENTS.split(", "))
+
+_library = torch.library.Library("vision_ssm", "DEF")
+_library.define(f"route_scan({_ARGUMENTS}, bool float_output, bool return_state) -> (Tensor, Tensor)")
+_library.define(
+    f"route_scan_backward(Tensor grad_y, Tensor? grad_state, {_ARGUMENTS}, str backend) -> Tensor[]"
+)
+
+
+def route_scan(
+    x: Tensor,
+    dbc: Tensor,
+    A: Tensor,
+    routes: Routes,
+    *,
+    dt_weight: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    delta: Tensor | None = None,
+    D: Tensor | None = None,
+    softplus: bool = True,
+    inclusive: bool = True,
+    route_index: Tensor | None = None,
+    route_weight: Tensor | None = None,
+    float_output: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run selective scans (S6) along routes through a map of tokens and add up their outputs.
+
+    Along route ``k``, with ``x_t`` the token that step ``t`` reads::
+
+        h_t = exp(delta_t A) h_(t-1) + delta_t B_t x_t        y_t = C_t h_t + D x_t
+
+    Sizes: B images, L tokens, C channels, K routes of T steps, N states, R the rank of the step size. Every route
+    carries ``Dk`` channels: all C (outputs of the routes add up), or C / K, route ``k`` the ``k``-th slice (outputs
+    stand side by side). Where a size reads "K or 1", 1 means shared by all routes.
+
+    Args:
+        x: Tokens, (B, L, C); float32, bfloat16, float16, or float64.
+        dbc: Step size in low rank, B and C per token, (B, L, K or 1, R + 2N), in this order; with a
+            ready-made ``delta``, B and C alone, (B, L, K or 1, 2N).
+        A: Decay rates, negative, (K or 1, Dk, N), float32.
+        routes: Which token each step reads and writes; see :func:`build_routes`.
+        dt_weight: Projects the low-rank step sizes, (K or 1, R, Dk), float32.
+        dt_bias: Added to the step sizes before the softplus, also at padding tokens, (K or 1, Dk), float32.
+        delta: Ready-made step sizes instead of ``dt_weight``, (B, L, K or 1, Dk).
+        D: Skip connection, (K or 1, Dk), float32.
+        softplus: Whether the step sizes pass through a softplus.
+        inclusive: If false, ``y_t = C_t exp(delta_t A) h_(t-1)``: a step does not see its own input
+            (``D`` aside).
+        route_index: Which K' of the K routes each image takes, (B, K') integers.
+        route_weight: Weight of each of these routes' outputs, (B, K'), float32.
+        float_output: Return the outputs in float32 instead of rounding them to ``x.dtype``.
+        return_last_state: Also return the states after the last step.
+
+    Returns:
+        Outputs, (B, L, C) in ``x.dtype``. With ``return_last_state`` also the states in float32, (B, K', Dk, N),
+        unweighted. Step sizes, states and sums are float32 (float64 for float64 tokens) whatever the input, also
+        under autocast.
+
+    Raises:
+        TypeError: If an argument is not a floating-point tensor of an allowed dtype.
+        ValueError: If shapes, devices or indices do not fit.
+    """
+    if not isinstance(routes, Routes):
+        raise TypeError(f"routes must be vision_ssm.scan.Routes, got {type(routes).__name__}; see build_routes")
+    tensors = dict(delta=delta, dt_weight=dt_weight, dt_bias=dt_bias, D=D)
+    tensors |= dict(route_index=route_index, route_weight=route_weight)
+    for name, value in (("x", x), ("dbc", dbc), ("A", A), *((n, t) for n, t in tensors.items() if t is not None)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    args = ScanArguments(x, dbc, A, routes.read, routes.write, **tensors, softplus=softplus, inclusive=inclusive)
+    check_arguments(args)
+    if x.shape[1] != routes.tokens:
+        raise ValueError(f"x has {x.shape[1]} tokens, but the routes were built for {routes.tokens}")
+    if not torch.compiler.is_compiling():
+        check_values(args)
+        if backend_for(x.device) == "reference":
+            return _run_reference(args, float_output, return_last_state)
+    y, state = torch.ops.vision_ssm.route_scan(*(getattr(args, n) for n in _NAMES), float_output, return_last_state)
+    return (y, state) if return_last_state else y
+
+
+def _run_reference(args: ScanArguments, float_output: bool, return_state: bool) -> Tensor | tuple[Tensor, Tensor]:
+    with torch.autocast(args.x.device.type, enabled=False):
+        y, state = select(args.x.device).forward(args)
+    y = y.to(_output_dtype(args, float_output))
+    return (y, state) if return_state else y
+
+
+def _output_dtype(args: ScanArguments, float_output: bool) -> torch.dtype:
+    return args.dtype if float_output else args.x.dtype
+
+
+def _forward(*values: Any) -> tuple[Tensor, Tensor]:
+    *given, float_output, return_state = values
+    args = ScanArguments(**dict(zip(_NAMES, given, strict=True)))
+    if args.x.numel() == 0:
+        y, state = _fake(*values)
+        return y.zero_(), state.zero_()
+    # Autocast would round the step sizes' projection; the operator decides its own precision.
+    with torch.no_grad(), torch.autocast(args.x.device.type, enabled=False):
+        y, state = select(args.x.device).run_forward(args)
+    y = y.to(_output_dtype(args, float_output))
+    state = state.clone(memory_format=torch.contiguous_format) if return_state else state.new_empty(0)
+    return y.contiguous(), state
+
+
+def _fake(*values: Any) -> tuple[Tensor, Tensor]:
+    *given, float_output, return_state = values
+    args = ScanArguments(**dict(zip(_NAMES, given, strict=True)))
+    x = args.x
+    y = x.new_empty(x.shape, dtype=_output_dtype(args, float_output))
+    shape = (x.shape[0], args.routes_per_image, args.channels_per_route, args.state_size) if return_state else (0,)
+    return y, x.new_empty(shape, dtype=args.dtype)
+
+
+def _backward(grad_y: Tensor, grad_state: Tensor | None, *values: Any) -> list[Tensor]:
+    *given, backend = values
+    args = ScanArguments(**dict(zip(_NAMES, given, strict=True)))
+    if args.x.numel() == 0:
+        return [grad.zero_() for grad in _backward_fake(grad_y, grad_state, *values)]
+    with torch.no_grad(), torch.autocast(args.x.device.type, enabled=False):
+        chosen = BACKENDS[backend] if backend else select(args.x.device)
+        found = chosen.run_backward(args, grad_y, grad_state)
+    return [found[name].contiguous() for name in _differentiable(args)]
+
+
+def _backward_fake(grad_y: Tensor, grad_state: Tensor | None, *values: Any) -> list[Tensor]:
+    *given, _ = values
+    args = ScanArguments(**dict(zip(_NAMES, given, strict=True)))
+    return [(tensor := getattr(args, name)).new_empty(tensor.shape) for name in _differentiable(args)]
+
+
+def _differentiable(args: ScanArguments) -> list[str]:
+    return [name for name in _DIFFERENTIABLE if getattr(args, name) is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *given, _, ctx.return_state = inputs
+    given_by_name = dict(zip(_NAMES, given, strict=True))
+    ctx.switches = {name: value for name, value in given_by_name.items() if isinstance(value, bool)}
+    ctx.save_for_backward(*(value for value in given if not isinstance(value, bool)))
+    # The backward pass may run on another thread, where the override of this one is not seen.
+    ctx.backend = "" if torch.compiler.is_compiling() else select(given_by_name["x"].device).name
+
+
+def _autograd(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    names = [name for name in _NAMES if name not in ctx.switches]
+    args = ScanArguments(**dict(zip(names, ctx.saved_tensors, strict=True)), **ctx.switches)
+    state = grad_state if ctx.return_state else None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and args.x.numel() > 0:
+        found = _differentiable_gradients(args, grad_y, state)
+    else:
+        values = [getattr(args, name) for name in _NAMES]
+        grads = torch.ops.vision_ssm.route_scan_backward(grad_y, state, *values, ctx.backend)
+        found = dict(zip(_differentiable(args), grads, strict=True))
+    return (*(found.get(name) for name in _NAMES), None, None)
+
+
+def _differentiable_gradients(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> dict[str, Tensor]:
+    """Return gradients that can be differentiated again, through the portable form."""
+    names = [name for name in _differentiable(args) if getattr(args, name).requires_grad]
+    # Fresh views: one argument may have been computed from another, which must not count here.
+    views = {name: (tensor := getattr(args, name)).view_as(tensor) for name in names}
+    with torch.autocast(args.x.device.type, enabled=False):
+        y, state = portable.scan(replace(args, **views))
+        outputs, grads = ([y], [grad_y.to(y.dtype)]) if grad_state is None else ([y, state], [grad_y.to(y.dtype), grad_state])
+        found = torch.autograd.grad(outputs, list(views.values()), grads, create_graph=True, allow_unused=True)
+    return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+
+
+def _decomposition(*values: Any) -> tuple[Tensor, Tensor]:
+    *given, float_output, return_state = values
+    args = ScanArguments(**dict(zip(_NAMES, given, strict=True)))
+    y, state = export_form.scan(args)
+    return y.to(_output_dtype(args, float_output)), state if return_state else state.new_empty(0)
+
+
+def scan_flops(batch: int, routes: int, steps: int, width: int, states: int, rank: int, skip: bool) -> int:
+    """Return the operations of a forward pass: 2 T Dk R + 9 T Dk N + T Dk per image and route."""
+    return batch * routes * steps * width * (2 * rank + 9 * states + int(skip))
+
+
+def _flops(x: Any, dbc: Any, A: Any, read: Any, write: Any, delta: Any, dt_weight: Any, *rest: Any, **_: Any) -> int:
+    route_index = rest[2]
+    routes = read[0] if route_index is None else route_index[1]
+    rank = 0 if dt_weight is None else dt_weight[1]
+    return scan_flops(x[0], routes, read[1], A[1], A[2], rank, rest[1] is not None)
+
+
+def _backward_flops(grad_y: Any, grad_state: Any, *values: Any, **_: Any) -> int:
+    return 2 * _flops(*values)  # as for a matrix product: one such pass per factor; recomputation is not counted
+
+
+torch.library.impl("vision_ssm::route_scan", "CompositeExplicitAutograd", _forward, lib=_library)
+torch.library.impl("vision_ssm::route_scan_backward", "CompositeExplicitAutograd", _backward, lib=_library)
+torch.library.register_fake("vision_ssm::route_scan", _fake, lib=_library)
+torch.library.register_fake("vision_ssm::route_scan_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("vision_ssm::route_scan", _autograd, setup_context=_setup_context, lib=_library)
+torch._decomp.register_decomposition(torch.ops.vision_ssm.route_scan.default)(_decomposition)
+register_flop_formula(torch.ops.vision_ssm.route_scan)(_flops)
+register_flop_formula(torch.ops.vision_ssm.route_scan_backward)(_backward_flops)

@@ -1,0 +1,253 @@
+"""The operator in plain PyTorch: any device, any number of derivatives.
+
+The T steps are cut into about sqrt(T) chunks. All chunks advance side by side, first from a
+zero state to find where each would end, then from their true initial states, which a short
+loop over the chunks gives. Nothing is divided and no exponential grows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vision_ssm.scan.arguments import ScanArguments
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """A call unrolled into steps: (K', c, S, B, ...), where step ``s * c + i`` is ``[:, i, s]``."""
+
+    route: Tensor  # (K', B or 1): which route of the pool
+    x: Tensor  # (..., Dk)
+    low_rank: Tensor  # (..., R)
+    B: Tensor  # (..., N)
+    C: Tensor  # (..., N)
+    raw: Tensor  # (..., Dk), the step size before the softplus
+    delta: Tensor  # (..., Dk)
+    decay: Tensor  # (..., Dk, N)
+    drive: Tensor  # (..., Dk, N)
+
+
+def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
+    """Run the scan; differentiable any number of times.
+
+    Returns:
+        The outputs summed over routes in the state's dtype, (B, L, C), and the state after the
+        last step, (B, K', Dk, N).
+    """
+    steps = _unroll(args)
+    h = _LinearScan.apply(steps.decay, steps.drive, False)
+    y = _outputs(args, steps, h if args.inclusive else steps.decay * _previous(h))
+    if args.route_weight is not None:
+        y = y * _per_step(args.route_weight.t().to(args.dtype)).unsqueeze(-1)
+    return _to_tokens(y, args, args.write, steps.route, args.x.shape[2] // y.shape[-1]).flatten(2), h[:, -1, -1].transpose(0, 1)
+
+
+def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> dict[str, Tensor]:
+    """Return the gradients of all differentiable arguments, from the gradients of outputs and last state."""
+    steps = _unroll(args)
+    route, x, B, C, dtype = steps.route, steps.x, steps.B.unsqueeze(-2), steps.C.unsqueeze(-2), args.dtype
+    h = _linear_scan(steps.decay, steps.drive, backwards=False)
+    previous = _previous(h)
+    seen = h if args.inclusive else steps.decay * previous
+    g = _gather(grad_y.unflatten(2, (-1, x.shape[-1])).to(dtype), _rows(args, args.write, route), _per_step(route))
+    found = {}
+    if args.route_weight is not None:
+        found["route_weight"] = (g * _outputs(args, steps, seen)).sum((1, 2, 4)).t()
+        g = g * _per_step(args.route_weight.t().to(dtype)).unsqueeze(-1)
+    # mu_t is the gradient of exp(delta_t A) h_(t-1): mu_t = C_t g_t + exp(delta_(t+1) A) mu_(t+1).
+    local = g.unsqueeze(-1) * C
+    into = local
+    if grad_state is not None:
+        into = local.clone()
+        into[:, -1, -1] += grad_state.transpose(0, 1)
+    mu = _linear_scan(_previous(steps.decay, backwards=True), into, backwards=True)
+    of_drive = mu if args.inclusive else mu - local
+    exponent = mu * previous * steps.decay  # gradient of delta_t A
+    of_input = (of_drive * B).sum(-1)
+    A = _per_step(_of_route(args.A, route, dtype))
+    grad_x = of_input * steps.delta
+    grad_delta = (exponent * A).sum(-1) + of_input * x
+    found["A"] = _to_parameter((exponent * steps.delta.unsqueeze(-1)).sum((1, 2)), args.A, route)
+    if args.D is not None:
+        grad_x = grad_x + _per_step(_of_route(args.D, route, dtype)) * g
+        found["D"] = _to_parameter((g * x).sum((1, 2)), args.D, route)
+    if args.softplus:
+        grad_delta = grad_delta * torch.sigmoid(steps.raw)
+    if args.dt_bias is not None:
+        found["dt_bias"] = _to_parameter(grad_delta.sum((1, 2)), args.dt_bias, route)
+    grad_dbc = [
+        (of_drive * (steps.delta * x).unsqueeze(-1)).sum(-2),
+        (seen * g.unsqueeze(-1)).sum(-2),
+    ]
+    if args.dt_weight is not None:
+        weight = _of_route(args.dt_weight, route, dtype)
+        grad_dbc.insert(0, _project(grad_delta, weight.transpose(-1, -2)))
+        outer = torch.einsum("kcsbr,kcsbd->kbrd", steps.low_rank.to(dtype), grad_delta)
+        found["dt_weight"] = _to_parameter(outer, args.dt_weight, route)
+    if args.delta is not None:
+        found["delta"] = _to_tokens(grad_delta, args, args.read, route, args.delta.shape[2])
+    found["dbc"] = _to_tokens(torch.cat(grad_dbc, -1), args, args.read, route, args.dbc.shape[2])
+    found["x"] = _to_tokens(grad_x, args, args.read, route, args.x.shape[2] // x.shape[-1]).flatten(2)
+    return {name: grad.to(getattr(args, name).dtype) for name, grad in found.items()}
+
+
+def _unroll(args: ScanArguments) -> _Steps:
+    width, states, rank, dtype = args.channels_per_route, args.state_size, args.rank, args.dtype
+    route = torch.arange(args.routes, device=args.x.device).view(-1, 1)
+    if args.route_index is not None:
+        route = args.route_index.t().long()
+    row, group = _rows(args, args.read, route), _per_step(route)
+    x = _gather(args.x.unflatten(2, (-1, width)), row, group).to(dtype)
+    low_rank, B, C = _gather(args.dbc, row, group).to(dtype).split([rank, states, states], dim=-1)
+    if args.dt_weight is not None:
+        raw = _project(low_rank, _of_route(args.dt_weight, route, dtype))
+    else:
+        raw = _gather(args.delta, row, group).to(dtype)  # type: ignore[arg-type]
+    if args.dt_bias is not None:
+        raw = raw + _per_step(_of_route(args.dt_bias, route, dtype))
+    delta = F.softplus(raw) if args.softplus else raw
+    decay = torch.exp(delta.unsqueeze(-1) * _per_step(_of_route(args.A, route, dtype)))
+    drive = (delta * x).unsqueeze(-1) * B.unsqueeze(-2)
+    return _Steps(route, x, low_rank, B, C, raw, delta, decay, drive)
+
+
+def _outputs(args: ScanArguments, steps: _Steps, seen: Tensor) -> Tensor:
+    """Return C_t h_t + D x_t, (K', c, S, B, Dk)."""
+    y = seen * steps.C.unsqueeze(-2)
+    y = y.sum(-1) if args.state_size > 1 else y.squeeze(-1)
+    if args.D is not None:
+        y = y + _per_step(_of_route(args.D, steps.route, args.dtype)) * steps.x
+    return y
+
+
+def _chunks(steps: int) -> tuple[int, int]:
+    length = math.ceil(math.sqrt(steps))
+    return length, math.ceil(steps / length)
+
+
+def _per_step(tensor: Tensor) -> Tensor:
+    """Turn (K', B or 1, ...) into (K', 1, 1, B or 1, ...)."""
+    return tensor[:, None, None]
+
+
+def _rows(args: ScanArguments, index: Tensor, route: Tensor) -> Tensor:
+    """Return the row of the flattened (B * L) tokens that each step names, (K', c, S, B); B * L for none."""
+    batch, tokens = args.x.shape[:2]
+    length, chunks = _chunks(index.shape[1])
+    # Padding in front: a padding token leaves the zero state as it is.
+    index = F.pad(index.long(), (chunks * length - index.shape[1], 0), value=-1)
+    index = index[route].unflatten(-1, (chunks, length)).permute(0, 3, 2, 1)
+    image = torch.arange(batch, device=index.device)
+    return torch.where(index < 0, batch * tokens, image * tokens + index)
+
+
+def _gather(tensor: Tensor, row: Tensor, group: Tensor) -> Tensor:
+    """Take rows of a (B, L, G, F) tensor, of its only group or the route's; the row after the last is zero."""
+    rows, groups = tensor.shape[0] * tensor.shape[1], tensor.shape[2]
+    index = torch.where(row == rows, rows * groups, row * groups + group) if groups > 1 else row
+    padded = F.pad(tensor.reshape(rows * groups, tensor.shape[3]), (0, 0, 0, 1))
+    return padded.index_select(0, index.reshape(-1)).unflatten(0, index.shape)
+
+
+def _of_route(parameter: Tensor, route: Tensor, dtype: torch.dtype) -> Tensor:
+    """Expand a (K or 1, ...) parameter to (K', B or 1, ...)."""
+    parameter = parameter.to(dtype)
+    if parameter.shape[0] > 1:
+        return parameter[route]
+    return parameter.expand(route.shape[0], *parameter.shape[1:]).unsqueeze(1)
+
+
+def _to_parameter(grad: Tensor, parameter: Tensor, route: Tensor) -> Tensor:
+    """Sum (K', B, ...) over images and, where they share it, routes: the shape of the parameter."""
+    if parameter.shape[0] == 1:
+        return grad.sum((0, 1)).unsqueeze(0)
+    if route.shape[1] == 1:
+        return grad.sum(1)
+    return torch.zeros_like(parameter, dtype=grad.dtype).index_add(0, route.reshape(-1), grad.flatten(0, 1))
+
+
+def _project(values: Tensor, weight: Tensor) -> Tensor:
+    """Multiply (K', c, S, B, P) by (K', B or 1, P, Q)."""
+    if weight.shape[1] == 1:
+        return torch.bmm(values.flatten(1, 3), weight[:, 0]).unflatten(1, values.shape[1:4])
+    return torch.einsum("kcsbp,kbpq->kcsbq", values, weight)
+
+
+def _to_tokens(values: Tensor, args: ScanArguments, index: Tensor, route: Tensor, groups: int) -> Tensor:
+    """Add every step's values to the token that ``index`` names, (B, L, G, F).
+
+    G groups are one sum over routes or one slot per route. Gathered by the inverse index, so deterministic.
+    """
+    routes, length, chunks, batch, width = values.shape
+    tokens, steps, never = args.x.shape[1], index.shape[1], chunks * length
+    step = torch.arange(never - steps, never, device=values.device).expand_as(index)
+    inverse = torch.full((index.shape[0], tokens + 1), never, device=values.device)
+    target = index.long()
+    inverse = inverse.scatter(1, torch.where(target < 0, tokens, target), step)[:, :tokens]
+    inverse = inverse[route]  # (K', B or 1, L): the step that names each token
+    position = torch.arange(routes, device=values.device)[:, None, None] * length + inverse % length
+    image = torch.arange(batch, device=values.device)[:, None]
+    row = (position * chunks + inverse // length) * batch + image  # (K', B, L)
+    row = torch.where(inverse == never, routes * length * chunks * batch, row)
+    padded = F.pad(values.reshape(-1, width), (0, 0, 0, 1))
+    per_route = [padded.index_select(0, one.reshape(-1)).view(batch, tokens, width) for one in row]
+    if groups == 1:
+        return torch.stack(per_route, 2).sum(2, keepdim=True) if routes > 1 else per_route[0].unsqueeze(2)
+    if args.route_index is None:
+        return torch.stack(per_route, 2)
+    total = values.new_zeros(batch, groups, tokens, width)
+    for chosen, part in zip(route, per_route, strict=True):
+        total[torch.arange(batch, device=values.device), chosen] += part
+    return total.transpose(1, 2)
+
+
+def _previous(h: Tensor, backwards: bool = False) -> Tensor:
+    """Shift by one step along time, filling with zeros."""
+    if backwards:
+        edge = torch.cat([h[:, :1, 1:], torch.zeros_like(h[:, :1, :1])], dim=2)
+        return torch.cat([h[:, 1:], edge], dim=1)
+    edge = torch.cat([torch.zeros_like(h[:, :1, :1]), h[:, -1:, :-1]], dim=2)
+    return torch.cat([edge, h[:, :-1]], dim=1)
+
+
+def _linear_scan(decay: Tensor, drive: Tensor, backwards: bool) -> Tensor:
+    """Return h_t = decay_t h_(t-1) + drive_t, or from the end backwards; both (K', c, S, ...)."""
+    length, chunks = decay.shape[1:3]
+    order = range(length - 1, -1, -1) if backwards else range(length)
+    decays, drives = decay.unbind(1), drive.unbind(1)
+    end = drives[order[0]].clone()
+    for i in order[1:]:
+        torch.addcmul(drives[i], decays[i], end, out=end)
+    through = decay.prod(1)
+    state = torch.empty_like(end)
+    carry = torch.zeros_like(end[:, 0])
+    for s in range(chunks - 1, -1, -1) if backwards else range(chunks):
+        state[:, s] = carry
+        carry = torch.addcmul(end[:, s], through[:, s], carry)
+    h = torch.empty_like(drive)
+    for i in order:
+        state = torch.addcmul(drives[i], decays[i], state, out=h[:, i])
+    return h
+
+
+class _LinearScan(torch.autograd.Function):
+    """:func:`_linear_scan` with a gradient that is itself a linear scan."""
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, drive: Tensor, backwards: bool) -> Tensor:
+        h = _linear_scan(decay, drive, backwards)
+        ctx.save_for_backward(decay, h)
+        ctx.backwards = backwards
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        decay, h = ctx.saved_tensors
+        gradient = _LinearScan.apply(_previous(decay, not ctx.backwards), grad, not ctx.backwards)
+        return gradient * _previous(h, ctx.backwards), gradient, None

@@ -1,0 +1,335 @@
+"""Routes through a map of tokens, as data.
+
+A route is a list of token indices: step ``t`` reads token ``read[t]`` and adds its
+output to token ``write[t]``. :class:`Path` describes the order of a route for any
+height and width; :class:`Routes` holds the indices of several routes for one size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Path:
+    """The order in which a route visits the tokens of a (height, width) map.
+
+    A path is a value: it compares, hashes and pickles by its fields. Tokens are numbered
+    row by row, ``row * width + column``. Subclasses implement :meth:`tokens`.
+    """
+
+    def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """Return the visited tokens in order, (T,) int64; -1 stands for a padding token.
+
+        Tensor arithmetic of ``height`` and ``width`` only, so that it traces with dynamic sizes.
+        """
+        raise NotImplementedError
+
+    def steps(self, height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Return what every step reads and where it writes, both (T,) int64."""
+        tokens = self.tokens(height, width, device)
+        return tokens, tokens
+
+
+@dataclass(frozen=True)
+class Rows(Path):
+    """Row by row from the top left, each from left to right."""
+
+    def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """See :meth:`Path.tokens`."""
+        return torch.arange(height * width, device=device)
+
+
+@dataclass(frozen=True)
+class Snake(Path):
+    """Row by row, every other row backwards, so that neighbouring steps are neighbouring tokens."""
+
+    def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """See :meth:`Path.tokens`."""
+        row, column = _grid(height, width, device)
+        return (row * width + torch.where(row % 2 == 0, column, width - 1 - column)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Diagonal(Path):
+    """Diagonals from the top right corner to the bottom left one, each downwards to the right."""
+
+    def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """See :meth:`Path.tokens`."""
+        row, column = _grid(height, width, device)
+        return _sorted_by((row - column + width - 1) * height + row)
+
+
+@dataclass(frozen=True)
+class AntiDiagonal(Path):
+    """Anti-diagonals from the top left corner to the bottom right one, each downwards to the left."""
+
+    def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """See :meth:`Path.tokens`."""
+        row, column = _grid(height, width, device)
+        return _sorted_by((row + column) * height + row)
+
+
+@dataclass(frozen=True)
+class Windowed(Path):
+    """Window by window in row order, row by row inside each window (LocalMamba's local scan).
+
+    Windows at the right and bottom border are cut, never padded.
+
+    Args:
+        size: Side of the square window in tokens, at least 1.
+
+    Raises:
+        ValueError: If ``size`` is smaller than 1.
+    """
+
+    size: int = 7
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, got {self.size}")
+
+    def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """See :meth:`Path.tokens`."""
+        row, column = _grid(height, width, device)
+        size = self.size
+        window = (row // size) * ((width + size - 1) // size) + column // size
+        return _sorted_by(window * (size * size) + (row % size) * size + column % size)
+
+
+@dataclass(frozen=True)
+class SkipSampled(Path):
+    """Every ``step``-th token of every ``step``-th row (EfficientVMamba's atrous scan).
+
+    The map counts as padded at the bottom and the right to a multiple of ``step``. Padding tokens
+    are visited too: they carry no input, yet the state decays at them.
+
+    Args:
+        row: First row, 0 to ``step`` - 1.
+        column: First column, 0 to ``step`` - 1.
+        step: Distance between sampled rows and columns, at least 1.
+
+    Raises:
+        ValueError: If a field is outside its range.
+    """
+
+    row: int = 0
+    column: int = 0
+    step: int = 2
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ValueError(f"step must be at least 1, got {self.step}")
+        for name, value in (("row", self.row), ("column", self.column)):
+            if not 0 <= value < self.step:
+                raise ValueError(f"{name} must lie in 0..{self.step - 1} (step - 1), got {value}")
+
+    def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """See :meth:`Path.tokens`."""
+        step = self.step
+        row, column = _grid((height + step - 1) // step, (width + step - 1) // step, device)
+        row, column = row * step + self.row, column * step + self.column
+        return torch.where((row < height) & (column < width), row * width + column, -1).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Transposed(Path):
+    """A path with rows and columns exchanged: ``Transposed(Rows())`` goes column by column."""
+
+    path: Path
+
+    def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """See :meth:`Path.tokens`."""
+        tokens = self.path.tokens(width, height, device)
+        column = torch.div(tokens, height, rounding_mode="floor")
+        return torch.where(tokens >= 0, (tokens - column * height) * width + column, -1)
+
+
+@dataclass(frozen=True)
+class Reversed(Path):
+    """A path walked from its end to its beginning."""
+
+    path: Path
+
+    def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """See :meth:`Path.tokens`."""
+        return self.path.tokens(height, width, device).flip(0)
+
+
+@dataclass(frozen=True)
+class Shifted(Path):
+    """A path whose outputs land one step later: the shift form of a quasi-separable scan.
+
+    Step ``t`` writes to the token that step ``t + 1`` reads; the last output is dropped.
+    """
+
+    path: Path
+
+    def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
+        """See :meth:`Path.tokens`."""
+        return self.path.tokens(height, width, device)
+
+    def steps(self, height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Path.steps`."""
+        tokens = self.tokens(height, width, device)
+        return tokens, torch.cat([tokens[1:], tokens.new_full((1,), -1)])
+
+
+ROWS = Rows()
+COLUMNS = Transposed(ROWS)
+
+CROSS_SCAN: tuple[Path, ...] = (ROWS, COLUMNS, Reversed(ROWS), Reversed(COLUMNS))
+"""VMamba's four routes, in its order."""
+
+ATROUS_SCAN: tuple[Path, ...] = (
+    SkipSampled(0, 0),
+    Transposed(SkipSampled(0, 1)),
+    SkipSampled(0, 1),
+    Transposed(SkipSampled(1, 1)),
+)
+"""EfficientVMamba's four skip-sampled quarter grids, in its order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """The token indices of K routes with T steps each.
+
+    Args:
+        read: Token that each step reads, (K, T) integers in -1..tokens - 1. A step at -1 visits a padding
+            token: its input is zero and the state decays.
+        write: Token to which each step's output is added, (K, T); -1 drops the output. ``None``: as ``read``.
+        tokens: Number of tokens the indices refer to.
+
+    Raises:
+        TypeError: If an index tensor is not an integer tensor.
+        ValueError: If shapes or devices differ, an index is out of range, or a route names a token twice.
+            Checked once, here, and not while tracing.
+    """
+
+    read: Tensor
+    write: Tensor
+    tokens: int
+
+    def __init__(self, read: Tensor, write: Tensor | None = None, *, tokens: int) -> None:
+        write = read if write is None else write
+        for name, index in (("read", read), ("write", write)):
+            if not isinstance(index, Tensor) or index.dtype.is_floating_point or index.dtype.is_complex:
+                raise TypeError(f"{name} must be an integer tensor, got {getattr(index, 'dtype', type(index).__name__)}")
+            if index.dtype == torch.bool:
+                raise TypeError(f"{name} must be an integer tensor, got torch.bool")
+            if index.dim() != 2:
+                raise ValueError(f"{name} must have shape (routes, steps), got {tuple(index.shape)}")
+        if read.shape != write.shape:
+            raise ValueError(
+                f"read and write must have the same shape, got {tuple(read.shape)} and {tuple(write.shape)}"
+            )
+        if read.device != write.device:
+            raise ValueError(f"read and write must be on one device, got {read.device} and {write.device}")
+        if _holds_values(read):
+            _check_values("read", read, tokens)
+            if write is not read:
+                _check_values("write", write, tokens)
+        read32 = read.to(torch.int32).contiguous()
+        object.__setattr__(self, "read", read32)
+        object.__setattr__(self, "write", read32 if write is read else write.to(torch.int32).contiguous())
+        object.__setattr__(self, "tokens", tokens)
+
+    def __len__(self) -> int:
+        return self.read.shape[0]
+
+    def to(self, device: torch.device | str) -> Routes:
+        """Return the same routes with their indices on ``device``."""
+        moved = object.__new__(Routes)
+        read = self.read.to(device)
+        object.__setattr__(moved, "read", read)
+        object.__setattr__(moved, "write", read if self.write is self.read else self.write.to(device))
+        object.__setattr__(moved, "tokens", self.tokens)
+        return moved
+
+
+def build_routes(paths: Sequence[Path], height: int, width: int, device: torch.device | str | None = None) -> Routes:
+    """Return the indices of ``paths`` on a (height, width) map.
+
+    Results are cached by value, except while tracing (torch.compile, torch.export, fake tensors),
+    where the arithmetic becomes part of the graph and sizes may be symbolic.
+
+    Raises:
+        ValueError: If the paths differ in their number of steps, or the map is empty.
+    """
+    device = torch.device(device) if device is not None else torch.device("cpu")
+    tracing = (
+        torch.compiler.is_compiling()
+        or not (type(height) is int and type(width) is int)
+        or _get_current_dispatch_mode() is not None
+    )
+    if tracing:
+        return _build(paths, height, width, device)
+    return _build_cached(tuple(paths), height, width, device)
+
+
+@lru_cache(maxsize=256)
+def _build_cached(paths: tuple[Path, ...], height: int, width: int, device: torch.device) -> Routes:
+    # A tensor born in inference mode could never take part in training later.
+    with torch.inference_mode(False):
+        return _build(paths, height, width, torch.device("cpu")).to(device)
+
+
+def _build(paths: Sequence[Path], height: int, width: int, device: torch.device) -> Routes:
+    if not paths:
+        raise ValueError("paths must name at least one path, got none")
+    if type(height) is int and type(width) is int and (height < 1 or width < 1):
+        raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+    steps = [path.steps(height, width, device) for path in paths]
+    if not torch.compiler.is_compiling():
+        lengths = [len(read) for read, _ in steps]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"paths must have the same number of steps, got {lengths} on a {height}x{width} map")
+    read = torch.stack([read for read, _ in steps]).to(torch.int32)
+    if all(step_read is step_write for step_read, step_write in steps):
+        return Routes(read, tokens=height * width)
+    return Routes(read, torch.stack([write for _, write in steps]).to(torch.int32), tokens=height * width)
+
+
+def _holds_values(index: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and type(index) is Tensor and index.device.type != "meta"
+
+
+def _check_values(name: str, index: Tensor, tokens: int) -> None:
+    if index.shape[0] < 1 or index.shape[1] < 1:
+        raise ValueError(f"{name} must hold at least one route and one step, got {tuple(index.shape)}")
+    if not 0 < tokens <= _INT32_MAX:
+        raise ValueError(f"tokens must lie in 1..{_INT32_MAX}, got {tokens}")
+    outside = (index < -1) | (index >= tokens)
+    if outside.any():
+        route, step = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}[{route}, {step}] is {int(index[route, step])}; allowed are 0..{tokens - 1}, and -1 for none"
+        )
+    # Each token at most once per route: gradients then scatter without atomics.
+    ordered = index.sort(dim=1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        route, step = twice.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}[{route}] names token {int(ordered[route, step])} twice; a route may name a token once "
+            "(make a two-way path two routes)"
+        )
+
+
+def _grid(height: int, width: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    row = torch.arange(height, device=device).unsqueeze(1)
+    column = torch.arange(width, device=device).unsqueeze(0)
+    return row, column  # (H, 1), (1, W)
+
+
+def _sorted_by(key: Tensor) -> Tensor:
+    """Return the tokens in ascending order of their key, (H, W) with distinct entries."""
+    return key.reshape(-1).argsort()
