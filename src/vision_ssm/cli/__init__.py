@@ -1,0 +1,73 @@
+"""The command line, `vision-ssm`.
+
+Each command is a function that takes the remaining words and returns the exit code; its module is imported only
+when the command is called, so that `vision-ssm --help` stays quick. To add one, add a line to `COMMANDS`.
+"""
+
+import errno
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("vision_ssm.cli.train:train", "train a classifier on the digits or on folders of images"),
+    "eval": ("vision_ssm.cli.use:evaluate", "measure a trained classifier"),
+    "predict": ("vision_ssm.cli.use:predict", "classify images with a trained classifier"),
+}
+"""Name of each command: where its function is, and what it does."""
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words after the program's name; those of this process by default.
+
+    Returns:
+        The exit code: 0, 2 for anything wrong with options or data, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0 if words else BAD_INPUT
+    if words[0] == "--version":
+        from vision_ssm import __version__
+
+        sys.stdout.write(f"vision-ssm {__version__}\n")
+        return 0
+    if words[0] not in COMMANDS:
+        return fail(f"no command {words[0]}; there are {', '.join(COMMANDS)}")
+    module, function = COMMANDS[words[0]][0].split(":")
+    command = getattr(importlib.import_module(module), function)
+
+    from vision_ssm.errors import InputError
+
+    try:
+        return command(words[1:])
+    except InputError as error:
+        return fail(error.line)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return fail(f"cannot write: {error.strerror}{where}")
+    except KeyboardInterrupt:
+        sys.stderr.write("\nvision-ssm: interrupted\n")
+        return INTERRUPTED
+
+
+def fail(message: str) -> int:
+    """Print one line about what is wrong, and return the exit code for it."""
+    sys.stderr.write(f"vision-ssm: error: {message}\n")
+    return BAD_INPUT
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "".join(f"  {name:<{width}}  {text}\n" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: vision-ssm COMMAND ...\n\nVision state-space backbones: train them and use them.\n\n"
+        f"commands:\n{lines}\n`vision-ssm COMMAND --help` tells more.\n"
+    )

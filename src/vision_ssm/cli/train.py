@@ -1,0 +1,190 @@
+import argparse
+import ast
+import dataclasses
+import sys
+import time
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from vision_ssm import recipes
+from vision_ssm.cli import INTERRUPTED
+from vision_ssm.errors import InputError
+from vision_ssm.tasks.run_folder import RunFolder
+
+_FOLDER_RECIPES = {recipe.__name__: recipe for recipe in (recipes.scratch, recipes.small, recipes.finetune)}
+
+_USAGE = """usage: vision-ssm train digits [OPTIONS]
+       vision-ssm train folder --data.root DIR [OPTIONS]
+       vision-ssm train --resume RUN
+
+  digits    scikit-learn's handwritten digits, about a minute on two cores
+  folder    your images, one sub-folder per class
+  --resume  continue a stopped run at the batch where it stopped
+
+`vision-ssm train digits --help` and `vision-ssm train folder --help` list all options.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the run is kept."""
+
+    out: Path | None = None
+    """Folder of the run; otherwise a new one under runs/."""
+    overwrite: bool = False
+    """Replace the run that is in that folder."""
+    resume: bool | Path = False
+    """Continue the run in this folder (or in --out), with its configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions(RunOptions):
+    """Where the run is kept, and what to start from."""
+
+    recipe: typing.Literal["scratch", "small", "finetune"] = "scratch"
+    """Defaults for: photographs from random weights, small images on a CPU, photographs from pretrained weights."""
+
+
+@dataclass(frozen=True)
+class _Digits:
+    config: Annotated[recipes.DigitsConfig, tyro.conf.arg(name="")]
+    run: Annotated[RunOptions, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class _Folder:
+    config: Annotated[recipes.FolderConfig, tyro.conf.arg(name="")]
+    run: Annotated[FolderOptions, tyro.conf.arg(name="")]
+
+
+def train(words: Sequence[str]) -> int:
+    """Train a classifier; `words` follow `vision-ssm train`."""
+    kind, rest = (words[0], words[1:]) if words and words[0] in ("digits", "folder") else (None, words)
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--resume", nargs="?", const=True, default=False)
+    peek.add_argument("--out", default=None)
+    peek.add_argument("--recipe", default="scratch")
+    peeked, _ = peek.parse_known_args(rest)
+    if kind is None and not peeked.resume:
+        wants_help = not words or words[0] in ("-h", "--help")
+        (sys.stdout if wants_help else sys.stderr).write(_USAGE)
+        return 0 if words and wants_help else 2
+    saved: recipes.TrainConfig | None = None
+    if peeked.resume:
+        place = peeked.out if peeked.resume is True else peeked.resume
+        if place is None:
+            raise InputError("--resume needs the folder of a run")
+        saved = RunFolder(Path(place)).read_config()
+        kind = kind or ("digits" if isinstance(saved, recipes.DigitsConfig) else "folder")
+    parsed = _parse(kind or "digits", rest, saved, peeked.recipe)
+    return _run(parsed.config, parsed.run)
+
+
+def _parse(kind: str, words: Sequence[str], saved: recipes.TrainConfig | None, recipe: str) -> _Digits | _Folder:
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_key_values)
+    registry.primitive_rule(_flag_or_path)
+    options: dict[str, Any] = {"args": list(words), "prog": f"vision-ssm train {kind}", "registry": registry}
+    options["config"] = (tyro.conf.FlagCreatePairsOff,)
+    if kind == "digits":
+        digits = saved if isinstance(saved, recipes.DigitsConfig) else recipes.digits()
+        return tyro.cli(_Digits, default=_Digits(digits, RunOptions()), description=recipes.digits.__doc__, **options)
+    make = _FOLDER_RECIPES.get(recipe, recipes.scratch)
+    folder = saved if isinstance(saved, recipes.FolderConfig) else make(tyro.MISSING)
+    text = "Train on image folders, one sub-folder per class.\n\n" + "\n".join(
+        f"--recipe {name}: {each.__doc__}" for name, each in _FOLDER_RECIPES.items()
+    )
+    return tyro.cli(_Folder, default=_Folder(folder, FolderOptions()), description=text, **options)
+
+
+def _run(config: recipes.TrainConfig, run: RunOptions) -> int:
+    # Not before the options are known to be right: these imports take seconds.
+    from rich.console import Console
+
+    from vision_ssm.data import load_splits
+    from vision_ssm.tasks.recorder import Stopped
+    from vision_ssm.tasks.train import check
+    from vision_ssm.tasks.train import train as train_classifier
+
+    config = _absolute(config)
+    resuming = bool(run.resume)
+    path = run.resume if isinstance(run.resume, Path) else run.out
+    if path is None:
+        path = Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = RunFolder(path)
+    check(config)
+    if resuming:
+        folder.check_same(config)
+    else:
+        load_splits(config)  # before an older run is removed
+        folder.prepare(overwrite=run.overwrite)
+    try:
+        train_classifier(config, folder, resume=resuming, console=Console())
+    except Stopped:
+        sys.stderr.write(f"\nStopped. Continue with: vision-ssm train --resume {path}\n")
+        return INTERRUPTED
+    return 0
+
+
+def _absolute(config: recipes.TrainConfig) -> recipes.TrainConfig:
+    """Make paths absolute, so that a run can be resumed and evaluated from another directory."""
+    if isinstance(config.pretrained, Path):
+        config = dataclasses.replace(config, pretrained=config.pretrained.absolute())
+    if isinstance(config, recipes.FolderConfig):
+        val = config.data.val.absolute() if config.data.val else None
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, root=config.data.root.absolute(), val=val)
+        )
+    return config
+
+
+def _key_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Mapping[str, Any]] | None:
+    """KEY=VALUE words for a mapping; a value is a Python literal, or else a string."""
+    if typing.get_origin(info.type) is not Mapping:
+        return None
+
+    def parse(words: list[str]) -> Mapping[str, Any]:
+        pairs = [word.partition("=") for word in words]
+        if wrong := [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]:
+            raise ValueError(f"expected KEY=VALUE, not {wrong[0]}")
+        return {key: _literal(value) for key, _, value in pairs}
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[KEY=VALUE ...]",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [f"{k}={v}" for k, v in value.items()],
+    )
+
+
+def _flag_or_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | Path] | None:
+    """A flag that may be followed by a path."""
+    if set(typing.get_args(info.type)) != {bool, Path}:
+        return None
+
+    def parse(words: list[str]) -> bool | Path:
+        if len(words) > 1:
+            raise ValueError(f"expected one path, not {' '.join(words)}")
+        return Path(words[0]) if words else True
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[PATH]",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, (bool, Path)),
+        str_from_instance=lambda value: [str(value)] if isinstance(value, Path) else [],
+    )
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)

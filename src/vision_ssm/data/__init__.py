@@ -1,0 +1,32 @@
+"""Images for training: folders, the embedded digits, transforms and the Lightning data module."""
+
+from vision_ssm.data.datasets import (
+    LabelledImages,
+    Splits,
+    find_images,
+    load_digits,
+    load_folder,
+    load_splits,
+    read_folder,
+)
+from vision_ssm.data.images import open_image, to_rgb
+from vision_ssm.data.module import EpochSampler, ImageData, Samples, TrainingSamples, Transform
+from vision_ssm.data.seeding import seeded
+
+__all__ = [
+    "EpochSampler",
+    "ImageData",
+    "LabelledImages",
+    "Samples",
+    "Splits",
+    "TrainingSamples",
+    "Transform",
+    "find_images",
+    "load_digits",
+    "load_folder",
+    "load_splits",
+    "open_image",
+    "read_folder",
+    "seeded",
+    "to_rgb",
+]

@@ -1,0 +1,59 @@
+import struct
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vision_ssm.errors import InputError
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def open_image(path: str | PathLike[str]) -> Image.Image:
+    """Read an image file as 8-bit RGB.
+
+    The EXIF orientation is applied, transparency is laid on white, and samples deeper than 8 bits are scaled by
+    the range of their format (see `to_rgb`).
+
+    Raises:
+        InputError: The file is missing, truncated or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        elif isinstance(error, Image.UnidentifiedImageError):
+            reason = "not an image, or damaged"
+        else:
+            reason = str(error) or type(error).__name__
+        raise InputError(f"cannot read image {Path(path)}: {reason}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any PIL mode to 8-bit RGB.
+
+    Range taken as black to white: 0 to 65535 for 16-bit samples (and for 32-bit integers that fit); 0 to 1 or
+    0 to 255 for floats that fit; the image's own minimum to maximum for everything else.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        return _scaled(np.asarray(image, dtype=np.float64), integer=image.mode != "F").convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scaled(values: np.ndarray, *, integer: bool) -> Image.Image:
+    values = np.nan_to_num(values)
+    low, high = float(values.min()), float(values.max())
+    for top in (65535.0,) if integer else (1.0, 255.0):
+        if low >= 0 and high <= top:
+            low, high = 0.0, top
+            break
+    levels = (values - low) * (255.0 / (high - low if high > low else 1.0))
+    return Image.fromarray(np.round(levels).astype(np.uint8))

@@ -1,0 +1,153 @@
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
+"""Names of Lightning's precision settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes to training images (see `timm.data.create_transform` and `timm.data.Mixup`)."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the image's area to crop."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest aspect ratio of the crop."""
+    hflip: float = 0.5
+    """Probability of mirroring left to right."""
+    vflip: float = 0.0
+    """Probability of mirroring top to bottom."""
+    color_jitter: float = 0.4
+    """Strength of random brightness, contrast and saturation; unused with an automatic policy."""
+    auto_augment: str | None = None
+    """timm's name of an automatic policy, such as rand-m9-mstd0.5-inc1."""
+    erase: float = 0.0
+    """Probability of erasing a rectangle."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 turns it off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 turns it off."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """Optimiser, schedule, loss and averaging (timm's)."""
+
+    optimizer: str = "adamw"
+    """timm's name of the optimiser."""
+    lr: float = 1e-3
+    """Highest learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate at the end."""
+    weight_decay: float = 0.05
+    """Weight decay; biases, norms and what the model exempts get none."""
+    layer_decay: float | None = None
+    """Factor on the learning rate from each layer to the one below it."""
+    schedule: str = "cosine"
+    """timm's name of the learning-rate schedule."""
+    warmup_epochs: int = 5
+    """Epochs over which the learning rate rises from near zero."""
+    clip_grad: float | None = 5.0
+    """Largest norm of the gradient."""
+    label_smoothing: float = 0.1
+    """Share of the target spread evenly over all classes."""
+    binary_loss: bool = False
+    """One yes-or-no question per class instead of softmax cross-entropy."""
+    ema: float | None = None
+    """Decay of a moving average of the weights; it is what gets evaluated and saved as weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderData:
+    """Image folders with one sub-folder per class."""
+
+    root: Path
+    """Training images, or a folder that holds train and val (or test)."""
+    val: Path | None = None
+    """Validation images."""
+    val_fraction: float | None = None
+    """Share of the training images held out for validation (0.1 if there is no validation folder)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides the outcome of a classification run, and where it is computed."""
+
+    model: str = "test_convnext"
+    """Name of a timm model."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the model, such as stem_stride=2."""
+    pretrained: bool | Path = False
+    """Start from the published weights, or from a checkpoint file."""
+    drop_path: float = 0.0
+    """Stochastic depth rate (drop_path_rate of the model)."""
+    image_size: int | None = None
+    """Side of the square input in pixels; otherwise what the model expects."""
+    epochs: int = 100
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images per step."""
+    seed: int = 0
+    """Decides the first weights, the order of the images and every random change."""
+    augment: Augmentation = field(default_factory=Augmentation)
+    optim: Optimisation = field(default_factory=Optimisation)
+    precision: Precision = "32-true"
+    """Number format of the computation."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    workers: int | None = None
+    """Processes that load images; otherwise chosen from the number of cores. Results do not depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsConfig(TrainConfig):
+    """Train on scikit-learn's handwritten digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig(TrainConfig):
+    """Train on folders of images."""
+
+    data: FolderData
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration as plain dictionaries, lists, strings and numbers."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(k): to_dict(v) for k, v in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(v) for v in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def from_dict(kind: Any, values: Any) -> Any:
+    """The inverse of `to_dict`.
+
+    Args:
+        kind: The dataclass (or the type of a field) to build.
+        values: What `to_dict` returned.
+
+    Raises:
+        KeyError: A field without a default is missing.
+        TypeError: There is a field that `kind` does not have.
+    """
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind)
+        if unknown := set(values) - set(hints):
+            raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
+        return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        options = typing.get_args(kind)
+        return Path(values) if Path in options and isinstance(values, str) else values
+    if typing.get_origin(kind) is tuple:
+        return tuple(values)
+    return Path(values) if kind is Path else values

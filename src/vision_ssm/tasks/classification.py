@@ -1,0 +1,170 @@
+from typing import Any
+
+import lightning
+import torch
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from vision_ssm.data import seeded
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import Augmentation, Optimisation
+from vision_ssm.tasks.evaluation import balanced_accuracy
+
+_STEP = 2  # keeps these draws apart from those of the data module
+
+
+class ClassificationTask(lightning.LightningModule):
+    """Trains an image classifier.
+
+    Mixup and stochastic depth draw from generators seeded by (seed, epoch, batch), so a run that is stopped and
+    resumed takes the same course as one that is not. If the model has a scalar `aux_loss` after a training
+    forward, it is added to the loss.
+
+    Logged once per epoch: `train/loss`, `train/accuracy` (against the larger share of a mixed target),
+    `val/loss`, `val/accuracy`, `val/balanced_accuracy` and, with more than five classes, `val/top5_accuracy`.
+
+    Args:
+        model: Maps (batch, 3, H, W) images to (batch, num_classes) logits.
+        num_classes: Number of classes.
+        augment: Only the mixing of images is done here.
+        optim: Optimiser, schedule, loss and averaging.
+        epochs: Length of the schedule.
+        seed: Decides all random draws of the training steps.
+    """
+
+    train_sums: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        *,
+        augment: Augmentation | None = None,
+        optim: Optimisation | None = None,
+        epochs: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        augment, self.optim = augment or Augmentation(), optim or Optimisation()
+        self.epochs, self.seed = epochs, seed
+        self.model = model
+        self.ema = ModelEmaV3(model, self.optim.ema, use_warmup=True) if self.optim.ema else None
+        self.mixup = None
+        if augment.mixup > 0 or augment.cutmix > 0:
+            self.mixup = Mixup(
+                augment.mixup, augment.cutmix, prob=augment.mix_prob, label_smoothing=0.0, num_classes=num_classes
+            )
+        self.loss: nn.Module
+        if self.optim.binary_loss:
+            self.loss = BinaryCrossEntropy(smoothing=self.optim.label_smoothing)
+        else:
+            self.loss = nn.CrossEntropyLoss(label_smoothing=self.optim.label_smoothing)
+        # Loss, right answers and images so far in the epoch; stored, so that a resumed epoch reports all of it.
+        self.register_buffer("train_sums", torch.zeros(3))
+        metrics: dict[str, Any] = {"confusion": MulticlassConfusionMatrix(num_classes)}
+        if num_classes > 5:
+            metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+        self.val_metrics = MetricCollection(metrics, compute_groups=False)
+        self.val_loss = MeanMetric()
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that validation and weights files use: the moving average if there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(batch, classes) logits of the evaluated model."""
+        return self.evaluated_model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        images, targets = batch
+        with seeded(self.seed, _STEP, self.current_epoch, batch_idx, device=images.device):
+            if self.mixup is not None:
+                images, targets = self.mixup(images, targets)
+            logits = self.model(images)
+        loss = self.loss(logits, targets)
+        labels = targets.argmax(1) if targets.ndim == 2 else targets
+        with torch.no_grad():
+            right = (logits.argmax(1) == labels).sum()
+            self.train_sums += torch.stack([loss.float() * len(labels), right, right.new_tensor(len(labels))])
+        aux_loss = getattr(self.model, "aux_loss", None)
+        return loss if aux_loss is None else loss + aux_loss
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the last epoch's sums (not called when an epoch is resumed)."""
+        self.train_sums.zero_()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step, then update the moving average."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.global_step)
+
+    def training_figures(self) -> dict[str, float]:
+        """Mean loss and accuracy of the epoch so far."""
+        loss, right, images = self.train_sums.tolist()
+        return {"loss": loss / max(images, 1), "accuracy": right / max(images, 1)}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation figures of the epoch."""
+        values = self.val_metrics.compute()
+        confusion = values["confusion"]
+        figures = {
+            "val/loss": self.val_loss.compute(),
+            "val/accuracy": confusion.diagonal().sum() / confusion.sum(),
+            "val/balanced_accuracy": torch.tensor(balanced_accuracy(confusion)),
+        }
+        if "top5" in values:
+            figures["val/top5_accuracy"] = values["top5"]
+        self.log_dict(figures)
+        self.val_metrics.reset()
+        self.val_loss.reset()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's training figures."""
+        self.log_dict({f"train/{name}": value for name, value in self.training_figures().items()})
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Collect the figures of one batch."""
+        images, targets = batch
+        logits = self(images).float()
+        self.val_loss.update(nn.functional.cross_entropy(logits, targets), len(targets))
+        self.val_metrics.update(logits, targets)
+
+    def configure_optimizers(self) -> Any:
+        """Timm's optimiser and its schedule, stepped once per batch."""
+        try:
+            optimizer = create_optimizer_v2(
+                self.model,
+                opt=self.optim.optimizer,
+                lr=self.optim.lr,
+                weight_decay=self.optim.weight_decay,
+                layer_decay=self.optim.layer_decay,
+            )
+        except ValueError as error:
+            raise InputError(f"--optim.optimizer {self.optim.optimizer}: {error}") from error
+        warmup = min(self.optim.warmup_epochs, self.epochs - 1)
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=self.optim.schedule,
+            num_epochs=self.epochs,
+            min_lr=self.optim.min_lr,
+            warmup_lr=self.optim.lr / 100,
+            warmup_epochs=warmup,
+            step_on_epochs=False,
+            updates_per_epoch=int(self.trainer.estimated_stepping_batches) // self.epochs,
+        )
+        if scheduler is None:
+            raise InputError(f"timm has no schedule called {self.optim.schedule}")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Timm's schedules are told the number of steps taken."""
+        scheduler.step_update(self.global_step)

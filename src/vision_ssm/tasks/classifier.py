@@ -1,0 +1,105 @@
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vision_ssm.data import LabelledImages, Samples
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import Precision
+from vision_ssm.tasks.evaluation import Evaluation, predict
+from vision_ssm.tasks.spec import ModelSpec, load_weights, read_spec
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained classifier, ready to be used.
+
+    Args:
+        model: Its network, in evaluation mode.
+        spec: What its inputs and outputs mean.
+        device: Where it computes.
+        precision: In which number format.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    device: torch.device
+    precision: Precision = "32-true"
+
+    def predict(
+        self, images: Sequence[Path] | LabelledImages, batch_size: int = 64, workers: int | None = None
+    ) -> Tensor:
+        """(images, classes) probabilities, float32 on the CPU.
+
+        Raises:
+            InputError: An image cannot be read.
+        """
+        if not isinstance(images, LabelledImages):
+            images = LabelledImages(images, [0] * len(images), self.spec.classes, [str(p) for p in images])
+        if batch_size < 1:
+            raise InputError(f"--batch-size must be positive, not {batch_size}")
+        # Starting processes takes longer than loading a few images.
+        count = 0 if len(images) <= 4 * batch_size and workers is None else loader_workers(workers)
+        batches = DataLoader(Samples(images, self.spec.eval_transform()), batch_size, num_workers=count)
+        dtype = {"b": torch.bfloat16, "1": torch.float16}.get(self.precision[0])
+        return predict(self.model, batches, self.device, dtype=dtype)[0]
+
+
+def load_classifier(weights: Path, device: str = "auto", precision: Precision = "32-true") -> Classifier:
+    """The trained classifier in a weights file of a run.
+
+    Raises:
+        InputError: The file is missing, damaged or does not fit its model, or there is no such device.
+    """
+    spec = read_spec(weights)
+    model = spec.create()
+    load_weights(model, weights)
+    where = find_device(device)
+    return Classifier(model.to(where).eval(), spec, where, precision)
+
+
+def evaluate(
+    classifier: Classifier,
+    images: LabelledImages,
+    batch_size: int = 64,
+    workers: int | None = None,
+    *,
+    console: Console | None = None,
+) -> Evaluation:
+    """Measure a classifier on labelled images.
+
+    Raises:
+        InputError: The images have other classes than the classifier, or one cannot be read.
+    """
+    if images.classes != classifier.spec.classes:
+        raise InputError("the images' classes are not those of the classifier")
+    with (console or Console(quiet=True)).status(f"evaluating on {len(images):,} images"):
+        probabilities = classifier.predict(images, batch_size, workers)
+    return Evaluation(images.classes, probabilities, torch.tensor(images.targets))
+
+
+def loader_workers(workers: int | None) -> int:
+    """Number of loading processes: as asked, or all cores but one, at most eight."""
+    return min(8, max(1, (os.cpu_count() or 2) - 1)) if workers is None else workers
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; auto takes an accelerator if there is one.
+
+    Raises:
+        InputError: There is no such device here.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device {name} here") from error
+    return device

@@ -1,0 +1,146 @@
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image
+
+from vision_ssm.data import LabelledImages
+from vision_ssm.tasks.evaluation import Evaluation
+from vision_ssm.tasks.files import atomic_write
+
+_RIGHT, _WRONG = "#2a7f3f", "#c0392b"
+_TRAIN, _VAL = "#8c8c8c", "#1f5fa8"
+
+
+def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw loss and accuracy by epoch, training and validation.
+
+    Args:
+        history: One mapping per epoch with `epoch`, `train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`.
+        path: The PNG file to write.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    marker = "o" if len(epochs) <= 40 else None
+    best = max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for kind, label, color in (("train", "training", _TRAIN), ("val", "validation", _VAL)):
+            values = [row[f"{kind}_{what}"] for row in history]
+            axes.plot(epochs, values, label=label, color=color, marker=marker, markersize=3, linewidth=1.6)
+        axes.plot(best["epoch"], best[f"val_{what}"], "o", color=_WRONG, markersize=7, fillstyle="none", label="best")
+        axes.set(xlabel="epoch", title=what.capitalize())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.legend(frameon=False, loc="lower right")
+    axes.annotate(
+        f"best {best['val_accuracy']:.2%} in epoch {best['epoch']}",
+        (1.0, 1.02), xycoords="axes fraction", ha="right", color=_WRONG, fontsize=9,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+def draw_confusion(evaluation: Evaluation, path: Path) -> None:
+    """Draw the confusion matrix: rows are true classes, shaded by the share of the row.
+
+    Cells are numbered up to 20 classes, classes named up to 100.
+
+    Args:
+        evaluation: What to show.
+        path: The PNG file to write.
+    """
+    counts = evaluation.confusion.numpy()
+    n = len(counts)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = float(np.clip(2.6 + 0.42 * n, 4.2, 15))
+    names = [_elide(name, 24) for name in evaluation.classes]
+    margin = 0.075 * max(map(len, names)) if n <= 100 else 0.5
+    figure = Figure(figsize=(side + margin + 0.9, side + margin), layout="constrained")
+    axes = figure.subplots()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    size = float(np.clip(0.72 * 72 * 0.42 * min(1, 30 / n), 4.5, 10))
+    if n <= 100:
+        upright = n > 12 or max(map(len, names)) > 6
+        axes.set_xticks(range(n), names, rotation=90 if upright else 0, fontsize=size)
+        axes.set_yticks(range(n), names, fontsize=size)
+    if n <= 20:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "white" if shares[row, column] > 0.55 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=size - 1)
+        axes.set_xticks(np.arange(n - 1) + 0.5, minor=True)
+        axes.set_yticks(np.arange(n - 1) + 0.5, minor=True)
+        axes.grid(which="minor", color="#dddddd", linewidth=0.6)
+        axes.tick_params(which="minor", length=0)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(f"{evaluation.accuracy:.2%} of {len(evaluation.targets)} images right", fontsize=11)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.7, format=PercentFormatter(1.0, decimals=0))
+    bar.set_label("share of the true class")
+    bar.outline.set_visible(False)
+    _save(figure, path)
+
+
+def draw_predictions(evaluation: Evaluation, images: LabelledImages, path: Path, *, most: int = 30) -> None:
+    """Draw a sheet of images with what the classifier took them for; wrong ones in red with the true class.
+
+    Args:
+        evaluation: Predictions for `images`, in the same order.
+        images: The images.
+        path: The PNG file to write.
+        most: Number of images; up to half are wrong ones, the rest right ones, chosen at random.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(images), generator=generator)
+    hits = (evaluation.predictions == evaluation.targets)[order]
+    wrong = order[~hits]
+    right = order[hits][: most - min(len(wrong), most // 2)]
+    chosen = torch.cat([wrong[: most - len(right)], right]).tolist()
+    columns = min(6, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(1.95 * columns, 2.35 * rows + 0.7), layout="constrained")
+    figure.suptitle(
+        f"{len(wrong)} of {len(images)} images are taken for another class; "
+        + (f"{min(len(wrong), len(chosen) - len(right))} of them in red" if len(wrong) else "right ones in green"),
+        fontsize=11,
+    )
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, index in zip(figure.axes, chosen, strict=False):
+        target, guess = int(evaluation.targets[index]), int(evaluation.predictions[index])
+        color = _RIGHT if target == guess else _WRONG
+        axes.axis("on")
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(color=color, linewidth=2.5)
+        axes.imshow(_thumbnail(images.load(index)))
+        confidence = float(evaluation.probabilities[index, guess])
+        title = f"{_elide(evaluation.classes[guess], 16)} {confidence:.0%}"
+        below = "" if target == guess else f"is {_elide(evaluation.classes[target], 18)}"
+        axes.set_title(title, fontsize=9, color=color, pad=4)
+        axes.set_xlabel(below, fontsize=9, color=color, labelpad=3)
+    _save(figure, path)
+
+
+def _thumbnail(image: Image.Image, side: int = 160) -> Image.Image:
+    """A square view of `image`; small ones are enlarged without blur so that their pixels can be seen."""
+    scale = side / max(image.size)
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    small = image.resize([max(1, round(s * scale)) for s in image.size], method)
+    square = Image.new("RGB", (side, side), "#f2f2f2")
+    square.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+    return square
+
+
+def _elide(name: str, length: int) -> str:
+    # Dollar signs would start matplotlib's maths.
+    short = name if len(name) <= length else name[: length - 1] + "…"
+    return short.replace("$", r"\$")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=130)

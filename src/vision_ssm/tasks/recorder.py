@@ -1,0 +1,150 @@
+import csv
+import io
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from vision_ssm.tasks.classification import ClassificationTask
+from vision_ssm.tasks.files import atomic_write, write_text
+from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.tasks.spec import ModelSpec, save_classifier
+
+
+class Stopped(Exception):
+    """Training was stopped on request, after its state was saved."""
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C (or SIGTERM) into a request to stop; the second one interrupts at once."""
+    stop = threading.Event()
+
+    def request(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, and never runs code from one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint`, replacing `path` only once it is on disk."""
+        with atomic_write(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Read tensors and plain values only."""
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+class RunRecorder(Checkpoint):
+    """Keeps a run folder up to date: metrics, best and last weights, state to resume from.
+
+    Args:
+        folder: The run folder.
+        spec: Written into the weights files.
+        stop: Once set, the state is saved after the current step and `Stopped` is raised.
+        save_minutes: How often to save the state inside long epochs.
+    """
+
+    def __init__(
+        self, folder: RunFolder, spec: ModelSpec, stop: threading.Event, *, save_minutes: float = 10.0
+    ) -> None:
+        self.folder, self.spec, self.stop, self.save_seconds = folder, spec, stop, 60 * save_minutes
+        self.history: list[dict[str, Any]] = []
+        self.images, self.seconds = 0, 0.0
+        self._since = self._saved = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The table of metrics, and what of the current epoch has been counted."""
+        return {"history": self.history, "images": self.images, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a stored table."""
+        self.history = list(state_dict["history"])
+        self.images, self.seconds = state_dict["images"], state_dict["seconds"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the clocks."""
+        self._since = self._saved = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Restart the epoch's clock."""
+        self._since = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count images; save inside the epoch if asked to stop or if it takes long."""
+        now = time.monotonic()
+        self.images += len(batch[1])
+        self.seconds, self._since = self.seconds + now - self._since, now
+        if batch_idx + 1 == trainer.num_training_batches:
+            return  # the end of the epoch follows and saves
+        if self.stop.is_set() or now - self._saved > self.save_seconds:
+            self._save(trainer, pl_module)
+        if self.stop.is_set():
+            raise Stopped
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Add a row of metrics and save."""
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        training = pl_module.training_figures()
+        row = {
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
+            "train_loss": training["loss"],
+            "train_accuracy": training["accuracy"],
+        }
+        row |= {name.replace("/", "_"): value for name, value in figures.items() if name.startswith("val/")}
+        row |= {"images_per_second": round(self.images / max(self.seconds, 1e-9), 1)}
+        best = max((self._rank(r) for r in self.history), default=None)
+        self.history.append(row)
+        self.images, self.seconds = 0, 0.0
+        if best is None or self._rank(row) > best:
+            save_classifier(self.folder.best, pl_module.evaluated_model, self.spec)
+        self._save(trainer, pl_module)
+        if self.stop.is_set() and trainer.max_epochs != trainer.current_epoch + 1:
+            raise Stopped
+
+    def best_row(self) -> dict[str, Any]:
+        """The epoch whose weights were kept: the first with the highest accuracy, then the lowest loss."""
+        return max(self.history, key=self._rank)
+
+    def write_metrics(self) -> None:
+        """Write the table of metrics as CSV."""
+        if self.history:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(self.history[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.history)
+            write_text(self.folder.metrics, text.getvalue())
+
+    def _save(self, trainer: Trainer, module: ClassificationTask) -> None:
+        trainer.save_checkpoint(self.folder.state)
+        save_classifier(self.folder.last, module.evaluated_model, self.spec)
+        self.write_metrics()
+        self._saved = time.monotonic()
+
+    @staticmethod
+    def _rank(row: dict[str, Any]) -> tuple[float, float]:
+        return row["val_accuracy"], -row["val_loss"]

@@ -1,0 +1,52 @@
+from rich.console import Console
+from rich.table import Table
+
+from vision_ssm.data import LabelledImages, Splits
+from vision_ssm.tasks.evaluation import Evaluation
+
+
+def report_data(splits: Splits, console: Console) -> None:
+    """Print how many images of each class there are."""
+    train, val = splits.train, splits.val
+    counts = train.counts()
+    console.print(
+        f"Data   {len(train):,} training and {len(val):,} validation images in {len(train.classes)} classes",
+        highlight=False,
+    )
+    if len(train.classes) > 20:
+        few, many = min(counts), max(counts)
+        console.print(f"       {few:,} to {many:,} training images per class", highlight=False)
+        return
+    table = Table("class", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("training", justify="right")
+    table.add_column("validation", justify="right")
+    for name, a, b in zip(train.classes, counts, val.counts(), strict=True):
+        table.add_row(name, f"{a:,}", f"{b:,}")
+    console.print(table)
+
+
+def is_uneven(images: LabelledImages) -> bool:
+    """Whether the largest class has over half as many images again as the smallest."""
+    counts = images.counts()
+    return max(counts) > 1.5 * max(min(counts), 1)
+
+
+def report_evaluation(
+    evaluation: Evaluation, console: Console, *, title: str | None = None, per_class: bool = False
+) -> None:
+    """Print the figures, on request with a row for each class."""
+    if per_class:
+        table = Table("class", box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for name in ("images", "recall", "precision"):
+            table.add_column(name, justify="right")
+        for row in evaluation.per_class():
+            shares = ["–" if row[k] is None else f"{row[k]:.1%}" for k in ("recall", "precision")]
+            table.add_row(row["class"], f"{row['images']:,}", *shares)
+        console.print(table)
+    values = evaluation.summary()
+    table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in values.items():
+        label = name.replace("_", " ").replace("top5", "top-5")
+        shown = f"{value:,}" if name == "images" else f"{value:.4f}" if name == "loss" else f"{value:.2%}"
+        table.add_row(label, shown)
+    console.print(table)

@@ -1,0 +1,121 @@
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import DigitsConfig, FolderConfig, TrainConfig, from_dict, to_dict
+from vision_ssm.tasks.files import write_json
+
+_KINDS: dict[str, type[TrainConfig]] = {"digits": DigitsConfig, "folder": FolderConfig}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a training run keeps its files.
+
+    Args:
+        path: The folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The full configuration, as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def model(self) -> Path:
+        """The `ModelSpec`, as JSON for people; each weights file holds its own copy."""
+        return self.path / "model.json"
+
+    @property
+    def state(self) -> Path:
+        """All that is needed to resume: weights, optimiser, schedule, average, progress."""
+        return self.path / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """Weights of the epoch with the highest validation accuracy."""
+        return self.path / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """Weights of the latest checkpoint."""
+        return self.path / "last.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """One row of figures per epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def results(self) -> Path:
+        """Figures of the best weights on the validation images."""
+        return self.path / "results.json"
+
+    @property
+    def pictures(self) -> tuple[Path, Path, Path]:
+        """Learning curves, confusion matrix and sheet of predictions."""
+        return self.path / "curves.png", self.path / "confusion.png", self.path / "predictions.png"
+
+    def prepare(self, *, overwrite: bool) -> None:
+        """Make the folder, empty.
+
+        Raises:
+            InputError: It has content and `overwrite` is off, or the content is not that of a run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file, not a folder")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            if not overwrite:
+                raise InputError(f"{self.path} is not empty; add --overwrite, or --resume to continue the run in it")
+            if not self.config.is_file():
+                raise InputError(f"{self.path} holds something else than a run; not overwriting it")
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write `config.json`."""
+        kind = next(name for name, kind in _KINDS.items() if isinstance(config, kind))
+        write_json(self.config, {"train": kind, **to_dict(config)})
+
+    def read_config(self) -> TrainConfig:
+        """The configuration the run was started with.
+
+        Raises:
+            InputError: There is no run in the folder, or its configuration is damaged.
+        """
+        if not self.path.is_dir():
+            raise InputError(f"no such run folder: {self.path}")
+        if not self.config.is_file():
+            raise InputError(f"{self.path} is not a run folder (it has no config.json)")
+        try:
+            values: dict[str, Any] = json.loads(self.config.read_text())
+            return from_dict(_KINDS[values.pop("train")], values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"cannot read {self.config}: {error}") from error
+
+    def check_same(self, config: TrainConfig) -> None:
+        """Refuse to resume under a configuration that would lead elsewhere.
+
+        Raises:
+            InputError: `config` differs in more than where and with how many workers it is computed.
+        """
+        saved = self.read_config()
+        if type(saved) is not type(config):
+            raise InputError(f"{self.path} was started with other data; resume it with --resume {self.path} alone")
+        for name, before, now in _differences(to_dict(saved), to_dict(config)):
+            if name not in ("device", "workers"):
+                option = name.replace("_", "-")
+                raise InputError(f"cannot resume {self.path}: it was started with --{option} {before}, not {now}")
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Sequence[tuple[str, Any, Any]]:
+    if not (isinstance(old, dict) and isinstance(new, dict)) or prefix == "model_args.":
+        return [] if old == new else [(prefix.rstrip("."), old, new)]
+    names = dict.fromkeys([*old, *new])
+    return [d for name in names for d in _differences(old.get(name), new.get(name), f"{prefix}{name}.")]

@@ -1,0 +1,226 @@
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.data import create_transform
+from torch import Tensor, nn
+
+import vision_ssm  # noqa: F401  (registers the models)
+from vision_ssm.data import Transform
+from vision_ssm.data.datasets import shorten
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import Augmentation, TrainConfig
+from vision_ssm.tasks.files import atomic_write
+
+_METADATA_KEY = "vision_ssm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A classifier without its weights: all that prediction needs to know, written into every weights file."""
+
+    model: str
+    """timm's name of the model."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments it was made with."""
+    classes: tuple[str, ...]
+    """Names of the classes, in the order of the outputs."""
+    image_size: int
+    """Side of the square input in pixels."""
+    mean: tuple[float, float, float]
+    """Channel means, of values from 0 to 1."""
+    std: tuple[float, float, float]
+    """Channel standard deviations."""
+    interpolation: str
+    """How images are resized."""
+    crop: float
+    """Share of the resized image's side that is kept."""
+
+    def create(self) -> nn.Module:
+        """The model with random weights.
+
+        Raises:
+            InputError: timm does not know the model or it does not take these arguments.
+        """
+        return create_model(self.model, self.model_args, len(self.classes))
+
+    def eval_transform(self) -> Transform:
+        """From an image to a normalised (3, image_size, image_size) tensor."""
+        return create_transform(
+            self.image_size,
+            is_training=False,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+            crop_pct=self.crop,
+        )
+
+    def train_transform(self, augment: Augmentation) -> Transform:
+        """As `eval_transform`, after random changes drawn from the global generators."""
+        return create_transform(
+            self.image_size,
+            is_training=True,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+            scale=augment.scale,
+            ratio=augment.ratio,
+            hflip=augment.hflip,
+            vflip=augment.vflip,
+            color_jitter=augment.color_jitter or None,
+            auto_augment=augment.auto_augment,
+            re_prob=augment.erase,
+            re_mode="pixel",
+        )
+
+
+def spec_for(config: TrainConfig, classes: tuple[str, ...]) -> ModelSpec:
+    """The classifier that `config` asks for, with the model's own input settings where it leaves them open.
+
+    Raises:
+        InputError: timm does not know the model.
+    """
+    known = _default_cfg(config.model)
+    size = config.image_size or known.input_size[-1]
+    args = dict(config.model_args)
+    if config.drop_path:
+        args.setdefault("drop_path_rate", config.drop_path)
+    if known.fixed_input_size and size != known.input_size[-1]:
+        args.setdefault("img_size", size)
+    return ModelSpec(
+        model=config.model,
+        model_args=args,
+        classes=classes,
+        image_size=size,
+        mean=tuple(known.mean),
+        std=tuple(known.std),
+        interpolation=known.interpolation,
+        crop=1.0 if size < 128 else known.crop_pct,
+    )
+
+
+def create_model(name: str, args: Mapping[str, Any], num_classes: int, *, pretrained: bool = False) -> nn.Module:
+    """Timm's `create_model`, with errors that say what to do.
+
+    Raises:
+        InputError: The model is unknown, does not take `args`, or has no published weights.
+    """
+    known = _default_cfg(name)
+    if pretrained and not (known.url or known.hf_hub_id or known.file):
+        raise InputError(f"{name} has no published weights; give a file with --pretrained FILE")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args)
+    except (TypeError, ValueError, AssertionError, AttributeError) as error:
+        given = " ".join(f"{k}={v}" for k, v in args.items()) or "no arguments"
+        raise InputError(f"cannot make {name} with {given}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise InputError(f"cannot fetch the published weights of {name}: {error}") from error
+
+
+def _default_cfg(name: str) -> Any:
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(f"unknown model {name}{hint}")
+    known = timm.get_pretrained_cfg(name)
+    if known is None:
+        raise InputError(f"{architecture} has no pretrained tag {name.partition('.')[2]}")
+    return known
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or PyTorch checkpoint. No code in the file is ever run.
+
+    Raises:
+        InputError: The file is missing, damaged or holds something else.
+    """
+    if not path.is_file():
+        raise InputError(f"no such checkpoint file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict_ema", "state_dict", "model_ema", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} is not a checkpoint of model weights")
+    return state
+
+
+def load_weights(model: nn.Module, path: Path, *, new_head: bool = False) -> bool:
+    """Load a checkpoint; every key has to match.
+
+    Args:
+        model: The model to fill.
+        path: A safetensors or PyTorch file.
+        new_head: Leave the classifier as it is where the checkpoint's has another shape.
+
+    Returns:
+        Whether the classifier was left out.
+
+    Raises:
+        InputError: The file cannot be read, or belongs to another model; names a few of the differing keys.
+    """
+    found, wanted = read_tensors(path), model.state_dict()
+    differing = [k for k in wanted if k in found and found[k].shape != wanted[k].shape]
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    is_head = {k for k in wanted if any(k.startswith(f"{head}.") for head in heads)}
+    left_out = new_head and any(k in is_head for k in differing)
+    if left_out:
+        found = {k: v for k, v in found.items() if k not in is_head}
+        differing = [k for k in differing if k not in is_head]
+    missing = [k for k in wanted if k not in found and not (left_out and k in is_head)]
+    unexpected = [k for k in found if k not in wanted]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {shorten(keys, 3)}" for what, keys in problems.items() if keys)
+        raise InputError(f"{path} does not fit {type(model).__name__} ({listed})")
+    model.load_state_dict(found, strict=not left_out)
+    return left_out
+
+
+def save_classifier(path: Path, model: nn.Module, spec: ModelSpec) -> None:
+    """Write weights and `spec` into one safetensors file, whole or not at all.
+
+    Raises:
+        OSError: The disk is full, say.
+    """
+    # Cloned, because safetensors refuses tensors that share memory.
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(spec))}
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata))
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """The `ModelSpec` inside a weights file that `save_classifier` wrote.
+
+    Raises:
+        InputError: The file is missing, damaged or was written by something else.
+    """
+    if not path.is_file():
+        raise InputError(f"no such weights file: {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            values = json.loads((file.metadata() or {})[_METADATA_KEY])
+        for name in ("classes", "mean", "std"):
+            values[name] = tuple(values[name])
+        return ModelSpec(**values)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} was not written by a vision-ssm run, or is damaged") from error

@@ -1,0 +1,221 @@
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from rich.console import Console
+
+from vision_ssm.data import ImageData, LabelledImages, load_splits, seeded
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import TrainConfig, to_dict
+from vision_ssm.tasks.classification import ClassificationTask
+from vision_ssm.tasks.classifier import evaluate, find_device, load_classifier, loader_workers
+from vision_ssm.tasks.evaluation import Evaluation
+from vision_ssm.tasks.files import write_json
+from vision_ssm.tasks.pictures import draw_confusion, draw_curves, draw_predictions
+from vision_ssm.tasks.progress import TrainingProgress
+from vision_ssm.tasks.recorder import RunRecorder, SafeCheckpointIO, stop_on_signals
+from vision_ssm.tasks.report import is_uneven, report_data, report_evaluation
+from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.tasks.spec import ModelSpec, create_model, load_weights, spec_for
+
+_WEIGHTS = 3  # keeps the draws of the first weights apart from those of data and steps
+
+# True of Lightning's own loaders and modules, but not of these: the sampler resumes inside an epoch, and the
+# moving average is in evaluation mode on purpose. The last one is between Lightning and torch.
+_EXPECTED = (
+    ".*ended before the epoch ended and your dataloader is not resumable.*",
+    ".*does not have many workers.*",
+    ".*in eval mode at the start of training.*",
+    ".*LeafSpec.*is deprecated.*",
+)
+
+
+def train(
+    config: TrainConfig, folder: RunFolder, *, resume: bool = False, console: Console | None = None
+) -> Evaluation:
+    """Train a classifier and leave a folder with configuration, weights, metrics and pictures.
+
+    Args:
+        config: What to train and how.
+        folder: Where to write; made and emptied by the caller (`RunFolder.prepare`), or holding a run to resume.
+        resume: Continue the run in `folder` at the batch where its state was saved.
+        console: Where to report progress; nowhere by default.
+
+    Returns:
+        How the best weights do on the validation images.
+
+    Raises:
+        InputError: Something in the configuration or the data cannot be used.
+        Stopped: Ctrl-C or SIGTERM came; the state has been saved.
+        OSError: A file could not be written.
+    """
+    console = console or Console(quiet=True)
+    check(config)
+    splits = load_splits(config)
+    report_data(splits, console)
+    spec = spec_for(config, splits.train.classes)
+    data = ImageData(
+        splits,
+        spec.train_transform(config.augment),
+        spec.eval_transform(),
+        config.batch_size,
+        config.seed,
+        loader_workers(config.workers),
+    )
+    model = _first_model(config, spec, console, resume=resume)
+    parameters = sum(p.numel() for p in model.parameters())
+    size = f"{spec.image_size}×{spec.image_size}"
+    console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input", highlight=False)
+    task = ClassificationTask(
+        model,
+        len(spec.classes),
+        augment=config.augment,
+        optim=config.optim,
+        epochs=config.epochs,
+        seed=config.seed,
+    )
+    if resume:
+        folder.check_same(config)
+        if not folder.state.is_file():
+            raise InputError(f"{folder.path} has no {folder.state.name} yet; start it again with --overwrite")
+    else:
+        folder.write_config(config)
+        write_json(folder.model, to_dict(spec))
+    with stop_on_signals() as stop, _quiet_lightning():
+        recorder = RunRecorder(folder, spec, stop)
+        trainer = make_trainer(config, folder, [recorder, TrainingProgress(console, uneven=is_uneven(splits.train))])
+        trainer.fit(task, data, ckpt_path=str(folder.state) if resume else None)
+    classifier = load_classifier(folder.best, config.device, config.precision)
+    evaluation = evaluate(classifier, splits.val, config.batch_size, config.workers, console=console)
+    return finish(folder, recorder, evaluation, splits.val, console)
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse values that cannot work.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    optim, augment = config.optim, config.augment
+    positive: dict[str, Any] = {
+        "epochs": config.epochs,
+        "batch-size": config.batch_size,
+        "optim.lr": optim.lr,
+        "image-size": config.image_size,
+        "optim.layer-decay": optim.layer_decay,
+        "optim.clip-grad": optim.clip_grad,
+    }
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise InputError(f"--{name} must be positive, not {value}")
+    not_negative: dict[str, Any] = {
+        "optim.min-lr": optim.min_lr,
+        "optim.weight-decay": optim.weight_decay,
+        "optim.warmup-epochs": optim.warmup_epochs,
+        "augment.mixup": augment.mixup,
+        "augment.cutmix": augment.cutmix,
+        "augment.color-jitter": augment.color_jitter,
+        "workers": config.workers,
+        "seed": config.seed,
+    }
+    for name, value in not_negative.items():
+        if value is not None and not value >= 0:
+            raise InputError(f"--{name} must not be negative, not {value}")
+    shares: dict[str, Any] = {
+        "augment.hflip": augment.hflip,
+        "augment.vflip": augment.vflip,
+        "augment.erase": augment.erase,
+        "augment.mix-prob": augment.mix_prob,
+        "optim.label-smoothing": optim.label_smoothing,
+        "optim.ema": optim.ema,
+        "drop-path": config.drop_path,
+    }
+    for name, value in shares.items():
+        if value is not None and not 0 <= value <= 1:
+            raise InputError(f"--{name} must lie between 0 and 1, not {value}")
+    if (augment.mixup or augment.cutmix) and config.batch_size % 2:
+        raise InputError(f"mixup and CutMix pair images, so --batch-size must be even, not {config.batch_size}")
+
+
+def make_trainer(config: TrainConfig, folder: RunFolder, callbacks: list[Any]) -> lightning.Trainer:
+    """Lightning's trainer on one device, with nothing printed and checkpoints written safely.
+
+    Raises:
+        InputError: The device is missing or cannot compute in the precision asked for.
+    """
+    device = find_device(config.device)
+    try:
+        return lightning.Trainer(
+            accelerator={"cuda": "gpu"}.get(device.type, device.type),
+            devices=1 if device.index is None or device.type == "cpu" else [device.index],
+            precision=config.precision,
+            max_epochs=config.epochs,
+            gradient_clip_val=config.optim.clip_grad,
+            callbacks=callbacks,
+            plugins=[SafeCheckpointIO()],
+            default_root_dir=folder.path,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+    except (ValueError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
+        raise InputError(f"cannot train on {device} in {config.precision}: {error}") from error
+
+
+def finish(
+    folder: RunFolder, recorder: RunRecorder, evaluation: Evaluation, images: LabelledImages, console: Console
+) -> Evaluation:
+    """Write results and pictures and print where they are."""
+    recorder.write_metrics()
+    best = recorder.best_row()
+    last = recorder.history[-1]
+    values = {"best_epoch": best["epoch"], **evaluation.summary(), "last_epoch_accuracy": last["val_accuracy"]}
+    write_json(folder.results, {**values, "per_class": evaluation.per_class()})
+    curves, confusion, predictions = folder.pictures
+    draw_curves(recorder.history, curves)
+    draw_confusion(evaluation, confusion)
+    draw_predictions(evaluation, images, predictions)
+    console.print()
+    report_evaluation(evaluation, console, title=f"Best epoch, {best['epoch']} of {last['epoch']}")
+    console.print(f"Last epoch: accuracy {last['val_accuracy']:.2%}", highlight=False)
+    for what, path in (
+        ("Curves", curves),
+        ("Confusion", confusion),
+        ("Predictions", predictions),
+        ("Weights", folder.best),
+    ):
+        console.print(f"{what:<12} {path}", highlight=False, soft_wrap=True)
+    return evaluation
+
+
+def _first_model(config: TrainConfig, spec: ModelSpec, console: Console, *, resume: bool) -> torch.nn.Module:
+    with seeded(config.seed, _WEIGHTS):
+        model = create_model(
+            spec.model, spec.model_args, len(spec.classes), pretrained=config.pretrained is True and not resume
+        )
+    if isinstance(config.pretrained, Path) and not resume and load_weights(model, config.pretrained, new_head=True):
+        console.print(f"Start  {config.pretrained}, with a new classifier", highlight=False)
+    return model
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's tips and the warnings that do not apply off the terminal, and only those."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in _EXPECTED:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
