@@ -1,0 +1,91 @@
+"""Strict loading, and ``pretrained=True`` from the addresses where the authors published their weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models._hub import download_cached_file
+from torch import Tensor, nn
+
+from vision_ssm.checkpoints.reader import CheckpointError, read_checkpoint
+
+Model = TypeVar("Model", bound=nn.Module)
+Converter = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+_logger = logging.getLogger(__name__)
+
+
+def load_strict(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load weights, every one of them, or none.
+
+    Raises:
+        CheckpointError: If keys are missing, left over, or of another shape, listing them.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} (file {tuple(value.shape)}, model {tuple(own[key].shape)})"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(f"the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def build_from_official(
+    cls: type[Model],
+    variant: str,
+    pretrained: bool,
+    convert: Converter,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Model:
+    """Build a model with timm; official weights pass through our reader and ``convert``.
+
+    timm adapts them to other ``in_chans`` and ``num_classes``. Loading is strict otherwise.
+
+    Raises:
+        CheckpointError: If the fetched or given file is damaged or does not fit.
+    """
+    kwargs.setdefault("feature_cfg", dict(out_indices=(0, 1, 2, 3), feature_cls="getter"))
+    overlay = dict(pretrained_cfg_overlay or {})
+    if pretrained:
+        resolved = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+        path = resolved.file
+        if path is None and resolved.url and not resolved.state_dict and resolved.source != "hf-hub":
+            path = download_cached_file(resolved.url)
+        if path is not None and resolved.source != "local-dir":
+            checkpoint = read_checkpoint(path)
+            if checkpoint.placeholders:
+                _logger.info("not loaded from %s: %s", path, ", ".join(checkpoint.placeholders))
+            overlay["state_dict"] = convert(checkpoint.state)
+    try:
+        model = build_model_with_cfg(
+            cls,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=overlay or None,
+            pretrained_filter_fn=lambda state, _: convert(state),
+            **kwargs,
+        )
+    except RuntimeError as error:
+        if "load" in str(error) and "state_dict" in str(error):
+            raise CheckpointError(str(error)) from None
+        raise
+    if "state_dict" in overlay:
+        # timm keeps the configuration with the model; the weights need not be there twice.
+        for cfg in (model.pretrained_cfg, getattr(model, "default_cfg", {})):
+            cfg["state_dict"] = None
+    return model

@@ -1,0 +1,120 @@
+"""Reading checkpoint files without ever executing code from them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+# Where checkpoints keep their weights; the first that is there is taken.
+_WRAPPERS = ("model", "state_dict", "module", "model_state", "net")
+_EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+class CheckpointError(ValueError):
+    """A file that holds no usable weights, or not those of the model at hand."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file held.
+
+    Args:
+        state: The weights by name.
+        source: The key under which they were found; empty at the top level.
+        placeholders: Names of the pickled classes that were not loaded; inert objects stood in for them.
+    """
+
+    state: dict[str, Tensor]
+    source: str = ""
+    placeholders: tuple[str, ...] = ()
+
+
+class _Inert(dict):
+    """Stands in for a pickled object of a class that is not loaded; takes any contents, does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+
+def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
+    """Read the weights from a ``.safetensors`` file or a PyTorch checkpoint.
+
+    Wrapping keys (``model``, ``state_dict``, ...) and prefixes (``module.``, ``_orig_mod.``) are removed.
+    Nothing in the file is executed: objects of unknown classes, such as a pickled configuration, are read as inert
+    placeholders and reported.
+
+    Args:
+        path: The file.
+        ema: Take the averaged weights where the file has both.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is damaged, of another kind, or holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint file: {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return Checkpoint(_strip(load_file(path)))
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+    content, placeholders = _load_inert(path)
+    state, source = _unwrap(content, ema)
+    if not state:
+        found = ", ".join(map(repr, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(f"{path} holds no weights; looked under {', '.join(_WRAPPERS)}, found {found}")
+    return Checkpoint(_strip(state), source, placeholders)
+
+
+def load_checkpoint_file(path: str | Path) -> dict[str, Tensor]:
+    """Return the weights of a file as :func:`read_checkpoint` finds them."""
+    return read_checkpoint(path).state
+
+
+def _load_inert(path: Path) -> tuple[Any, tuple[str, ...]]:
+    try:
+        unknown = tuple(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        stand_ins = [(type("_Inert", (_Inert,), {}), name) for name in unknown]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True), unknown
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is not a readable PyTorch checkpoint: {reason}") from None
+
+
+def _unwrap(content: Any, ema: bool) -> tuple[dict[str, Tensor], str]:
+    if not isinstance(content, Mapping):
+        return {}, ""
+    for key in (*_EMA_WRAPPERS, *_WRAPPERS) if ema else (*_WRAPPERS, *_EMA_WRAPPERS):
+        if isinstance(content.get(key), Mapping):
+            state, source = _unwrap(content[key], ema)
+            if state:
+                return state, f"{key}.{source}" if source else key
+    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return state, ""
+
+
+def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    stripped = dict(state)
+    while stripped and (prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in stripped)), None)):
+        stripped = {key[len(prefix) :]: value for key, value in stripped.items()}
+    return stripped

@@ -1,0 +1,5 @@
+"""Building blocks that the models share and that work in anybody's network."""
+
+from vision_ssm.layers.ss2d import SS2D, VSSBlock, scan_map
+
+__all__ = ["SS2D", "VSSBlock", "scan_map"]

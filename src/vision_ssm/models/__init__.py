@@ -1,0 +1,5 @@
+"""The backbones, one file per family. Importing this package registers them with timm."""
+
+from vision_ssm.models.vmamba import VMamba
+
+__all__ = ["VMamba"]
