@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
@@ -62,7 +64,8 @@ def draw_confusion(evaluation: Evaluation, path: Path) -> None:
     margin = 0.075 * max(map(len, names)) if n <= 100 else 0.5
     figure = Figure(figsize=(side + margin + 0.9, side + margin), layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    # With many classes the errors spread thin; the square root keeps them visible.
+    picture = axes.imshow(shares, cmap="Blues", norm=PowerNorm(1.0 if n <= 20 else 0.5, vmin=0, vmax=1))
     size = float(np.clip(0.72 * 72 * 0.42 * min(1, 30 / n), 4.5, 10))
     if n <= 100:
         upright = n > 12 or max(map(len, names)) > 6
@@ -77,8 +80,8 @@ def draw_confusion(evaluation: Evaluation, path: Path) -> None:
         axes.grid(which="minor", color="#dddddd", linewidth=0.6)
         axes.tick_params(which="minor", length=0)
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"{evaluation.accuracy:.2%} of {len(evaluation.targets)} images right", fontsize=11)
-    bar = figure.colorbar(picture, ax=axes, shrink=0.7, format=PercentFormatter(1.0, decimals=0))
+    axes.set_title(f"{evaluation.accuracy:.2%} of {len(evaluation.targets):,} images right", fontsize=11)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.7 if n <= 20 else 0.4, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("share of the true class")
     bar.outline.set_visible(False)
     _save(figure, path)
@@ -101,12 +104,10 @@ def draw_predictions(evaluation: Evaluation, images: LabelledImages, path: Path,
     chosen = torch.cat([wrong[: most - len(right)], right]).tolist()
     columns = min(6, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(1.95 * columns, 2.35 * rows + 0.7), layout="constrained")
-    figure.suptitle(
-        f"{len(wrong)} of {len(images)} images are taken for another class; "
-        + (f"{min(len(wrong), len(chosen) - len(right))} of them in red" if len(wrong) else "right ones in green"),
-        fontsize=11,
-    )
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+    figure = Figure(figsize=(1.95 * columns, 2.35 * rows + 0.7), layout=layout)
+    shown = f"; {len(chosen) - len(right)} of them are shown in red" if len(wrong) else ""
+    figure.suptitle(f"{len(wrong):,} of {len(images):,} images are classified wrongly{shown}", fontsize=11)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, index in zip(figure.axes, chosen, strict=False):
@@ -137,7 +138,9 @@ def _thumbnail(image: Image.Image, side: int = 160) -> Image.Image:
 
 def _elide(name: str, length: int) -> str:
     # Dollar signs would start matplotlib's maths.
-    short = name if len(name) <= length else name[: length - 1] + "…"
+    # The middle goes, because names are often told apart by their ends.
+    tail = length // 3
+    short = name if len(name) <= length else f"{name[: length - tail - 1]}…{name[-tail:]}"
     return short.replace("$", r"\$")
 
 
