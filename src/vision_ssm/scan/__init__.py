@@ -20,6 +20,7 @@ from vision_ssm.scan.routes import (
     Windowed,
     build_routes,
 )
+from vision_ssm.scan.selective_scan import selective_scan_fn
 
 __all__ = [
     "ATROUS_SCAN",
@@ -42,5 +43,6 @@ __all__ = [
     "build_routes",
     "last_backend",
     "route_scan",
+    "selective_scan_fn",
     "use_backend",
 ]

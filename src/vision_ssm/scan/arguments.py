@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ class ScanArguments:
     softplus: bool = True
     inclusive: bool = True
 
-    PER_IMAGE = ("x", "dbc", "delta", "route_index", "route_weight")
-    SHARED = ("dt_weight", "dt_bias", "A", "D")
+    PER_IMAGE: ClassVar = ("x", "dbc", "delta", "route_index", "route_weight")
+    SHARED: ClassVar = ("dt_weight", "dt_bias", "A", "D")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,8 +67,10 @@ class ScanArguments:
 
     def images(self, group: slice) -> ScanArguments:
         """Return the same call for some of the images."""
-        parts = {name: getattr(self, name) for name in self.PER_IMAGE}
-        return replace(self, **{name: None if part is None else part[group] for name, part in parts.items()})
+        parts: dict[str, Any] = {
+            name: None if (tensor := getattr(self, name)) is None else tensor[group] for name in self.PER_IMAGE
+        }
+        return replace(self, **parts)
 
 
 def check_arguments(args: ScanArguments) -> None:

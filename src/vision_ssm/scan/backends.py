@@ -17,6 +17,7 @@ from vision_ssm.scan.arguments import ScanArguments
 
 ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the operator.

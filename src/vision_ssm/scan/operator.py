@@ -23,9 +23,7 @@ _NAMES = tuple(part.split()[-1] for part in _ARGUMENTS.split(", "))
 
 _library = torch.library.Library("vision_ssm", "DEF")
 _library.define(f"route_scan({_ARGUMENTS}, bool float_output, bool return_state) -> (Tensor, Tensor)")
-_library.define(
-    f"route_scan_backward(Tensor grad_y, Tensor? grad_state, {_ARGUMENTS}, str backend) -> Tensor[]"
-)
+_library.define(f"route_scan_backward(Tensor grad_y, Tensor? grad_state, {_ARGUMENTS}, str backend) -> Tensor[]")
 
 
 def route_scan(
@@ -185,7 +183,9 @@ def _differentiable_gradients(args: ScanArguments, grad_y: Tensor, grad_state: T
     views = {name: (tensor := getattr(args, name)).view_as(tensor) for name in names}
     with torch.autocast(args.x.device.type, enabled=False):
         y, state = portable.scan(replace(args, **views))
-        outputs, grads = ([y], [grad_y.to(y.dtype)]) if grad_state is None else ([y, state], [grad_y.to(y.dtype), grad_state])
+        outputs, grads = [y], [grad_y.to(y.dtype)]
+        if grad_state is not None:
+            outputs, grads = [y, state], [*grads, grad_state]
         found = torch.autograd.grad(outputs, list(views.values()), grads, create_graph=True, allow_unused=True)
     return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 

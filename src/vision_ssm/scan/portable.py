@@ -45,13 +45,30 @@ def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
     y = _outputs(args, steps, h if args.inclusive else steps.decay * _previous(h))
     if args.route_weight is not None:
         y = y * _per_step(args.route_weight.t().to(args.dtype)).unsqueeze(-1)
-    return _to_tokens(y, args, args.write, steps.route, args.x.shape[2] // y.shape[-1]).flatten(2), h[:, -1, -1].transpose(0, 1)
+    return _to_tokens(y, args, args.write, steps.route, args.x.shape[2] // y.shape[-1]).flatten(2), h[
+        :, -1, -1
+    ].transpose(0, 1)
+
+
+def linear_scan(decay: Tensor, drive: Tensor) -> Tensor:
+    """Return h_t = decay_t h_(t-1) + drive_t from h = 0, over the first axis of (T, ...); differentiable."""
+    steps = decay.shape[0]
+    length, chunks = _chunks(steps)
+    in_front = chunks * length - steps
+
+    def cut(tensor: Tensor) -> Tensor:
+        padded = torch.cat([tensor.new_zeros(in_front, *tensor.shape[1:]), tensor])
+        return padded.unflatten(0, (chunks, length)).transpose(0, 1).unsqueeze(0)
+
+    h = _LinearScan.apply(cut(decay), cut(drive), False)
+    return h[0].transpose(0, 1).flatten(0, 1)[in_front:]
 
 
 def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> dict[str, Tensor]:
     """Return the gradients of all differentiable arguments, from the gradients of outputs and last state."""
     steps = _unroll(args)
     route, x, B, C, dtype = steps.route, steps.x, steps.B.unsqueeze(-2), steps.C.unsqueeze(-2), args.dtype
+    chosen = args.route_index is not None
     h = _linear_scan(steps.decay, steps.drive, backwards=False)
     previous = _previous(h)
     seen = h if args.inclusive else steps.decay * previous
@@ -73,14 +90,14 @@ def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> 
     A = _per_step(_of_route(args.A, route, dtype))
     grad_x = of_input * steps.delta
     grad_delta = (exponent * A).sum(-1) + of_input * x
-    found["A"] = _to_parameter((exponent * steps.delta.unsqueeze(-1)).sum((1, 2)), args.A, route)
+    found["A"] = _to_parameter((exponent * steps.delta.unsqueeze(-1)).sum((1, 2)), args.A, route, chosen)
     if args.D is not None:
         grad_x = grad_x + _per_step(_of_route(args.D, route, dtype)) * g
-        found["D"] = _to_parameter((g * x).sum((1, 2)), args.D, route)
+        found["D"] = _to_parameter((g * x).sum((1, 2)), args.D, route, chosen)
     if args.softplus:
         grad_delta = grad_delta * torch.sigmoid(steps.raw)
     if args.dt_bias is not None:
-        found["dt_bias"] = _to_parameter(grad_delta.sum((1, 2)), args.dt_bias, route)
+        found["dt_bias"] = _to_parameter(grad_delta.sum((1, 2)), args.dt_bias, route, chosen)
     grad_dbc = [
         (of_drive * (steps.delta * x).unsqueeze(-1)).sum(-2),
         (seen * g.unsqueeze(-1)).sum(-2),
@@ -89,7 +106,7 @@ def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> 
         weight = _of_route(args.dt_weight, route, dtype)
         grad_dbc.insert(0, _project(grad_delta, weight.transpose(-1, -2)))
         outer = torch.einsum("kcsbr,kcsbd->kbrd", steps.low_rank.to(dtype), grad_delta)
-        found["dt_weight"] = _to_parameter(outer, args.dt_weight, route)
+        found["dt_weight"] = _to_parameter(outer, args.dt_weight, route, chosen)
     if args.delta is not None:
         found["delta"] = _to_tokens(grad_delta, args, args.read, route, args.delta.shape[2])
     found["dbc"] = _to_tokens(torch.cat(grad_dbc, -1), args, args.read, route, args.dbc.shape[2])
@@ -163,11 +180,11 @@ def _of_route(parameter: Tensor, route: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter.expand(route.shape[0], *parameter.shape[1:]).unsqueeze(1)
 
 
-def _to_parameter(grad: Tensor, parameter: Tensor, route: Tensor) -> Tensor:
+def _to_parameter(grad: Tensor, parameter: Tensor, route: Tensor, chosen: bool) -> Tensor:
     """Sum (K', B, ...) over images and, where they share it, routes: the shape of the parameter."""
     if parameter.shape[0] == 1:
         return grad.sum((0, 1)).unsqueeze(0)
-    if route.shape[1] == 1:
+    if not chosen:
         return grad.sum(1)
     return torch.zeros_like(parameter, dtype=grad.dtype).index_add(0, route.reshape(-1), grad.flatten(0, 1))
 

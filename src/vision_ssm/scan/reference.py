@@ -52,14 +52,18 @@ def _step(args: ScanArguments, k: int, offset: int, read: int, h: Tensor) -> tup
     x = args.x[0, read, offset : offset + width].to(dtype)
     x = x if read >= 0 else torch.zeros_like(x)
     low_rank, B, C = of_token(args.dbc).split([rank, states, states])
-    delta = of_token(args.delta) if args.delta is not None else low_rank @ of_route(args.dt_weight)  # type: ignore[arg-type]
+    # Sums instead of matrix products: autocast would round those in the backward pass.
+    if args.dt_weight is not None:
+        delta = (low_rank[:, None] * of_route(args.dt_weight)).sum(0)
+    else:
+        delta = of_token(args.delta)  # type: ignore[arg-type]
     if args.dt_bias is not None:
         delta = delta + of_route(args.dt_bias)
     if args.softplus:
         delta = F.softplus(delta)
     decayed = torch.exp(delta[:, None] * of_route(args.A)) * h  # (Dk, N)
     h = decayed + (delta * x)[:, None] * B
-    y = (h if args.inclusive else decayed) @ C
+    y = ((h if args.inclusive else decayed) * C).sum(-1)
     if args.D is not None:
         y = y + of_route(args.D) * x
     return h, y

@@ -55,7 +55,7 @@ class Snake(Path):
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """See :meth:`Path.tokens`."""
         row, column = _grid(height, width, device)
-        return (row * width + torch.where(row % 2 == 0, column, width - 1 - column)).reshape(-1)
+        return row * width + torch.where(row % 2 == 0, column, width - 1 - column)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class SkipSampled(Path):
         step = self.step
         row, column = _grid((height + step - 1) // step, (width + step - 1) // step, device)
         row, column = row * step + self.row, column * step + self.column
-        return torch.where((row < height) & (column < width), row * width + column, -1).reshape(-1)
+        return torch.where((row < height) & (column < width), row * width + column, -1)
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,10 @@ class Routes:
     def __init__(self, read: Tensor, write: Tensor | None = None, *, tokens: int) -> None:
         write = read if write is None else write
         for name, index in (("read", read), ("write", write)):
-            if not isinstance(index, Tensor) or index.dtype.is_floating_point or index.dtype.is_complex:
-                raise TypeError(f"{name} must be an integer tensor, got {getattr(index, 'dtype', type(index).__name__)}")
-            if index.dtype == torch.bool:
-                raise TypeError(f"{name} must be an integer tensor, got torch.bool")
+            if not isinstance(index, Tensor):
+                raise TypeError(f"{name} must be an integer tensor, got {type(index).__name__}")
+            if index.dtype not in (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8):
+                raise TypeError(f"{name} must be an integer tensor, got {index.dtype}")
             if index.dim() != 2:
                 raise ValueError(f"{name} must have shape (routes, steps), got {tuple(index.shape)}")
         if read.shape != write.shape:
@@ -325,11 +325,13 @@ def _check_values(name: str, index: Tensor, tokens: int) -> None:
 
 
 def _grid(height: int, width: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    row = torch.arange(height, device=device).unsqueeze(1)
-    column = torch.arange(width, device=device).unsqueeze(0)
-    return row, column  # (H, 1), (1, W)
+    """Return row and column of every token in row order, (H * W,) each."""
+    # Flat, not broadcast: a broadcast axis would tie an exported graph to sizes above 1.
+    token = torch.arange(height * width, device=device)
+    row = torch.div(token, width, rounding_mode="floor")
+    return row, token - row * width
 
 
 def _sorted_by(key: Tensor) -> Tensor:
-    """Return the tokens in ascending order of their key, (H, W) with distinct entries."""
-    return key.reshape(-1).argsort()
+    """Return the tokens in ascending order of their key; keys are distinct."""
+    return key.argsort()

@@ -1,0 +1,165 @@
+"""Random calls of the operator, shared by its tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from vision_ssm.scan import (
+    ATROUS_SCAN,
+    COLUMNS,
+    CROSS_SCAN,
+    ROWS,
+    AntiDiagonal,
+    Diagonal,
+    Path,
+    Reversed,
+    Routes,
+    Shifted,
+    Snake,
+    Windowed,
+    build_routes,
+    route_scan,
+)
+
+PATHS: dict[str, tuple[Path, ...]] = {
+    "one": (ROWS,),
+    "cross": CROSS_SCAN,
+    "atrous": ATROUS_SCAN,
+    "shifted": (Shifted(COLUMNS), Shifted(Reversed(COLUMNS))),
+    "oblique": (Diagonal(), AntiDiagonal(), Snake(), Windowed(2)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of call; ``make`` draws its tensors."""
+
+    paths: str = "cross"
+    batch: int = 2
+    height: int = 3
+    width: int = 5
+    channels: int = 6  # per route
+    states: int = 2
+    rank: int = 3  # 0: ready-made step sizes
+    side_by_side: bool = False
+    shared: bool = False  # one set of parameters and one dbc for all routes
+    bias: bool = True
+    skip: bool = True
+    softplus: bool = True
+    inclusive: bool = True
+    chosen: int = 0  # routes that each image takes; 0: all
+    weighted: bool = False
+
+    def __str__(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return ",".join(changed) or "default"
+
+    def make(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> Call:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int, like: torch.dtype = dtype) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(like)
+
+        routes = build_routes(PATHS[self.paths], self.height, self.width)
+        K, Dk, N, R = len(routes), self.channels, self.states, self.rank
+        own = 1 if self.shared else K
+        tokens = self.height * self.width
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        tensors: dict[str, Tensor | None] = dict(
+            x=draw(self.batch, tokens, Dk * K if self.side_by_side else Dk),
+            dbc=draw(self.batch, tokens, own, R + 2 * N),
+            A=-torch.rand(own, Dk, N, generator=generator, dtype=torch.float64).to(exact) - 0.05,
+        )
+        if R:
+            tensors["dt_weight"] = 0.5 * draw(own, R, Dk, like=exact)
+        else:
+            # without a softplus, step sizes are positive by themselves
+            delta = draw(self.batch, tokens, own, Dk)
+            tensors["delta"] = delta if self.softplus else delta.abs()
+        if self.bias:
+            bias = draw(own, Dk, like=exact)
+            tensors["dt_bias"] = bias if self.softplus else 0.1 * bias.abs()
+        if self.skip:
+            tensors["D"] = draw(own, Dk, like=exact)
+        taken = self.chosen or K
+        if self.chosen:
+            order = torch.rand(self.batch, K, generator=generator).argsort(1)
+            tensors["route_index"] = order[:, : self.chosen].contiguous()
+        if self.weighted:
+            tensors["route_weight"] = torch.rand(self.batch, taken, generator=generator).to(exact)
+        return Call(routes, tensors, dict(softplus=self.softplus, inclusive=self.inclusive))
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tensors and switches of one call."""
+
+    routes: Routes
+    tensors: dict[str, Tensor | None]
+    switches: dict[str, bool]
+
+    @property
+    def differentiable(self) -> dict[str, Tensor]:
+        return {n: t for n, t in self.tensors.items() if t is not None and t.dtype.is_floating_point}
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call in another precision; parameters stay at least float32."""
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def cast(name: str, tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or name == "route_index":
+                return tensor
+            return tensor.to(dtype if name in ("x", "dbc", "delta") else exact)
+
+        return replace(self, tensors={name: cast(name, tensor) for name, tensor in self.tensors.items()})
+
+    def run(self, **options: bool) -> tuple[Tensor, Tensor]:
+        """Outputs and last state."""
+        tensors = dict(self.tensors)
+        x, dbc, A = tensors.pop("x"), tensors.pop("dbc"), tensors.pop("A")
+        return route_scan(x, dbc, A, self.routes, **tensors, **self.switches, return_last_state=True, **options)
+
+    def gradients(self, seed: int = 1) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Outputs, last state, and the gradient of every argument for random gradients of both."""
+        leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in self.differentiable.items()}
+        y, state = replace(self, tensors=self.tensors | leaves).run()
+        generator = torch.Generator().manual_seed(seed)
+        grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, state)]
+        # A route over padding alone depends on nothing; the last output ties every leaf in, with gradient 0.
+        outputs = [(t, g) for t, g in zip((y, state), grads, strict=True) if t.requires_grad]
+        outputs.append((sum(leaf.sum() for leaf in leaves.values()), torch.zeros(())))
+        found = torch.autograd.grad([e for e, _ in outputs], list(leaves.values()), [w.to(e.dtype) for e, w in outputs])
+        return y.detach(), state.detach(), dict(zip(leaves, found, strict=True))
+
+
+CASES = [
+    Case(),
+    Case(paths="one", states=1),
+    Case(states=1, rank=1),
+    Case(states=16),
+    Case(side_by_side=True),
+    Case(side_by_side=True, channels=87, states=1, rank=6),
+    Case(side_by_side=True, shared=True),
+    Case(shared=True),
+    Case(rank=0),
+    Case(rank=0, shared=True, softplus=False),
+    Case(bias=False, skip=False),
+    Case(paths="atrous"),
+    Case(paths="atrous", height=1, width=1),
+    Case(paths="atrous", rank=0, bias=False),
+    Case(paths="shifted", skip=False),
+    Case(inclusive=False),
+    Case(inclusive=False, skip=False, states=1),
+    Case(paths="oblique", height=4, width=3),
+    Case(chosen=2),
+    Case(chosen=2, weighted=True),
+    Case(chosen=3, weighted=True, shared=True, rank=0),
+    Case(chosen=2, weighted=True, inclusive=False, paths="oblique"),
+    Case(weighted=True),
+    Case(height=1, width=1),
+    Case(batch=1, height=1, width=7),
+    Case(batch=5, channels=1),
+]

@@ -1,0 +1,198 @@
+"""Every backend against the reference: outputs, states and every gradient."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, PATHS, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vision_ssm.scan import available_backends, build_routes, last_backend, route_scan, use_backend
+
+FAST = [name for name in available_backends() if name != "reference"]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error in the 2-norm; NaN never passes."""
+    if expected.numel() == 0:
+        return 0.0
+    difference = (found.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp(min=1e-6))
+
+
+def assert_equal_to_reference(call, backend, dtype):
+    # The reference works in float64 on the values that the backend sees.
+    call = call.to(dtype)
+    with use_backend("reference"):
+        y, state, grads = call.to(torch.float64).gradients()
+    with use_backend(backend):
+        found_y, found_state, found_grads = call.gradients()
+    assert found_y.dtype == dtype
+    assert found_state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert error(found_y, y) <= TOLERANCE[dtype]
+    assert error(found_state, state) <= TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
+    for name, grad in grads.items():
+        assert found_grads[name].dtype == call.tensors[name].dtype, name
+        assert error(found_grads[name], grad) <= TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_gradients(case, backend):
+    assert_equal_to_reference(case.make(), backend, torch.float64)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(), Case(states=16, rank=0), Case(chosen=2, weighted=True), Case(side_by_side=True)], ids=str
+)
+def test_precisions(case, dtype, backend):
+    assert_equal_to_reference(case.make(), backend, dtype)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_size(backend, data):
+    side_by_side = data.draw(st.booleans())
+    case = Case(
+        paths=data.draw(st.sampled_from(sorted(PATHS))),
+        batch=data.draw(st.integers(1, 3)),
+        height=data.draw(st.integers(1, 6)),
+        width=data.draw(st.integers(1, 6)),
+        channels=data.draw(st.integers(1, 9)),
+        states=data.draw(st.integers(1, 5)),
+        rank=data.draw(st.integers(0, 4)),
+        side_by_side=side_by_side,
+        shared=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()),
+        skip=data.draw(st.booleans()),
+        inclusive=data.draw(st.booleans()),
+        chosen=0 if side_by_side else data.draw(st.integers(0, 1)),
+        weighted=not side_by_side and data.draw(st.booleans()),
+    )
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    assert_equal_to_reference(case.make(seed=data.draw(st.integers(0, 99))), backend, dtype)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_noncontiguous_inputs(backend):
+    call = Case().make()
+    strided = {
+        name: tensor.transpose(0, -1).contiguous().transpose(0, -1) if tensor.dim() > 1 else tensor
+        for name, tensor in call.differentiable.items()
+    }
+    assert not strided["x"].is_contiguous()
+    assert_equal_to_reference(type(call)(call.routes, call.tensors | strided, call.switches), backend, torch.float64)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_uninitialised_memory_is_never_read(backend, monkeypatch):
+    call = Case(paths="atrous", states=3).make()
+    with use_backend(backend):
+        y, state, grads = call.gradients()
+        torch.use_deterministic_algorithms(True)  # makes torch.empty hold NaN
+        monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        try:
+            again = call.gradients()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert torch.equal(y, again[0])
+    assert torch.equal(state, again[1])
+    assert all(torch.equal(grad, again[2][name]) for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_long_routes_match_the_definition(backend):
+    # 65,536 tokens in float32 against a float64 recurrence of one channel and state, step by step
+    torch.manual_seed(0)
+    tokens, channels = 65536, 3
+    x, delta = torch.randn(1, tokens, channels), 0.3 * torch.rand(1, tokens, 1, channels)
+    dbc, A = torch.randn(1, tokens, 1, 2), -torch.rand(1, channels, 1) - 0.01
+    with use_backend(backend):
+        y = route_scan(x, dbc, A, build_routes(PATHS["one"], 256, 256), delta=delta, softplus=False)
+    decay = torch.exp(delta[0, :, 0].double() * A[0, :, 0].double()).numpy()
+    drive = (delta[0, :, 0].double() * x[0].double() * dbc[0, :, 0, :1].double()).numpy()
+    h, states = 0.0, []
+    for a, b in zip(decay, drive, strict=True):
+        h = a * h + b
+        states.append(h)
+    expected = torch.from_numpy(np.stack(states)) * dbc[0, :, 0, 1:].double()
+    assert error(y[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(
+    ("step", "rate"), [(1e4, -1e4), (1e-30, -1e-30), (80.0, -1e-6), (0.0, -1.0), (1e3, -1.0)], ids=str
+)
+def test_extreme_step_sizes_and_rates_stay_finite(step, rate, backend):
+    torch.manual_seed(0)
+    x = torch.randn(1, 4096, 4, requires_grad=True)
+    delta = torch.full((1, 4096, 1, 4), step, requires_grad=True)
+    dbc = torch.randn(1, 4096, 1, 4, requires_grad=True)
+    A = torch.full((1, 4, 2), rate, requires_grad=True)
+    with use_backend(backend):
+        y = route_scan(x, dbc, A, build_routes(PATHS["cross"], 64, 64), delta=delta, softplus=False)
+        y.mean().backward()
+    assert torch.isfinite(y).all()
+    assert all(torch.isfinite(t.grad).all() for t in (x, delta, dbc, A))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_same_result_from_run_to_run(backend):
+    call = Case(batch=3, height=17, width=13, channels=40, states=4).make(torch.float32)
+    with use_backend(backend):
+        first, second = call.gradients(), call.gradients()
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(grad, second[2][name]) for name, grad in first[2].items())
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_two_threads_at_once(backend):
+    calls = [Case(height=9, width=8 + i, states=1 + i).make(torch.float32, seed=i) for i in range(2)]
+    expected = [call.gradients() for call in calls]
+    found: list = [None, None]
+
+    def work(i):
+        with use_backend(backend):
+            for _ in range(10):
+                found[i] = calls[i].gradients()
+            assert last_backend() == backend
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for (y, state, grads), (found_y, found_state, found_grads) in zip(expected, found, strict=True):
+        assert error(found_y, y) < 1e-6
+        assert error(found_state, state) < 1e-6
+        assert all(error(found_grads[name], grad) < 1e-6 for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_images_do_not_see_each_other(backend):
+    # Also when there are so many that they are processed in several groups.
+    call = Case(batch=9, height=16, width=16, channels=32, states=16).make(torch.float32)
+    with use_backend(backend):
+        y, state, grads = call.gradients()
+        alone = {n: t[4:5] if n in ("x", "dbc") else t for n, t in call.tensors.items()}
+        y4, state4 = type(call)(call.routes, alone, call.switches).run()
+    assert error(y[4:5], y4) < 1e-6
+    assert error(state[4:5], state4) < 1e-6
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)], ids=["no images", "no channels"])
+def test_empty_inputs(shape):
+    batch, channels = shape
+    x = torch.zeros(batch, 6, channels, requires_grad=True)
+    dbc, A = torch.zeros(batch, 6, 1, 4, requires_grad=True), torch.zeros(1, channels, 2, requires_grad=True)
+    delta = torch.zeros(batch, 6, 1, channels)
+    y, state = route_scan(x, dbc, A, build_routes(PATHS["cross"], 2, 3), delta=delta, return_last_state=True)
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert state.shape == (batch, 4, channels, 2)
+    assert A.grad.shape == A.shape
