@@ -107,25 +107,15 @@ def _run(config: recipes.TrainConfig, run: RunOptions) -> int:
     # Not before the options are known to be right: these imports take seconds.
     from rich.console import Console
 
-    from vision_ssm.data import load_splits
     from vision_ssm.tasks.recorder import Stopped
-    from vision_ssm.tasks.train import check
     from vision_ssm.tasks.train import train as train_classifier
 
     config = _absolute(config)
-    resuming = bool(run.resume)
     path = run.resume if isinstance(run.resume, Path) else run.out
     if path is None:
         path = Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = RunFolder(path)
-    check(config)
-    if resuming:
-        folder.check_same(config)
-    else:
-        load_splits(config)  # before an older run is removed
-        folder.prepare(overwrite=run.overwrite)
     try:
-        train_classifier(config, folder, resume=resuming, console=Console())
+        train_classifier(config, RunFolder(path), resume=bool(run.resume), overwrite=run.overwrite, console=Console())
     except Stopped:
         sys.stderr.write(f"\nStopped. Continue with: vision-ssm train --resume {path}\n")
         return INTERRUPTED

@@ -34,7 +34,7 @@ __all__ = [
     "to_dict",
 ]
 
-MODEL = "test_convnext"
+MODEL = "vmamba_atto"
 
 
 def digits() -> DigitsConfig:

@@ -80,7 +80,7 @@ class FolderData:
 class TrainConfig:
     """Everything that decides the outcome of a classification run, and where it is computed."""
 
-    model: str = "test_convnext"
+    model: str = "vmamba_atto"
     """Name of a timm model."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model, such as stem_stride=2."""

@@ -12,7 +12,6 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from vision_ssm.data import seeded
-from vision_ssm.errors import InputError
 from vision_ssm.recipes import Augmentation, Optimisation
 from vision_ssm.tasks.evaluation import balanced_accuracy
 
@@ -140,16 +139,13 @@ class ClassificationTask(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Timm's optimiser and its schedule, stepped once per batch."""
-        try:
-            optimizer = create_optimizer_v2(
-                self.model,
-                opt=self.optim.optimizer,
-                lr=self.optim.lr,
-                weight_decay=self.optim.weight_decay,
-                layer_decay=self.optim.layer_decay,
-            )
-        except ValueError as error:
-            raise InputError(f"--optim.optimizer {self.optim.optimizer}: {error}") from error
+        optimizer = create_optimizer_v2(
+            self.model,
+            opt=self.optim.optimizer,
+            lr=self.optim.lr,
+            weight_decay=self.optim.weight_decay,
+            layer_decay=self.optim.layer_decay,
+        )
         warmup = min(self.optim.warmup_epochs, self.epochs - 1)
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -161,8 +157,6 @@ class ClassificationTask(lightning.LightningModule):
             step_on_epochs=False,
             updates_per_epoch=int(self.trainer.estimated_stepping_batches) // self.epochs,
         )
-        if scheduler is None:
-            raise InputError(f"timm has no schedule called {self.optim.schedule}")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

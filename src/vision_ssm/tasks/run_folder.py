@@ -62,8 +62,8 @@ class RunFolder:
         """Learning curves, confusion matrix and sheet of predictions."""
         return self.path / "curves.png", self.path / "confusion.png", self.path / "predictions.png"
 
-    def prepare(self, *, overwrite: bool) -> None:
-        """Make the folder, empty.
+    def check_free(self, *, overwrite: bool) -> None:
+        """Refuse a folder that must not be written to.
 
         Raises:
             InputError: It has content and `overwrite` is off, or the content is not that of a run.
@@ -75,8 +75,12 @@ class RunFolder:
                 raise InputError(f"{self.path} is not empty; add --overwrite, or --resume to continue the run in it")
             if not self.config.is_file():
                 raise InputError(f"{self.path} holds something else than a run; not overwriting it")
+
+    def clear(self) -> None:
+        """Make the folder, empty; call `check_free` first."""
+        if self.path.exists():
             shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True)
 
     def write_config(self, config: TrainConfig) -> None:
         """Write `config.json`."""
@@ -99,11 +103,12 @@ class RunFolder:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"cannot read {self.config}: {error}") from error
 
-    def check_same(self, config: TrainConfig) -> None:
+    def check_resumable(self, config: TrainConfig) -> None:
         """Refuse to resume under a configuration that would lead elsewhere.
 
         Raises:
-            InputError: `config` differs in more than where and with how many workers it is computed.
+            InputError: There is no run, or nothing saved of it yet, or `config` differs from its configuration in
+                more than where and with how many workers it is computed.
         """
         saved = self.read_config()
         if type(saved) is not type(config):
@@ -112,6 +117,8 @@ class RunFolder:
             if name not in ("device", "workers"):
                 option = name.replace("_", "-")
                 raise InputError(f"cannot resume {self.path}: it was started with --{option} {before}, not {now}")
+        if not self.state.is_file():
+            raise InputError(f"{self.path} was stopped before anything was saved; start it again with --overwrite")
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Sequence[tuple[str, Any, Any]]:

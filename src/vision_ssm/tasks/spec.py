@@ -9,11 +9,10 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import timm
-import torch
 from timm.data import create_transform
 from torch import Tensor, nn
 
-import vision_ssm  # noqa: F401  (registers the models)
+from vision_ssm.checkpoints import CheckpointError, load_checkpoint_file
 from vision_ssm.data import Transform
 from vision_ssm.data.datasets import shorten
 from vision_ssm.errors import InputError
@@ -148,21 +147,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"no such checkpoint file: {path}")
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
-    for key in ("state_dict_ema", "state_dict", "model_ema", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path} is not a checkpoint of model weights")
-    return state
+        return load_checkpoint_file(path)
+    except CheckpointError as error:
+        raise InputError(str(error)) from error
 
 
-def load_weights(model: nn.Module, path: Path, *, new_head: bool = False) -> bool:
+def load_weights(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
     """Load a checkpoint; every key has to match.
 
     Args:
@@ -170,29 +160,50 @@ def load_weights(model: nn.Module, path: Path, *, new_head: bool = False) -> boo
         path: A safetensors or PyTorch file.
         new_head: Leave the classifier as it is where the checkpoint's has another shape.
 
-    Returns:
-        Whether the classifier was left out.
-
     Raises:
         InputError: The file cannot be read, or belongs to another model; names a few of the differing keys.
     """
     found, wanted = read_tensors(path), model.state_dict()
-    differing = [k for k in wanted if k in found and found[k].shape != wanted[k].shape]
-    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    is_head = {k for k in wanted if any(k.startswith(f"{head}.") for head in heads)}
-    left_out = new_head and any(k in is_head for k in differing)
-    if left_out:
-        found = {k: v for k, v in found.items() if k not in is_head}
-        differing = [k for k in differing if k not in is_head]
-    missing = [k for k in wanted if k not in found and not (left_out and k in is_head)]
-    unexpected = [k for k in found if k not in wanted]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": differing}
+    if new_head:
+        head = [k for k in wanted if k.startswith(_head_prefixes(model))]
+        if any(k in found and found[k].shape != wanted[k].shape for k in head):
+            found |= {k: wanted[k] for k in head}
+    problems = {
+        "missing": [k for k in wanted if k not in found],
+        "unexpected": [k for k in found if k not in wanted],
+        "of another shape": [k for k in wanted if k in found and found[k].shape != wanted[k].shape],
+    }
     if any(problems.values()):
         listed = "; ".join(f"{what}: {shorten(keys, 3)}" for what, keys in problems.items() if keys)
         raise InputError(f"{path} does not fit {type(model).__name__} ({listed})")
-    model.load_state_dict(found, strict=not left_out)
-    return left_out
+    model.load_state_dict(found)
+
+
+def create_from_file(name: str, args: Mapping[str, Any], num_classes: int, path: Path) -> nn.Module:
+    """A model that starts from a checkpoint file, with a new classifier if the file's has other classes.
+
+    Raises:
+        InputError: The file cannot be read or does not fit, neither as it is nor through the model's own
+            conversion of published checkpoints.
+    """
+    model = create_model(name, args, num_classes)
+    try:
+        load_weights(model, path, new_head=True)
+    except InputError as mismatch:
+        overlay = {"state_dict": read_tensors(path)}
+        try:
+            model = timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, **args
+            )
+        except (RuntimeError, ValueError, KeyError, AttributeError):
+            raise mismatch from None
+        model.pretrained_cfg["state_dict"] = None
+    return model
+
+
+def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
 
 
 def save_classifier(path: Path, model: nn.Module, spec: ModelSpec) -> None:

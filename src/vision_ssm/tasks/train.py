@@ -1,3 +1,4 @@
+import difflib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 import lightning
 import torch
 from rich.console import Console
+from timm.optim import list_optimizers
 
 from vision_ssm.data import ImageData, LabelledImages, load_splits, seeded
 from vision_ssm.errors import InputError
@@ -21,9 +23,12 @@ from vision_ssm.tasks.progress import TrainingProgress
 from vision_ssm.tasks.recorder import RunRecorder, SafeCheckpointIO, stop_on_signals
 from vision_ssm.tasks.report import is_uneven, report_data, report_evaluation
 from vision_ssm.tasks.run_folder import RunFolder
-from vision_ssm.tasks.spec import ModelSpec, create_model, load_weights, spec_for
+from vision_ssm.tasks.spec import ModelSpec, create_from_file, create_model, spec_for
 
 _WEIGHTS = 3  # keeps the draws of the first weights apart from those of data and steps
+
+# Those of timm's that are functions of the step alone (not of the validation accuracy).
+_SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
 
 # True of Lightning's own loaders and modules, but not of these: the sampler resumes inside an epoch, and the
 # moving average is in evaluation mode on purpose. The last one is between Lightning and torch.
@@ -36,14 +41,22 @@ _EXPECTED = (
 
 
 def train(
-    config: TrainConfig, folder: RunFolder, *, resume: bool = False, console: Console | None = None
+    config: TrainConfig,
+    folder: RunFolder,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
 ) -> Evaluation:
     """Train a classifier and leave a folder with configuration, weights, metrics and pictures.
 
+    Nothing is written, or removed, before configuration, data and model are known to be good.
+
     Args:
         config: What to train and how.
-        folder: Where to write; made and emptied by the caller (`RunFolder.prepare`), or holding a run to resume.
+        folder: Where to write.
         resume: Continue the run in `folder` at the batch where its state was saved.
+        overwrite: Replace the run in `folder`.
         console: Where to report progress; nowhere by default.
 
     Returns:
@@ -56,6 +69,11 @@ def train(
     """
     console = console or Console(quiet=True)
     check(config)
+    if resume:
+        folder.check_resumable(config)
+    else:
+        folder.check_free(overwrite=overwrite)
+    device = find_device(config.device)
     splits = load_splits(config)
     report_data(splits, console)
     spec = spec_for(config, splits.train.classes)
@@ -67,10 +85,10 @@ def train(
         config.seed,
         loader_workers(config.workers),
     )
-    model = _first_model(config, spec, console, resume=resume)
+    model = _first_model(config, spec, resume=resume)
     parameters = sum(p.numel() for p in model.parameters())
     size = f"{spec.image_size}×{spec.image_size}"
-    console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input", highlight=False)
+    console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input, {device}", highlight=False)
     task = ClassificationTask(
         model,
         len(spec.classes),
@@ -79,16 +97,14 @@ def train(
         epochs=config.epochs,
         seed=config.seed,
     )
-    if resume:
-        folder.check_same(config)
-        if not folder.state.is_file():
-            raise InputError(f"{folder.path} has no {folder.state.name} yet; start it again with --overwrite")
-    else:
-        folder.write_config(config)
-        write_json(folder.model, to_dict(spec))
     with stop_on_signals() as stop, _quiet_lightning():
         recorder = RunRecorder(folder, spec, stop)
-        trainer = make_trainer(config, folder, [recorder, TrainingProgress(console, uneven=is_uneven(splits.train))])
+        progress = TrainingProgress(console, uneven=is_uneven(splits.train))
+        trainer = make_trainer(config, device, folder, [recorder, progress])
+        if not resume:
+            folder.clear()
+            folder.write_config(config)
+            write_json(folder.model, to_dict(spec))
         trainer.fit(task, data, ckpt_path=str(folder.state) if resume else None)
     classifier = load_classifier(folder.best, config.device, config.precision)
     evaluation = evaluate(classifier, splits.val, config.batch_size, config.workers, console=console)
@@ -138,17 +154,23 @@ def check(config: TrainConfig) -> None:
     for name, value in shares.items():
         if value is not None and not 0 <= value <= 1:
             raise InputError(f"--{name} must lie between 0 and 1, not {value}")
+    if optim.optimizer not in list_optimizers():
+        near = " or ".join(difflib.get_close_matches(optim.optimizer, list_optimizers())) or "adamw"
+        raise InputError(f"timm has no optimiser called {optim.optimizer}; did you mean {near}?")
+    if optim.schedule not in _SCHEDULES:
+        raise InputError(f"--optim.schedule must be one of {', '.join(_SCHEDULES)}, not {optim.schedule}")
     if (augment.mixup or augment.cutmix) and config.batch_size % 2:
         raise InputError(f"mixup and CutMix pair images, so --batch-size must be even, not {config.batch_size}")
 
 
-def make_trainer(config: TrainConfig, folder: RunFolder, callbacks: list[Any]) -> lightning.Trainer:
+def make_trainer(
+    config: TrainConfig, device: torch.device, folder: RunFolder, callbacks: list[Any]
+) -> lightning.Trainer:
     """Lightning's trainer on one device, with nothing printed and checkpoints written safely.
 
     Raises:
-        InputError: The device is missing or cannot compute in the precision asked for.
+        InputError: The device cannot compute in the precision asked for.
     """
-    device = find_device(config.device)
     try:
         return lightning.Trainer(
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
@@ -194,14 +216,12 @@ def finish(
     return evaluation
 
 
-def _first_model(config: TrainConfig, spec: ModelSpec, console: Console, *, resume: bool) -> torch.nn.Module:
+def _first_model(config: TrainConfig, spec: ModelSpec, *, resume: bool) -> torch.nn.Module:
+    count = len(spec.classes)
     with seeded(config.seed, _WEIGHTS):
-        model = create_model(
-            spec.model, spec.model_args, len(spec.classes), pretrained=config.pretrained is True and not resume
-        )
-    if isinstance(config.pretrained, Path) and not resume and load_weights(model, config.pretrained, new_head=True):
-        console.print(f"Start  {config.pretrained}, with a new classifier", highlight=False)
-    return model
+        if isinstance(config.pretrained, Path) and not resume:
+            return create_from_file(spec.model, spec.model_args, count, config.pretrained)
+        return create_model(spec.model, spec.model_args, count, pretrained=bool(config.pretrained) and not resume)
 
 
 @contextmanager
