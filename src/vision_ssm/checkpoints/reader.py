@@ -13,13 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vision_ssm.errors import InputError
+
 # Where checkpoints keep their weights; the first that is there is taken.
 _WRAPPERS = ("model", "state_dict", "module", "model_state", "net")
 _EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema")
 _PREFIXES = ("module.", "_orig_mod.")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A file that holds no usable weights, or not those of the model at hand."""
 
 

@@ -13,6 +13,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("vision_ssm.cli.train:train", "train a classifier on the digits or on folders of images"),
     "eval": ("vision_ssm.cli.use:evaluate", "measure a trained classifier"),
     "predict": ("vision_ssm.cli.use:predict", "classify images with a trained classifier"),
+    "models": ("vision_ssm.cli.models:models", "list the models of this package"),
+    "info": ("vision_ssm.cli.models:info", "show what a model costs and the maps it gives"),
+    "bench": ("vision_ssm.cli.models:bench", "time models, with every setting that matters"),
+    "convert": ("vision_ssm.cli.models:convert", "turn an official checkpoint into safetensors"),
 }
 """Name of each command: where its function is, and what it does."""
 

@@ -1,0 +1,105 @@
+"""What a model costs: parameters, and its operations in the three conventions that must not be mixed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vision_ssm.scan.operator import scan_flops
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Cost of one forward pass.
+
+    Args:
+        parameters: Number of parameters.
+        macs: Multiply-accumulates of convolutions, linear layers and matrix products (the scan's step-size
+            projection is one); nothing else.
+        paper_ops: The convention of the papers: those multiply-accumulates, 5 per element of LayerNorm and
+            GroupNorm, 2 of BatchNorm, 1 per element pooled, and 9 L D N + L D per scan.
+        flops: ``torch.utils.flop_counter``: 2 per multiply-accumulate, and the scan's own count.
+    """
+
+    parameters: int
+    macs: int
+    paper_ops: int
+    flops: int
+
+
+def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), batch: int = 1) -> Complexity:
+    """Count a forward pass of ``model`` without running it.
+
+    Args:
+        model: Any model whose ``forward`` takes images.
+        input_size: Channels, height and width of an image.
+        batch: Number of images.
+
+    Source: the papers' convention is that of VMamba's ``flops()``, which SparX and others report.
+    """
+    # On the meta device nothing is computed.
+    ghost = copy.deepcopy(model).to("meta").eval()
+    images = torch.empty(batch, *input_size, device="meta")
+    return Complexity(
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=_count(ghost, images, {_SCAN: _projection_flops}) // 2,
+        paper_ops=_count(ghost, images, _PAPER_FORMULAS) // 2,
+        flops=_count(ghost, images, {}),
+    )
+
+
+def feature_shapes(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> list[tuple[int, ...]]:
+    """Return the shape (C, H, W) of every stage's map, for a model with timm's ``forward_intermediates``."""
+    ghost = copy.deepcopy(model).to("meta").eval()
+    with torch.no_grad():
+        maps = ghost.forward_intermediates(torch.empty(1, *input_size, device="meta"), intermediates_only=True)
+    return [tuple(feature.shape[1:]) for feature in maps]
+
+
+def _count(model: nn.Module, images: torch.Tensor, formulas: dict[Any, Callable[..., int]]) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        model(images)
+    return counter.get_total_flops()
+
+
+def _elements(per_element: int) -> Callable[..., int]:
+    # Doubled like the multiply-accumulates, because the total is halved.
+    return lambda shape, *_, **__: 2 * per_element * prod(shape)
+
+
+def _scan_sizes(x: Any, dbc: Any, A: Any, read: Any, write: Any, *rest: Any) -> tuple[int, int, int, int, int]:
+    dt_weight, route_index = rest[1], rest[4]
+    routes = read[0] if route_index is None else route_index[1]
+    return x[0], routes, read[1], A[1], 0 if dt_weight is None else dt_weight[1]
+
+
+def _projection_flops(*shapes: Any, **_: Any) -> int:
+    batch, routes, steps, width, rank = _scan_sizes(*shapes)
+    return scan_flops(batch, routes, steps, width, states=0, rank=rank, skip=False)
+
+
+def _paper_scan(*shapes: Any, **_: Any) -> int:
+    batch, routes, steps, width, _ = _scan_sizes(*shapes)
+    skip, states = shapes[8] is not None, shapes[2][2]
+    return _projection_flops(*shapes) + 2 * scan_flops(batch, routes, steps, width, states, rank=0, skip=skip)
+
+
+_SCAN = torch.ops.vision_ssm.route_scan
+_PAPER_FORMULAS: dict[Any, Callable[..., int]] = {
+    _SCAN: _paper_scan,
+    torch.ops.aten.native_layer_norm: _elements(5),
+    torch.ops.aten.native_group_norm: _elements(5),
+    torch.ops.aten.native_batch_norm: _elements(2),
+    torch.ops.aten._native_batch_norm_legit: _elements(2),
+    torch.ops.aten._native_batch_norm_legit_no_training: _elements(2),
+    torch.ops.aten.mean: _elements(1),
+    torch.ops.aten._adaptive_avg_pool2d: _elements(1),
+    torch.ops.aten.avg_pool2d: _elements(1),
+}
