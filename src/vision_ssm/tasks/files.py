@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 import tempfile
@@ -26,8 +25,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         # torch.save hides the reason of a failed write behind a RuntimeError of its own.
-        if isinstance(error, RuntimeError) and "write" in str(error).lower():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise
 
 

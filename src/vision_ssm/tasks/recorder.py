@@ -75,6 +75,11 @@ class RunRecorder(Checkpoint):
         self.images, self.seconds = 0, 0.0
         self._since = self._saved = 0.0
 
+    @property
+    def state_key(self) -> str:
+        """The name under which the checkpoint keeps this callback's state."""
+        return "run_recorder"
+
     def state_dict(self) -> dict[str, Any]:
         """The table of metrics, and what of the current epoch has been counted."""
         return {"history": self.history, "images": self.images, "seconds": self.seconds}

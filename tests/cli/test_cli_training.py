@@ -1,0 +1,176 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vision_ssm.cli import main
+
+TINY = [
+    *("--model", "test_convnext", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu"),
+    *("--recipe", "small", "--optim.warmup-epochs", "0", "--augment.color-jitter", "0"),
+]
+
+
+def train(*words):
+    return main(["train", *map(str, words)])
+
+
+def fill(root, **counts):
+    generator = np.random.default_rng(0)
+    for level, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            noise = generator.integers(0, 60, (24, 32, 3)) + 60 * level
+            Image.fromarray(noise.astype(np.uint8)).save(root / name / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("images"), dark=24, grey=12, light=12)
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "first"
+    words = ["--data.root", images, "--data.val-fraction", 0.25, "--epochs", 4, "--out", out, "--optim.lr", 0.003]
+    assert train("folder", *words, *TINY) == 0
+    return out
+
+
+def test_what_a_run_prints(images, tmp_path, capsys):
+    assert train("folder", "--data.root", images, "--epochs", 2, "--out", tmp_path / "run", *TINY) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    lines = shown.out.splitlines()
+    assert lines[0] == "Data   44 training and 4 validation images in 3 classes"
+    assert "dark" in lines[2]
+    assert lines[2].split()[1:] == ["22", "2"]
+    assert sum("balanced" in line and "val loss" in line for line in lines) == 2
+    assert any("balanced accuracy" in line for line in lines)
+    assert str(tmp_path / "run" / "predictions.png") in shown.out
+
+
+def test_eval_on_its_own_and_on_other_data(run, images, tmp_path, capsys):
+    assert main(["eval", str(run)]) == 0
+    assert "recall" in capsys.readouterr().out
+    assert main(["eval", str(run), "--data", str(images), "--json", "--pictures", str(tmp_path / "p")]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["images"] == 48
+    assert [row["class"] for row in values["per_class"]] == ["dark", "grey", "light"]
+    assert values["accuracy"] > 0.9
+    assert "top5_accuracy" not in values
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["confusion.png", "predictions.png"]
+
+
+def test_predict_files_and_folders(run, images, capsys):
+    assert main(["predict", str(run), str(images / "light"), str(images / "dark" / "00.png"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["predictions"][0]["class"] for row in rows] == ["light"] * 12 + ["dark"]
+    assert sum(p["probability"] for p in rows[0]["predictions"]) == pytest.approx(1)
+    assert main(["predict", str(run), str(images / "light" / "00.png")]) == 0
+    assert "light" in capsys.readouterr().out
+
+
+def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
+    words = ["folder", "--data.root", images, "--epochs", "1", *TINY]
+    assert train(*words, "--out", run) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert train(*words, "--out", tmp_path, "--overwrite") == 2
+    assert (tmp_path / "thesis.txt").exists()
+    # A mistake in the new command does not cost the old run.
+    assert train(*words, "--out", run, "--overwrite", "--model", "test_convnetx") == 2
+    assert (run / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param("digits --model test_convnetx", "did you mean test_convnext", id="unknown-model"),
+        pytest.param("digits --model test_convnext --model-args colour=red", "colour=red", id="unknown-argument"),
+        pytest.param("digits --pretrained", "no published weights", id="no-published-weights"),
+        pytest.param("digits --pretrained nowhere.pth", "no such checkpoint file", id="no-checkpoint"),
+        pytest.param("digits --optim.lr -0.1", "--optim.lr must be positive", id="negative-rate"),
+        pytest.param("digits --epochs 0", "--epochs must be positive", id="no-epochs"),
+        pytest.param("digits --batch-size 2000", "larger than the 1437 training images", id="batch-too-large"),
+        pytest.param("digits --augment.mixup 1 --batch-size 7", "must be even", id="odd-mixup"),
+        pytest.param("digits --optim.optimizer adamx", "did you mean", id="unknown-optimiser"),
+        pytest.param("digits --optim.schedule plateau", "cosine", id="unknown-schedule"),
+        pytest.param("digits --device cuda:77", "no device cuda:77", id="no-device"),
+        pytest.param("folder --data.root nowhere", "no such folder", id="no-folder"),
+        pytest.param("--resume nowhere", "no such run folder", id="no-run"),
+        pytest.param("digits --resume", "needs the folder of a run", id="resume-what"),
+    ],
+)
+def test_bad_options_get_one_line_and_leave_nothing(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train(*words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vision-ssm: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_training_image_is_named(workers, tmp_path, capsys):
+    root = fill(tmp_path / "images", cat=6, dog=6)
+    for path in root.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    words = ["folder", "--data.root", root, "--out", tmp_path / "run", *TINY, "--workers", workers]
+    assert train(*words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot read image" in error
+    assert ".png" in error
+
+
+def test_bad_runs_and_images(run, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_text("not an image")
+    for words, message in (
+        (["eval", str(tmp_path)], "is not a run folder"),
+        (["eval", str(run), "--data", str(tmp_path)], "no class folders"),
+        (["predict", str(run), str(tmp_path / "none.png")], "no such file"),
+        (["predict", str(run), str(tmp_path / "broken.jpg")], "broken.jpg"),
+        (["predict", str(tmp_path / "broken.jpg"), str(tmp_path)], "was not written by a vision-ssm run"),
+        (["fly"], "no command fly"),
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_interrupted_process_says_how_to_resume_and_does(images, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "vision_ssm", "train"]
+    words = ["folder", "--data.root", str(images), "--epochs", "500", "--out", str(out), *TINY, "--workers", "1"]
+    process = subprocess.Popen(
+        [*command, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert error.strip() == f"Stopped. Continue with: vision-ssm train --resume {out}"
+    assert train("--resume", out, "--epochs", "7") == 2  # another length would be another schedule
+
+
+def test_help_is_quick_and_complete(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train("digits", "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--model", "--model-args", "--pretrained", "--device", "--precision", "--workers", "--optim.lr"):
+        assert option in shown
+    assert main(["--help"]) == 0
+    assert "predict" in capsys.readouterr().out

@@ -1,0 +1,69 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from vision_ssm.data import EpochSampler, ImageData, TrainingSamples, load_digits, seeded
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import Augmentation, digits
+from vision_ssm.tasks.spec import spec_for
+
+SPLITS = load_digits()
+SPEC = spec_for(digits(), SPLITS.train.classes)
+
+
+def module(batch_size=64, workers=0):
+    augment = Augmentation(auto_augment="rand-m9-mstd0.5", erase=0.5)
+    return ImageData(SPLITS, SPEC.train_transform(augment), SPEC.eval_transform(), batch_size, 0, workers)
+
+
+def test_seeded_draws_depend_on_the_key_alone_and_leave_no_trace():
+    # ruff: noqa: NPY002 (timm draws from NumPy's global generator)
+    def draw(*key):
+        with seeded(*key):
+            return random.random(), np.random.rand(), torch.rand(1).item()
+
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    first, other = draw(1, 2), draw(2, 1)
+    torch.rand(3)
+    torch.set_rng_state(before[2])
+    assert draw(1, 2) == first != other
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_order_is_a_function_of_the_epoch_and_can_start_inside():
+    sampler = EpochSampler(10, seed=3)
+    orders = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert sorted(index for _, index in orders[0]) == list(range(10))
+    assert [i for _, i in orders[0]] != [i for _, i in orders[1]]
+    resumed = EpochSampler(10, seed=3, epoch=1, start=4)
+    assert list(resumed) == orders[1][4:]
+    resumed.set_epoch(0)
+    assert list(resumed) == orders[0]
+
+
+def test_augmentation_does_not_depend_on_workers():
+    def first_batches(workers):
+        batches = iter(module(workers=workers).train_dataloader())
+        return [next(batches) for _ in range(3)]
+
+    for alone, spread in zip(first_batches(0), first_batches(2), strict=True):
+        assert torch.equal(alone[0], spread[0])
+        assert torch.equal(alone[1], spread[1])
+
+
+def test_augmentation_changes_with_the_epoch():
+    data = TrainingSamples(SPLITS.train, SPEC.train_transform(Augmentation()), seed=0)
+    assert torch.equal(data[0, 5][0], data[0, 5][0])
+    assert not torch.equal(data[0, 5][0], data[1, 5][0])
+
+
+def test_batch_larger_than_the_data():
+    with pytest.raises(InputError, match="larger than the 1437"):
+        module(batch_size=2000)
