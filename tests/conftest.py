@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+# The tests are small: several threads gain little on them, and lose much where the machine is shared.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

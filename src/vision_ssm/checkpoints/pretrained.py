@@ -58,7 +58,8 @@ def build_from_official(
     Raises:
         CheckpointError: If the fetched or given file is damaged or does not fit.
     """
-    kwargs.setdefault("feature_cfg", dict(out_indices=(0, 1, 2, 3), feature_cls="getter"))
+    # flatten_sequential is for timm's other feature wrappers ("list", "dict"); the getter passes it by.
+    kwargs.setdefault("feature_cfg", dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True))
     overlay = dict(pretrained_cfg_overlay or {})
     if pretrained:
         resolved = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)

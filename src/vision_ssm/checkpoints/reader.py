@@ -95,7 +95,7 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Tensor]:
 def _load_inert(path: Path) -> tuple[Any, tuple[str, ...]]:
     try:
         unknown = tuple(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        stand_ins = [(type("_Inert", (_Inert,), {}), name) for name in unknown]
+        stand_ins: list[Any] = [(type("_Inert", (_Inert,), {}), name) for name in unknown]
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(path, map_location="cpu", weights_only=True), unknown
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, KeyError, TypeError) as error:

@@ -42,6 +42,9 @@ def scan_map(
     """
     _, height, width, _ = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    device = x.device.type
+    # The meta device has no autocast, and asking for it there is an error.
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     y = route_scan(
         x.flatten(1, 2),
         dbc.flatten(1, 2).unflatten(-1, (len(paths), -1)),
@@ -50,7 +53,7 @@ def scan_map(
         dt_weight=dt_weight.to(dtype),
         dt_bias=dt_bias.to(dtype),
         D=None if D is None else D.to(dtype),
-        float_output=torch.is_autocast_enabled(x.device.type),
+        float_output=autocast,
     )
     assert isinstance(y, Tensor)
     return y.unflatten(1, (height, width))
@@ -164,6 +167,9 @@ class VSSBlock(nn.Module):
         device: Device of the parameters.
         dtype: Dtype of the parameters.
         **ss2d: Options of :class:`SS2D`.
+
+    Raises:
+        ValueError: If a size or rate is out of range.
     """
 
     def __init__(
@@ -178,6 +184,10 @@ class VSSBlock(nn.Module):
         **ss2d: Any,
     ) -> None:
         super().__init__()
+        if mlp_ratio < 0:
+            raise ValueError(f"mlp_ratio must be at least 0, got {mlp_ratio}")
+        if not 0 <= drop_path <= 1:
+            raise ValueError(f"drop_path must be between 0 and 1, got {drop_path}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.ss2d = SS2D(dim, **ss2d, **dd)

@@ -124,8 +124,12 @@ class VMamba(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if len(dims) != len(depths):
+        if len(dims) != len(depths) or not dims:
             raise ValueError(f"dims and depths must have one entry per stage, got {len(dims)} and {len(depths)}")
+        if in_chans < 1 or dims[0] < 2:
+            raise ValueError(f"in_chans must be at least 1 and dims[0] at least 2, got {in_chans} and {dims[0]}")
+        if not 0 <= drop_path_rate <= 1:
+            raise ValueError(f"drop_path_rate must be between 0 and 1, got {drop_path_rate}")
         stride = stem_stride * 2 ** (len(dims) - 1)
         if output_stride is not None and output_stride != stride:
             raise ValueError(f"output_stride must be {stride}, the network's own, got {output_stride}")
@@ -137,18 +141,15 @@ class VMamba(nn.Module):
         self.num_features = dims[-1]
         self.stem = Stem(in_chans, dims[0], stem_stride, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        block = dict(d_state=d_state, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio, paths=paths, **dd)
+        block: dict[str, Any] = dict(d_state=d_state, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio, paths=paths, **dd)
         self.stages = nn.Sequential(
-            *(
-                VMambaStage(dims[max(0, i - 1)], dim, rates[i], downsample=i > 0, **block)  # type: ignore[arg-type]
-                for i, dim in enumerate(dims)
-            )
+            *(VMambaStage(dims[max(0, i - 1)], dim, rates[i], downsample=i > 0, **block) for i, dim in enumerate(dims))
         )
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             dict(num_chs=dim, reduction=stem_stride * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
         ]
         self.feature_norms = nn.ModuleList([nn.LayerNorm(dim, **dd) for dim in dims]) if feature_norm else None
-        self.norm = nn.LayerNorm(self.num_features, **dd)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features, **dd)
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
         )
@@ -170,8 +171,9 @@ class VMamba(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for stage in self.modules():
+            if isinstance(stage, VMambaStage):
+                stage.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         """Return the final linear layer."""
@@ -244,7 +246,8 @@ class VMamba(nn.Module):
         if prune_norm or shortened:
             self.norm = nn.Identity()
         if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]  # type: ignore[assignment]
+            self.num_features = self.feature_info[last]["num_chs"]
+            self.head.in_features = self.head.num_features = self.num_features
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take
