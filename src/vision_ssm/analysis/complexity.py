@@ -58,8 +58,9 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), batc
 def feature_shapes(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> list[tuple[int, ...]]:
     """Return the shape (C, H, W) of every stage's map, for a model with timm's ``forward_intermediates``."""
     ghost = copy.deepcopy(model).to("meta").eval()
+    forward: Any = ghost.forward_intermediates
     with torch.no_grad():
-        maps = ghost.forward_intermediates(torch.empty(1, *input_size, device="meta"), intermediates_only=True)
+        maps = forward(torch.empty(1, *input_size, device="meta"), intermediates_only=True)
     return [tuple(feature.shape[1:]) for feature in maps]
 
 
@@ -71,10 +72,13 @@ def _count(model: nn.Module, images: torch.Tensor, formulas: dict[Any, Callable[
 
 def _elements(per_element: int) -> Callable[..., int]:
     # Doubled like the multiply-accumulates, because the total is halved.
-    return lambda shape, *_, **__: 2 * per_element * prod(shape)
+    def count(shape: Any, *_: Any, **__: Any) -> int:
+        return 2 * per_element * prod(shape)
+
+    return count
 
 
-def _scan_sizes(x: Any, dbc: Any, A: Any, read: Any, write: Any, *rest: Any) -> tuple[int, int, int, int, int]:
+def _scan_sizes(x: Any, dbc: Any, A: Any, read: Any, write: Any, *rest: Any, **_: Any) -> tuple[int, int, int, int, int]:
     dt_weight, route_index = rest[1], rest[4]
     routes = read[0] if route_index is None else route_index[1]
     return x[0], routes, read[1], A[1], 0 if dt_weight is None else dt_weight[1]
@@ -86,9 +90,9 @@ def _projection_flops(*shapes: Any, **_: Any) -> int:
 
 
 def _paper_scan(*shapes: Any, **_: Any) -> int:
-    batch, routes, steps, width, _ = _scan_sizes(*shapes)
-    skip, states = shapes[8] is not None, shapes[2][2]
-    return _projection_flops(*shapes) + 2 * scan_flops(batch, routes, steps, width, states, rank=0, skip=skip)
+    batch, routes, steps, width, rank = _scan_sizes(*shapes)
+    scan = scan_flops(batch, routes, steps, width, states=shapes[2][2], rank=0, skip=shapes[8] is not None)
+    return _projection_flops(*shapes) + 2 * scan
 
 
 _SCAN = torch.ops.vision_ssm.route_scan

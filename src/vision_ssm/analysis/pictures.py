@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from vision_ssm.scan import Path
@@ -51,7 +52,7 @@ def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4
         axes.scatter([t % width for t in every], [t // width for t in every], s=9, color="0.82", zorder=1)
         last = max(1, len(tokens) - 1)
         lines, shades, dotted = [], [], []
-        for (step, x, y), (next_step, next_x, next_y) in zip(visited, visited[1:], strict=False):
+        for (step, x, y), (next_step, next_x, next_y) in pairwise(visited):
             lines.append([(x, y), (next_x, next_y)])
             shades.append(colours(0.9 * step / last))
             dotted.append(":" if next_step > step + 1 else "-")

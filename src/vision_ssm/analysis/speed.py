@@ -93,10 +93,7 @@ def measure_speed(
 
 def machine_settings(device: torch.device) -> dict[str, str]:
     """Return what a measurement on ``device`` depends on: hardware, threads, versions, precision switches."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = _processor()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     settings = {
         "device": f"{device.type} ({hardware})",
         "threads": str(torch.get_num_threads()),

@@ -18,8 +18,8 @@ Converter = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 _logger = logging.getLogger(__name__)
 
 
-def load_strict(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load weights, every one of them, or none.
+def check_fit(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Check that weights are those of a model: every key there, none left over, all shapes equal.
 
     Raises:
         CheckpointError: If keys are missing, left over, or of another shape, listing them.
@@ -39,6 +39,15 @@ def load_strict(model: nn.Module, state: dict[str, Tensor]) -> None:
     ]
     if problems:
         raise CheckpointError(f"the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
+
+
+def load_strict(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load weights, every one of them, or none.
+
+    Raises:
+        CheckpointError: If :func:`check_fit` finds that they are not those of the model.
+    """
+    check_fit(model, state)
     model.load_state_dict(state)
 
 

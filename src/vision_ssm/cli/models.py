@@ -94,7 +94,7 @@ def models(words: Sequence[str]) -> int:
     from vision_ssm.analysis import complexity
     from vision_ssm.tasks.spec import create_model
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in fnmatch.filter(_own_models(), options.pattern):
         model = create_model(name, {"device": "meta"}, 1000)
         cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
@@ -120,7 +120,7 @@ def models(words: Sequence[str]) -> int:
 
     table = _table("model", ">parameters", ">MACs", ">papers' ops", "at", "published")
     for row in rows:
-        size = "x".join(map(str, row["input_size"][1:]))  # type: ignore[index]
+        size = "x".join(map(str, row["input_size"][1:]))
         table.add_row(
             str(row["model"]),
             _millions(row["parameters"]),
@@ -155,9 +155,10 @@ def info(words: Sequence[str]) -> int:
         shapes = feature_shapes(model, size) if hasattr(model, "forward_intermediates") else []
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"{options.model} cannot take images of {size[1]}x{size[2]}: {error}") from None
-    stages = [
-        {"stage": i, "blocks": _blocks(model, i), "channels": c, "height": h, "width": w}
-        for i, (c, h, w) in enumerate(shapes)
+    strides = [feature["reduction"] for feature in getattr(model, "feature_info", [])] or [None] * len(shapes)
+    stages: list[dict[str, Any]] = [
+        {"stage": i, "blocks": _blocks(model, i), "channels": c, "height": h, "width": w, "stride": stride}
+        for i, ((c, h, w), stride) in enumerate(zip(shapes, strides, strict=False))
     ]
     values = {
         "model": options.model,
@@ -184,10 +185,7 @@ def info(words: Sequence[str]) -> int:
         console.print()
         table = _table(">stage", ">blocks", ">channels", ">height", ">width", ">stride")
         for stage in stages:
-            stride = f"{size[1] / stage['height']:.4g}"
-            blocks = "-" if stage["blocks"] is None else str(stage["blocks"])
-            numbers = (str(stage[key]) for key in ("channels", "height", "width"))
-            table.add_row(str(stage["stage"]), blocks, *numbers, stride)
+            table.add_row(*("-" if value is None else str(value) for value in stage.values()))
         console.print(table)
     return 0
 
@@ -283,7 +281,7 @@ def convert(words: Sequence[str]) -> int:
     import safetensors.torch
     from rich.console import Console
 
-    from vision_ssm.checkpoints import convert_official, load_strict, read_checkpoint
+    from vision_ssm.checkpoints import check_fit, convert_official, read_checkpoint
     from vision_ssm.tasks.files import atomic_write
     from vision_ssm.tasks.spec import create_model
 
@@ -292,7 +290,7 @@ def convert(words: Sequence[str]) -> int:
     checkpoint = read_checkpoint(options.source, ema=options.ema)
     ours = convert_official(options.model, checkpoint.state)
     model = create_model(options.model, {"device": "meta"}, _classes(ours))
-    load_strict(model, ours)
+    check_fit(model, ours)
     tensors = {name: tensor.contiguous() for name, tensor in ours.items()}
     metadata = {"model": options.model, "source": options.source.name, "format": "pt"}
     with atomic_write(options.out) as file:
@@ -300,7 +298,7 @@ def convert(words: Sequence[str]) -> int:
 
     console = Console()
     where = f" under {checkpoint.source!r}" if checkpoint.source else ""
-    console.print(f"{len(checkpoint.state)} tensors in {options.source}{where}", highlight=False)
+    console.print(f"{len(checkpoint.state)} tensors in {options.source}{where}", highlight=False, soft_wrap=True)
     table = _table("goes to", ">tensors", ">numbers")
     groups: dict[str, list[int]] = {}
     for name, tensor in ours.items():
@@ -310,8 +308,10 @@ def convert(words: Sequence[str]) -> int:
         table.add_row(group, str(len(sizes)), f"{sum(sizes):,}")
     console.print(table)
     if checkpoint.placeholders:
-        console.print(f"not loaded, and not needed: {', '.join(checkpoint.placeholders)}", highlight=False)
-    console.print(f"wrote {options.out}; every key of {options.model} is there", highlight=False)
+        console.print(
+            f"not loaded, and not needed: {', '.join(checkpoint.placeholders)}", highlight=False, soft_wrap=True
+        )
+    console.print(f"wrote {options.out}; every key of {options.model} is there", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -353,8 +353,12 @@ def _table(*columns: str, header: bool = True) -> Any:
 
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=header, header_style="dim")
     for column in columns:
-        side = "right" if column.startswith(">") else "left"
-        table.add_column(column.removeprefix(">"), justify=side, overflow="fold", no_wrap=column == "model")
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if column.startswith(">") else "left",
+            overflow="fold",
+            no_wrap=column == "model",
+        )
     return table
 
 
