@@ -100,6 +100,7 @@ def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
         pytest.param("digits --pretrained nowhere.pth", "no such checkpoint file", id="no-checkpoint"),
         pytest.param("digits --optim.lr -0.1", "--optim.lr must be positive", id="negative-rate"),
         pytest.param("digits --epochs 0", "--epochs must be positive", id="no-epochs"),
+        pytest.param("digits --model test_convnext", "cannot take images of 16x16", id="image-too-small"),
         pytest.param("digits --batch-size 2000", "larger than the 1437 training images", id="batch-too-large"),
         pytest.param("digits --augment.mixup 1 --batch-size 7", "must be even", id="odd-mixup"),
         pytest.param("digits --optim.optimizer adamx", "did you mean", id="unknown-optimiser"),

@@ -1,6 +1,5 @@
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +13,22 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: Writing failed (a full disk, say); nothing is left behind and an older `path` is untouched.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    # One fixed name, so that what a killed process left is overwritten by the next write.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         # torch.save hides the reason of a failed write behind a RuntimeError of its own.
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None
+            error = error.__context__
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
+            raise error from None
         raise
 
 
@@ -39,10 +41,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write an indented JSON file, whole or not at all."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _umask() -> int:
-    # The mask can only be read by setting it.
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -119,7 +119,7 @@ def draw_predictions(evaluation: Evaluation, images: LabelledImages, path: Path,
             spine.set(color=color, linewidth=2.5)
         axes.imshow(_thumbnail(images.load(index)))
         confidence = float(evaluation.probabilities[index, guess])
-        title = f"{_elide(evaluation.classes[guess], 16)} {confidence:.0%}"
+        title = f"{_elide(evaluation.classes[guess], 16)} ({confidence:.0%})"
         below = "" if target == guess else f"is {_elide(evaluation.classes[target], 18)}"
         axes.set_title(title, fontsize=9, color=color, pad=4)
         axes.set_xlabel(below, fontsize=9, color=color, labelpad=3)

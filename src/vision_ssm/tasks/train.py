@@ -86,6 +86,7 @@ def train(
         loader_workers(config.workers),
     )
     model = _first_model(config, spec, resume=resume)
+    check_takes(model, spec)
     parameters = sum(p.numel() for p in model.parameters())
     size = f"{spec.image_size}×{spec.image_size}"
     console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input, {device}", highlight=False)
@@ -105,7 +106,10 @@ def train(
             folder.clear()
             folder.write_config(config)
             write_json(folder.model, to_dict(spec))
-        trainer.fit(task, data, ckpt_path=str(folder.state) if resume else None)
+        try:
+            trainer.fit(task, data, ckpt_path=str(folder.state) if resume else None)
+        except SystemExit:  # Lightning's answer to a second Ctrl-C
+            raise KeyboardInterrupt from None
     classifier = load_classifier(folder.best, config.device, config.precision)
     evaluation = evaluate(classifier, splits.val, config.batch_size, config.workers, console=console)
     return finish(folder, recorder, evaluation, splits.val, console)
@@ -161,6 +165,24 @@ def check(config: TrainConfig) -> None:
         raise InputError(f"--optim.schedule must be one of {', '.join(_SCHEDULES)}, not {optim.schedule}")
     if (augment.mixup or augment.cutmix) and config.batch_size % 2:
         raise InputError(f"mixup and CutMix pair images, so --batch-size must be even, not {config.batch_size}")
+
+
+@torch.no_grad()
+def check_takes(model: torch.nn.Module, spec: ModelSpec) -> None:
+    """Refuse an image size that the model cannot work with.
+
+    Raises:
+        InputError: The model fails on an image of that size.
+    """
+    size = spec.image_size
+    try:
+        model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(
+            f"{spec.model} cannot take images of {size}x{size}; try another --image-size ({reason})"
+        ) from error
+    model.train()
 
 
 def make_trainer(
