@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
@@ -45,10 +45,29 @@ def load_strict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load weights, every one of them, or none.
 
     Raises:
-        CheckpointError: If :func:`check_fit` finds that they are not those of the model.
+        CheckpointError: If keys are missing, left over, or of another shape, listing them.
     """
-    check_fit(model, state)
+    _check_fit(model, state)
     model.load_state_dict(state)
+
+
+def _check_fit(model: nn.Module, state: dict[str, Tensor], adapted: Collection[str] = ()) -> None:
+    own = {key: value for key, value in model.state_dict().items() if key not in adapted}
+    state = {key: value for key, value in state.items() if key not in adapted}
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} (file {tuple(value.shape)}, model {tuple(own[key].shape)})"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(f"the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
 
 
 def build_from_official(
@@ -70,8 +89,21 @@ def build_from_official(
     # flatten_sequential is for timm's other feature wrappers ("list", "dict"); the getter passes it by.
     kwargs.setdefault("feature_cfg", dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True))
     overlay = dict(pretrained_cfg_overlay or {})
+    resolved = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    features_only = bool(kwargs.get("features_only"))
+
+    def convert_checked(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        # timm stops being strict about every key once it leaves out the classifier
+        adapted = []
+        if features_only or model.num_classes != resolved.num_classes:
+            adapted += [f"{resolved.classifier}.weight", f"{resolved.classifier}.bias"]
+        if resolved.input_size and model.in_chans != resolved.input_size[0]:
+            adapted += [f"{resolved.first_conv}.weight"]
+        state = convert(state)
+        _check_fit(model, state, adapted)
+        return state
+
     if pretrained:
-        resolved = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
         path = resolved.file
         if path is None and resolved.url and not resolved.state_dict and resolved.source != "hf-hub":
             path = download_cached_file(resolved.url)
@@ -80,20 +112,15 @@ def build_from_official(
             if checkpoint.placeholders:
                 _logger.info("not loaded from %s: %s", path, ", ".join(checkpoint.placeholders))
             overlay["state_dict"] = convert(checkpoint.state)
-    try:
-        model = build_model_with_cfg(
-            cls,
-            variant,
-            pretrained,
-            pretrained_cfg=pretrained_cfg,
-            pretrained_cfg_overlay=overlay or None,
-            pretrained_filter_fn=lambda state, _: convert(state),
-            **kwargs,
-        )
-    except RuntimeError as error:
-        if "load" in str(error) and "state_dict" in str(error):
-            raise CheckpointError(str(error)) from None
-        raise
+    model = build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay or None,
+        pretrained_filter_fn=convert_checked,
+        **kwargs,
+    )
     if "state_dict" in overlay:
         # timm keeps the configuration with the model; the weights need not be there twice.
         for cfg in (model.pretrained_cfg, getattr(model, "default_cfg", {})):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ from vision_ssm.errors import InputError
 _WRAPPERS = ("model", "state_dict", "module", "model_state", "net")
 _EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema")
 _PREFIXES = ("module.", "_orig_mod.")
+# How torch.save began its files before it wrote zip archives: a pickled magic number.
+_LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
 class CheckpointError(InputError):
@@ -43,17 +48,48 @@ class Checkpoint:
 class _Inert(dict):
     """Stands in for a pickled object of a class that is not loaded; takes any contents, does nothing."""
 
+    __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key, or be in a set
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
+        return _Inert()
 
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def append(self, item: Any) -> None:
+    def _ignore(self, *items: Any) -> None:
         pass
 
-    def extend(self, items: Any) -> None:
-        pass
+    append = extend = add = _ignore
+
+
+# All that a file can name; any other name stands for an inert placeholder.
+_KNOWN: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": torch.Size,
+    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+}
+
+
+class _InertUnpickler(pickle.Unpickler):
+    # Python's own unpickler runs nothing but what find_class gives it. PyTorch's weights-only unpickler does not serve
+    # here: it refuses placeholders that are filled like a dict, and published checkpoints hold such configurations.
+
+    unknown: dict[str, None]
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in _KNOWN:
+            function = _KNOWN[full]
+            # Wrapped anew: a file may set attributes of what it has found.
+            return lambda *args: function(*args)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        self.unknown[full] = None
+        return type("_Inert", (_Inert,), {})
 
 
 def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
@@ -83,7 +119,9 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     state, source = _unwrap(content, ema)
     if not state:
         found = ", ".join(map(repr, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
-        raise CheckpointError(f"{path} holds no weights; looked under {', '.join(_WRAPPERS)}, found {found}")
+        raise CheckpointError(
+            f"{path} holds no weights; looked under {', '.join(_WRAPPERS)}, found {found or 'nothing'}"
+        )
     return Checkpoint(_strip(state), source, placeholders)
 
 
@@ -93,14 +131,25 @@ def load_checkpoint_file(path: str | Path) -> dict[str, Tensor]:
 
 
 def _load_inert(path: Path) -> tuple[Any, tuple[str, ...]]:
+    with path.open("rb") as file:
+        if file.read(len(_LEGACY_START)) == _LEGACY_START:
+            raise CheckpointError(
+                f"{path} is not a readable PyTorch checkpoint: its format is the one from before PyTorch 1.6; "
+                "load and save it again with a newer PyTorch"
+            )
+    unknown: dict[str, None] = {}
+    reading = ModuleType("reading")
+    vars(reading)["Unpickler"] = type("_Unpickler", (_InertUnpickler,), {"unknown": unknown})
     try:
-        unknown = tuple(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        stand_ins: list[Any] = [(type("_Inert", (_Inert,), {}), name) for name in unknown]
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(path, map_location="cpu", weights_only=True), unknown
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # Refuses what is no such archive, and TorchScript programs, which torch.load would hand to torch.jit.
+        torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=reading)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        reason = re.split(r"\. |\n", str(error).strip())[0] or type(error).__name__
         raise CheckpointError(f"{path} is not a readable PyTorch checkpoint: {reason}") from None
+    return content, tuple(unknown)
 
 
 def _unwrap(content: Any, ema: bool) -> tuple[dict[str, Tensor], str]:

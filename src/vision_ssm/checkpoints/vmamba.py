@@ -74,23 +74,30 @@ def convert_ss2d(state: dict[str, Tensor]) -> dict[str, Tensor]:
     inner = next((value.shape[0] for key, value in state.items() if key == "out_norm.weight"), None)
     ours: dict[str, Tensor] = {}
     for key, value in state.items():
-        if inner is None:
-            ours[key] = value
-        elif key in ("x_proj_weight", "x_proj.weight"):
-            # (K, R + 2N, di), or folded (K (R + 2N), di) or (K (R + 2N), di, 1)
-            ours["x_proj.weight"] = value.reshape(-1, inner)
-        elif key in ("dt_projs_weight", "dt_projs.weight"):
-            # (K, di, R), or folded (K di, R): the operator multiplies from the left
-            ours["dt_weight"] = value.reshape(-1, inner, value.shape[-1]).transpose(1, 2).contiguous()
-        elif key in ("dt_projs_bias", "dt_projs.bias"):
-            ours["dt_bias"] = value.reshape(-1, inner)
-        elif key == "A_logs":
-            ours["A_log"] = value.reshape(-1, inner, value.shape[-1])
-        elif key == "Ds":
-            ours["D"] = value.reshape(-1, inner)
-        else:
-            ours[key] = _pointwise(key, value)
+        try:
+            name, converted = _scan_weight(key, value, inner)
+        except RuntimeError:  # not of this layer's width: strict loading will name it
+            name, converted = key, value
+        ours[name] = converted
     return ours
+
+
+def _scan_weight(key: str, value: Tensor, inner: int | None) -> tuple[str, Tensor]:
+    if inner is None:
+        return key, value
+    if key in ("x_proj_weight", "x_proj.weight"):
+        # (K, R + 2N, di), or folded (K (R + 2N), di) or (K (R + 2N), di, 1)
+        return "x_proj.weight", value.reshape(-1, inner)
+    if key in ("dt_projs_weight", "dt_projs.weight"):
+        # (K, di, R), or folded (K di, R): the operator multiplies from the left
+        return "dt_weight", value.reshape(-1, inner, value.shape[-1]).transpose(1, 2).contiguous()
+    if key in ("dt_projs_bias", "dt_projs.bias"):
+        return "dt_bias", value.reshape(-1, inner)
+    if key == "A_logs":
+        return "A_log", value.reshape(-1, inner, value.shape[-1])
+    if key == "Ds":
+        return "D", value.reshape(-1, inner)
+    return key, _pointwise(key, value)
 
 
 def _pointwise(key: str, value: Tensor) -> Tensor:

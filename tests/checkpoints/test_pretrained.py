@@ -1,0 +1,190 @@
+"""``pretrained=True`` and ``checkpoint_path``: a small model's official file, served over HTTP from this machine."""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import vision_ssm  # noqa: F401  (registers the models)
+from vision_ssm.checkpoints import CheckpointError
+from vision_ssm.checkpoints.vmamba import convert_vmamba
+
+NAME = "vmamba_atto"
+
+
+def official(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write our weights under the published names; the inverse of ``convert_vmamba``."""
+    theirs = {}
+    rules = (
+        (r"^stem\.conv1", "patch_embed.0"),
+        (r"^stem\.norm1", "patch_embed.2"),
+        (r"^stem\.conv2", "patch_embed.5"),
+        (r"^stem\.norm2", "patch_embed.7"),
+        (r"^stages\.(\d)\.downsample\.conv", lambda m: f"layers.{int(m[1]) - 1}.downsample.1"),
+        (r"^stages\.(\d)\.downsample\.norm", lambda m: f"layers.{int(m[1]) - 1}.downsample.3"),
+        (r"^stages", "layers"),
+        (r"\.norm1", ".norm"),
+        (r"\.ss2d", ".op"),
+        (r"\.A_log", ".A_logs"),
+        (r"\.D$", ".Ds"),
+        (r"\.x_proj\.weight", ".x_proj_weight"),
+        (r"\.dt_weight", ".dt_projs_weight"),
+        (r"\.dt_bias", ".dt_projs_bias"),
+        (r"^norm", "classifier.norm"),
+        (r"^head\.fc", "classifier.head"),
+    )
+    for key, value in ours.items():
+        if key.endswith("x_proj.weight"):
+            value = value.unflatten(0, (4, -1))
+        elif key.endswith("dt_weight"):
+            value = value.transpose(1, 2)
+        elif key.endswith((".A_log", ".D")):
+            value = value.flatten(0, 1)
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        theirs[key] = value
+    return theirs
+
+
+@pytest.fixture(scope="module")
+def source() -> nn.Module:
+    torch.manual_seed(3)
+    return timm.create_model(NAME).eval()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
+    """Return the address of a server and the folder it serves; downloads land in an empty cache."""
+    for variable in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_address[1]}", folder
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+@pytest.fixture
+def address(server: tuple[str, Path], source: nn.Module) -> str:
+    url, folder = server
+    torch.save({"model": official(source.state_dict()), "epoch": 300}, folder / "weights.pth")
+    return f"{url}/weights.pth"
+
+
+def create(address: str, **options: Any) -> nn.Module:
+    overlay = {"url": address} | options.pop("overlay", {})
+    return timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **options).eval()
+
+
+def test_the_served_file_has_official_names(source: nn.Module) -> None:
+    theirs = official(source.state_dict())
+    assert not set(theirs) & set(source.state_dict())
+    again = convert_vmamba(theirs)
+    assert again.keys() == source.state_dict().keys()
+    assert all(torch.equal(again[key], value) for key, value in source.state_dict().items())
+
+
+def test_same_outputs(address: str, source: nn.Module) -> None:
+    model = create(address)
+    x = torch.randn(2, 3, 32, 48)
+    assert torch.equal(model(x), source(x))
+    assert model.pretrained_cfg["url"] == address
+    assert not model.pretrained_cfg.get("state_dict")
+
+
+def test_downloaded_once(address: str, server: tuple[str, Path], tmp_path: Path) -> None:
+    create(address)
+    assert [path.name for path in (tmp_path / "cache").rglob("*.pth")] == ["weights.pth"]
+    (server[1] / "weights.pth").unlink()
+    create(address)
+
+
+def test_other_classes(address: str, source: nn.Module) -> None:
+    model = create(address, num_classes=5)
+    x = torch.randn(2, 3, 32, 32)
+    assert model(x).shape == (2, 5)
+    assert torch.equal(model.forward_features(x), source.forward_features(x))
+    pooled = create(address, num_classes=0)
+    assert torch.equal(pooled(x), source.forward_head(source.forward_features(x), pre_logits=True))
+
+
+def test_other_channels(address: str, source: nn.Module) -> None:
+    model = create(address, in_chans=1)
+    x = torch.randn(2, 1, 32, 32)
+    # timm adds up the weights of the colours, which is the same as a grey picture
+    torch.testing.assert_close(model(x), source(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+    assert create(address, in_chans=5)(torch.randn(1, 5, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1,)], ids=str)
+def test_features_only(address: str, source: nn.Module, out_indices: tuple[int, ...]) -> None:
+    model = create(address, features_only=True, out_indices=out_indices)
+    x = torch.randn(1, 3, 64, 32)
+    expected = source.forward_intermediates(x, indices=list(out_indices), intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(model(x), expected, strict=True))
+
+
+def test_safetensors(server: tuple[str, Path], source: nn.Module) -> None:
+    from safetensors.torch import save_file
+
+    save_file(
+        {key: value.contiguous() for key, value in official(source.state_dict()).items()}, server[1] / "w.safetensors"
+    )
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(create(f"{server[0]}/w.safetensors")(x), source(x))
+
+
+def test_local_file(address: str, server: tuple[str, Path], source: nn.Module) -> None:
+    path = server[1] / "weights.pth"
+    x = torch.randn(1, 3, 32, 32)
+    model = create("", overlay={"file": str(path)})
+    assert torch.equal(model(x), source(x))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "page"])
+def test_damaged_download(address: str, server: tuple[str, Path], damage: str) -> None:
+    path = server[1] / "weights.pth"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"<html>moved</html>")
+    with pytest.raises(CheckpointError, match=r"weights\.pth is not a readable PyTorch checkpoint: ") as caught:
+        create(address)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_model(address: str) -> None:
+    with pytest.raises(CheckpointError, match=r"stem\.conv1\.weight"):
+        create(address, dims=(16, 32, 64, 128))
+    with pytest.raises(CheckpointError, match=r"stages\.3\.blocks\.1"):
+        create(address, depths=(1, 2, 3, 2))
+
+
+def test_missing_keys_are_an_error_even_with_other_classes(server: tuple[str, Path], source: nn.Module) -> None:
+    state = official(source.state_dict())
+    del state["layers.1.blocks.0.op.Ds"]
+    torch.save({"model": state}, server[1] / "w.pth")
+    with pytest.raises(CheckpointError, match=r"stages\.1\.blocks\.0\.ss2d\.D"):
+        create(f"{server[0]}/w.pth", num_classes=5)
+
+
+def test_no_weights_published() -> None:
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for vmamba_atto"):
+        timm.create_model(NAME, pretrained=True)
