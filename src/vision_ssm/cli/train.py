@@ -17,7 +17,7 @@ from vision_ssm.cli import INTERRUPTED
 from vision_ssm.errors import InputError
 from vision_ssm.tasks.run_folder import RunFolder
 
-_FOLDER_RECIPES = {recipe.__name__: recipe for recipe in (recipes.scratch, recipes.small, recipes.finetune)}
+_FOLDER_RECIPES = {recipe.__name__: recipe for recipe in (recipes.small, recipes.scratch, recipes.finetune)}
 
 _USAGE = """usage: vision-ssm train digits [OPTIONS]
        vision-ssm train folder --data.root DIR [OPTIONS]
@@ -47,8 +47,8 @@ class RunOptions:
 class FolderOptions(RunOptions):
     """Where the run is kept, and what to start from."""
 
-    recipe: typing.Literal["scratch", "small", "finetune"] = "scratch"
-    """Defaults for: photographs from random weights, small images on a CPU, photographs from pretrained weights."""
+    recipe: typing.Literal["small", "scratch", "finetune"] = "small"
+    """Which set of defaults, described at the top."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def train(words: Sequence[str]) -> int:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--resume", nargs="?", const=True, default=False)
     peek.add_argument("--out", default=None)
-    peek.add_argument("--recipe", default="scratch")
+    peek.add_argument("--recipe", default="small")
     peeked, _ = peek.parse_known_args(rest)
     if kind is None and not peeked.resume:
         wants_help = not words or words[0] in ("-h", "--help")
@@ -95,7 +95,7 @@ def _parse(kind: str, words: Sequence[str], saved: recipes.TrainConfig | None, r
     if kind == "digits":
         digits = saved if isinstance(saved, recipes.DigitsConfig) else recipes.digits()
         return tyro.cli(_Digits, default=_Digits(digits, RunOptions()), description=recipes.digits.__doc__, **options)
-    make = _FOLDER_RECIPES.get(recipe, recipes.scratch)
+    make = _FOLDER_RECIPES.get(recipe, recipes.small)
     folder = saved if isinstance(saved, recipes.FolderConfig) else make(tyro.MISSING)
     text = "Train on image folders, one sub-folder per class.\n\n" + "\n".join(
         f"--recipe {name}: {each.__doc__}" for name, each in _FOLDER_RECIPES.items()

@@ -1,5 +1,6 @@
 import csv
 import io
+import pickle
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from vision_ssm.errors import InputError
 from vision_ssm.tasks.classification import ClassificationTask
 from vision_ssm.tasks.files import atomic_write, write_text
 from vision_ssm.tasks.run_folder import RunFolder
@@ -53,8 +55,15 @@ class SafeCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Read tensors and plain values only."""
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        """Read tensors and plain values only.
+
+        Raises:
+            InputError: The file is damaged, or holds anything else.
+        """
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            raise InputError(f"cannot resume: {path} is damaged or was not written by a run") from error
 
 
 class RunRecorder(Checkpoint):
