@@ -153,7 +153,7 @@ class VMamba(nn.Module):
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
         )
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         named_apply(_init_weights, self)
 
     def no_weight_decay(self) -> set[str]:
@@ -185,7 +185,7 @@ class VMamba(nn.Module):
         parameter = next(self.parameters())
         self.head.reset(num_classes, pool_type=global_pool)
         self.head.to(device=parameter.device, dtype=parameter.dtype)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         if global_pool is not None:
             self.global_pool = global_pool
 
