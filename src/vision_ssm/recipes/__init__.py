@@ -42,7 +42,7 @@ def digits() -> DigitsConfig:
     return DigitsConfig(
         model=_SMALL,
         image_size=16,
-        epochs=20,
+        epochs=15,
         batch_size=64,
         workers=0,
         augment=Augmentation(scale=(0.7, 1.0), hflip=0.0, color_jitter=0.0),
