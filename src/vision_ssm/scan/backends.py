@@ -62,7 +62,7 @@ class Backend:
 def _portable_group(args: ScanArguments) -> int:
     # Bounds the memory of the unrolled states; on a CPU it also keeps them near the cache.
     elements = args.routes_per_image * args.read.shape[1] * args.channels_per_route * args.state_size
-    return max(1, (2**22 if args.x.device.type == "cpu" else 2**28) // max(1, elements))
+    return max(1, (2**20 if args.x.device.type == "cpu" else 2**28) // max(1, elements))
 
 
 BACKENDS: dict[str, Backend] = {
