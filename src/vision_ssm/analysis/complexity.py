@@ -78,19 +78,19 @@ def _elements(per_element: int) -> Callable[..., int]:
     return count
 
 
-def _scan_sizes(x: Any, dbc: Any, A: Any, read: Any, write: Any, *rest: Any, **_: Any) -> tuple[int, int, int, int, int]:
-    dt_weight, route_index = rest[1], rest[4]
+def _scan_sizes(*shapes: Any) -> tuple[int, int, int, int, int]:
+    x, _, A, read, _, _, dt_weight, _, _, route_index = shapes[:10]
     routes = read[0] if route_index is None else route_index[1]
     return x[0], routes, read[1], A[1], 0 if dt_weight is None else dt_weight[1]
 
 
-def _projection_flops(*shapes: Any, **_: Any) -> int:
+def _projection_flops(*shapes: Any, **output: Any) -> int:
     batch, routes, steps, width, rank = _scan_sizes(*shapes)
     return scan_flops(batch, routes, steps, width, states=0, rank=rank, skip=False)
 
 
-def _paper_scan(*shapes: Any, **_: Any) -> int:
-    batch, routes, steps, width, rank = _scan_sizes(*shapes)
+def _paper_scan(*shapes: Any, **output: Any) -> int:
+    batch, routes, steps, width, _ = _scan_sizes(*shapes)
     scan = scan_flops(batch, routes, steps, width, states=shapes[2][2], rank=0, skip=shapes[8] is not None)
     return _projection_flops(*shapes) + 2 * scan
 
