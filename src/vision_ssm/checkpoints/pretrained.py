@@ -18,13 +18,19 @@ Converter = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 _logger = logging.getLogger(__name__)
 
 
-def check_fit(model: nn.Module, state: dict[str, Tensor]) -> None:
+def check_fit(model: nn.Module, state: dict[str, Tensor], adapted: Collection[str] = ()) -> None:
     """Check that weights are those of a model: every key there, none left over, all shapes equal.
+
+    Args:
+        model: The model; it may be on the meta device.
+        state: The weights.
+        adapted: Keys to leave out of the comparison.
 
     Raises:
         CheckpointError: If keys are missing, left over, or of another shape, listing them.
     """
-    own = model.state_dict()
+    own = {key: value for key, value in model.state_dict().items() if key not in adapted}
+    state = {key: value for key, value in state.items() if key not in adapted}
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     shapes = [
@@ -45,29 +51,10 @@ def load_strict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load weights, every one of them, or none.
 
     Raises:
-        CheckpointError: If keys are missing, left over, or of another shape, listing them.
+        CheckpointError: If :func:`check_fit` finds that they are not those of the model.
     """
-    _check_fit(model, state)
+    check_fit(model, state)
     model.load_state_dict(state)
-
-
-def _check_fit(model: nn.Module, state: dict[str, Tensor], adapted: Collection[str] = ()) -> None:
-    own = {key: value for key, value in model.state_dict().items() if key not in adapted}
-    state = {key: value for key, value in state.items() if key not in adapted}
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{key} (file {tuple(value.shape)}, model {tuple(own[key].shape)})"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
-    ]
-    problems = [
-        f"{len(keys)} {what}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(f"the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
 
 
 def build_from_official(
@@ -100,7 +87,7 @@ def build_from_official(
         if resolved.input_size and model.in_chans != resolved.input_size[0]:
             adapted += [f"{resolved.first_conv}.weight"]
         state = convert(state)
-        _check_fit(model, state, adapted)
+        check_fit(model, state, adapted)
         return state
 
     if pretrained:

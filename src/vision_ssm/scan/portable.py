@@ -86,13 +86,13 @@ def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> 
     mu = _linear_scan(_previous(steps.decay, backwards=True), into, backwards=True)
     of_drive = mu if args.inclusive else mu - local
     exponent = mu * previous * steps.decay  # gradient of delta_t A
-    of_input = (of_drive * B).sum(-1)
+    of_input = _over_states(of_drive * B)
     A = _per_step(_of_route(args.A, route, dtype))
     grad_x = of_input * steps.delta
-    grad_delta = (exponent * A).sum(-1) + of_input * x
+    grad_delta = torch.addcmul(_over_states(exponent * A), of_input, x)
     found["A"] = _to_parameter((exponent * steps.delta.unsqueeze(-1)).sum((1, 2)), args.A, route, chosen)
     if args.D is not None:
-        grad_x = grad_x + _per_step(_of_route(args.D, route, dtype)) * g
+        grad_x = torch.addcmul(grad_x, _per_step(_of_route(args.D, route, dtype)), g)
         found["D"] = _to_parameter((g * x).sum((1, 2)), args.D, route, chosen)
     if args.softplus:
         grad_delta = grad_delta * torch.sigmoid(steps.raw)
@@ -136,11 +136,15 @@ def _unroll(args: ScanArguments) -> _Steps:
 
 def _outputs(args: ScanArguments, steps: _Steps, seen: Tensor) -> Tensor:
     """Return C_t h_t + D x_t, (K', c, S, B, Dk)."""
-    y = seen * steps.C.unsqueeze(-2)
-    y = y.sum(-1) if args.state_size > 1 else y.squeeze(-1)
+    y = _over_states(seen * steps.C.unsqueeze(-2))
     if args.D is not None:
-        y = y + _per_step(_of_route(args.D, steps.route, args.dtype)) * steps.x
+        y = torch.addcmul(y, _per_step(_of_route(args.D, steps.route, args.dtype)), steps.x)
     return y
+
+
+def _over_states(tensor: Tensor) -> Tensor:
+    """Sum over the last axis, without a pass over memory where it has one entry."""
+    return tensor.squeeze(-1) if tensor.shape[-1] == 1 else tensor.sum(-1)
 
 
 def _chunks(steps: int) -> tuple[int, int]:
@@ -213,11 +217,14 @@ def _to_tokens(values: Tensor, args: ScanArguments, index: Tensor, route: Tensor
     row = (position * chunks + inverse // length) * batch + image  # (K', B, L)
     row = torch.where(inverse == never, routes * length * chunks * batch, row)
     padded = F.pad(values.reshape(-1, width), (0, 0, 0, 1))
-    per_route = [padded.index_select(0, one.reshape(-1)).view(batch, tokens, width) for one in row]
+    per_route = (padded.index_select(0, one.reshape(-1)).view(batch, tokens, width) for one in row)
     if groups == 1:
-        return torch.stack(per_route, 2).sum(2, keepdim=True) if routes > 1 else per_route[0].unsqueeze(2)
+        total = next(per_route)
+        for part in per_route:
+            total = total + part
+        return total.unsqueeze(2)
     if args.route_index is None:
-        return torch.stack(per_route, 2)
+        return torch.stack(list(per_route), 2)
     total = values.new_zeros(batch, groups, tokens, width)
     for chosen, part in zip(route, per_route, strict=True):
         total[torch.arange(batch, device=values.device), chosen] += part

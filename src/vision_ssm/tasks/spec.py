@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -12,9 +13,8 @@ import timm
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from vision_ssm.checkpoints import CheckpointError, load_checkpoint_file
+from vision_ssm.checkpoints import CheckpointError, convert_official, load_checkpoint_file, load_strict
 from vision_ssm.data import Transform
-from vision_ssm.data.datasets import shorten
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Augmentation, TrainConfig
 from vision_ssm.tasks.files import atomic_write
@@ -138,69 +138,43 @@ def _default_cfg(name: str) -> Any:
     return known
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or PyTorch checkpoint. No code in the file is ever run.
-
-    Raises:
-        InputError: The file is missing, damaged or holds something else.
-    """
-    if not path.is_file():
-        raise InputError(f"no such checkpoint file: {path}")
-    try:
-        return load_checkpoint_file(path)
-    except CheckpointError as error:
-        raise InputError(str(error)) from error
-
-
-def load_weights(model: nn.Module, path: Path, *, new_head: bool = False) -> None:
-    """Load a checkpoint; every key has to match.
-
-    Args:
-        model: The model to fill.
-        path: A safetensors or PyTorch file.
-        new_head: Leave the classifier as it is where the checkpoint's has another shape.
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a checkpoint of the model; every key has to match. No code in the file is ever run.
 
     Raises:
         InputError: The file cannot be read, or belongs to another model; names a few of the differing keys.
     """
-    found, wanted = read_tensors(path), model.state_dict()
-    if new_head:
-        head = [k for k in wanted if k.startswith(_head_prefixes(model))]
-        if any(k in found and found[k].shape != wanted[k].shape for k in head):
-            found |= {k: wanted[k] for k in head}
-    problems = {
-        "missing": [k for k in wanted if k not in found],
-        "unexpected": [k for k in found if k not in wanted],
-        "of another shape": [k for k in wanted if k in found and found[k].shape != wanted[k].shape],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{what}: {shorten(keys, 3)}" for what, keys in problems.items() if keys)
-        raise InputError(f"{path} does not fit {type(model).__name__} ({listed})")
-    model.load_state_dict(found)
+    _load(model, _read(path), path)
 
 
 def create_from_file(name: str, args: Mapping[str, Any], num_classes: int, path: Path) -> nn.Module:
-    """A model that starts from a checkpoint file, with a new classifier if the file's has other classes.
+    """A model that starts from a checkpoint file, ours or a published one, with a new classifier for other classes.
 
     Raises:
-        InputError: The file cannot be read or does not fit, neither as it is nor through the model's own
-            conversion of published checkpoints.
+        InputError: The file cannot be read or does not fit.
     """
-    model = create_model(name, args, num_classes)
-    try:
-        load_weights(model, path, new_head=True)
-    except InputError as mismatch:
-        if not type(model).__module__.startswith("vision_ssm."):
-            raise  # timm's own conversions may skip keys silently
-        overlay = {"state_dict": read_tensors(path)}
-        try:
-            model = timm.create_model(
-                name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, **args
-            )
-        except (RuntimeError, ValueError, KeyError, AttributeError):
-            raise mismatch from None
-        model.pretrained_cfg["state_dict"] = None
+    model, state = create_model(name, args, num_classes), _read(path)
+    with contextlib.suppress(CheckpointError):  # no conversion: the names can only be the model's own
+        state = convert_official(name, state)
+    wanted = model.state_dict()
+    head = [key for key in wanted if key.startswith(_head_prefixes(model))]
+    if any(key in state and state[key].shape != wanted[key].shape for key in head):
+        state |= {key: wanted[key] for key in head}
+    _load(model, state, path)
     return model
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"no such checkpoint file: {path}")
+    return load_checkpoint_file(path)
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        load_strict(model, state)
+    except CheckpointError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
