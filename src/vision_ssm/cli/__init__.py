@@ -1,7 +1,7 @@
 """The command line, `vision-ssm`.
 
 Each command is a function that takes the remaining words and returns the exit code; its module is imported only
-when the command is called, so that `vision-ssm --help` stays quick. To add one, add a line to `COMMANDS`.
+when the command is called. To add one, add a line to `COMMANDS`.
 """
 
 import errno

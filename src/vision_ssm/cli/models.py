@@ -244,6 +244,7 @@ def bench(words: Sequence[str]) -> int:
         "precision": options.precision,
         "torch.compile": "on" if options.compile else "off",
         "layout of images": "channels first, contiguous",
+        "scan backend": ", ".join(sorted({row["backend"] for row in rows if row["backend"]})) or "none",
     }
     if options.csv is not None:
         _write_csv(options.csv, [{**row, **settings} for row in rows])
@@ -251,9 +252,11 @@ def bench(words: Sequence[str]) -> int:
         _print_json({"settings": settings, "rows": rows})
         return 0
     console = Console()
-    table = _table("model", ">input", ">batch", ">ms", ">spread", ">images/s", ">peak MiB", "scan")
+    on_accelerator = rows[0]["peak_memory_mib"] is not None
+    table = _table(
+        "model", ">input", ">batch", ">ms", ">spread", ">images/s", *([">peak MiB"] if on_accelerator else [])
+    )
     for row in rows:
-        memory = "-" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:,.0f}"
         table.add_row(
             row["model"],
             f"{row['height']}x{row['width']}",
@@ -261,8 +264,7 @@ def bench(words: Sequence[str]) -> int:
             f"{row['milliseconds']:,.1f}",
             f"{row['spread']:.0%}",
             f"{row['images_per_second']:,.1f}",
-            memory,
-            row["backend"] or "-",
+            *([f"{row['peak_memory_mib']:,.0f}"] if on_accelerator else []),
         )
     console.print(table)
     console.print("\n".join(f"{name}: {value}" for name, value in settings.items()), style="dim", highlight=False)
@@ -357,7 +359,7 @@ def _table(*columns: str, header: bool = True) -> Any:
             column.removeprefix(">"),
             justify="right" if column.startswith(">") else "left",
             overflow="fold",
-            no_wrap=column == "model",
+            no_wrap=column.startswith(">") or column == "model",
         )
     return table
 

@@ -275,9 +275,10 @@ def _init_weights(module: nn.Module, name: str) -> None:
         module.reset_scan_parameters()
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+def _cfg(url: str = "", top1: str = "", **kwargs: Any) -> dict[str, Any]:
     return {
         "url": url,
+        "description": f"ImageNet-1K top-1 {top1} % (the authors' weights)" if top1 else None,
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -300,12 +301,12 @@ _RELEASE = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/"
 
 default_cfgs = generate_default_cfgs(
     {
-        "vmamba_tiny.in1k": _cfg(_RELEASE + "vssm1_tiny_0230s_ckpt_epoch_264.pth"),
-        "vmamba_small.in1k": _cfg(_RELEASE + "vssm_small_0229_ckpt_epoch_222.pth"),
-        "vmamba_base.in1k": _cfg(_RELEASE + "vssm_base_0229_ckpt_epoch_237.pth"),
-        "vmamba_tiny_s2l5.in1k": _cfg(_RELEASE + "vssm_tiny_0230_ckpt_epoch_262.pth"),
-        "vmamba_small_s1l20.in1k": _cfg(_RELEASE + "vssm1_small_0229s_ckpt_epoch_240.pth"),
-        "vmamba_base_s1l20.in1k": _cfg(_RELEASE + "vssm1_base_0229s_ckpt_epoch_225.pth"),
+        "vmamba_tiny.in1k": _cfg(_RELEASE + "vssm1_tiny_0230s_ckpt_epoch_264.pth", "82.6"),
+        "vmamba_small.in1k": _cfg(_RELEASE + "vssm_small_0229_ckpt_epoch_222.pth", "83.6"),
+        "vmamba_base.in1k": _cfg(_RELEASE + "vssm_base_0229_ckpt_epoch_237.pth", "83.9"),
+        "vmamba_tiny_s2l5.in1k": _cfg(_RELEASE + "vssm_tiny_0230_ckpt_epoch_262.pth", "82.5"),
+        "vmamba_small_s1l20.in1k": _cfg(_RELEASE + "vssm1_small_0229s_ckpt_epoch_240.pth", "83.3"),
+        "vmamba_base_s1l20.in1k": _cfg(_RELEASE + "vssm1_base_0229s_ckpt_epoch_225.pth", "83.8"),
         # Ours, for small images; no published weights.
         "vmamba_atto.untrained": _cfg(
             input_size=(3, 32, 32), pool_size=(2, 2), min_input_size=(3, 16, 16), crop_pct=1.0, license="apache-2.0"
