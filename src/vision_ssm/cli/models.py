@@ -118,7 +118,7 @@ def models(words: Sequence[str]) -> int:
         return 0
     from rich.console import Console
 
-    table = _table("model", ">parameters", ">MACs", ">papers' ops", "at", "published")
+    table = _table("model", ">parameters", ">MACs", ">papers' ops", "at", "published top-1 *")
     for row in rows:
         size = "x".join(map(str, row["input_size"][1:]))
         table.add_row(
@@ -132,7 +132,8 @@ def models(words: Sequence[str]) -> int:
     console = Console()
     console.print(table)
     console.print(
-        "MACs: multiply-accumulates. Papers' ops: these, and 5 per element of a norm, 9 L D N + L D per scan.",
+        "MACs: multiply-accumulates. Papers' ops: these, and 5 per element of a norm, 9 L D N + L D per scan.\n"
+        "* of the weights that the authors published, not of this package's training.",
         style="dim",
     )
     return 0

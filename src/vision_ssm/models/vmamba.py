@@ -278,7 +278,7 @@ def _init_weights(module: nn.Module, name: str) -> None:
 def _cfg(url: str = "", top1: str = "", **kwargs: Any) -> dict[str, Any]:
     return {
         "url": url,
-        "description": f"ImageNet-1K top-1 {top1} % (the authors' weights)" if top1 else None,
+        "description": f"ImageNet-1K {top1} %" if top1 else None,
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
