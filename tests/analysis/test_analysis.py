@@ -66,7 +66,7 @@ def test_draw_routes(tmp_path):
 
 @pytest.mark.parametrize(("paths", "height"), [((), 4), (CROSS_SCAN, 0)], ids=["no paths", "empty map"])
 def test_draw_routes_refuses(paths, height):
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match=r"at least (one|1)"):
         draw_routes(paths, height, 4)
 
 

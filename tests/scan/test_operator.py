@@ -293,6 +293,7 @@ BAD = {
     "route_index batch": (dict(route_index=torch.tensor([[0]])), ValueError, r"route_index must have shape \(2, any\)"),
     "route_weight": (dict(route_weight=torch.rand(2, 3)), ValueError, r"route_weight must have shape \(2, 4\)"),
     "other device": (dict(A=-torch.rand(4, 4, 2, device="meta")), ValueError, "A is on meta and x on cpu"),
+    "a switch": (dict(inclusive="no"), TypeError, "inclusive must be True or False, got 'no'"),
     "raw indices": (dict(routes=torch.zeros(4, 6)), TypeError, "routes must be vision_ssm.scan.Routes, got Tensor"),
 }
 

@@ -131,7 +131,7 @@ def test_cache_holds_no_inference_tensors():
         ([[0, 1]], [[2]], ValueError, "same shape"),
         ([0, 1], None, ValueError, r"read must have shape \(routes, steps\), got \(2,\)"),
         ([[]], None, ValueError, "at least one route and one step"),
-        ([[0.0, 1.0]], None, TypeError, "read must be an integer tensor, got torch.float32"),
+        ([[0.0, 1.0]], None, TypeError, "read must be a signed integer tensor, got torch.float32"),
     ],
 )
 def test_bad_indices(read, write, error, message):

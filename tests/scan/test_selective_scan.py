@@ -38,7 +38,7 @@ def draw(b_form="state", c_form="state", dtype=torch.float64, options=True):
     shapes = {
         "state": (batch, states, steps),
         "group": (batch, 3, states, steps),
-        "one group": (batch, 1, states, steps),
+        "two groups": (batch, 2, states, steps),
         "constant": (channels, states),
     }
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -55,7 +55,7 @@ def draw(b_form="state", c_form="state", dtype=torch.float64, options=True):
     return {name: None if t is None else t.requires_grad_() for name, t in tensors.items()}
 
 
-FORMS = ["state", "group", "one group", "constant"]
+FORMS = ["state", "group", "two groups", "constant"]
 
 
 @pytest.mark.parametrize("softplus", [True, False], ids=["softplus", "plain"])
@@ -103,6 +103,10 @@ def test_output_alone_and_on_the_reference():
         ("D", torch.ones(5), ValueError, r"D must have shape \(6,\), got \(5,\)"),
         ("z", torch.ones(2, 6), ValueError, "z must have the shape of u"),
         ("u", torch.ones(6, 11), ValueError, r"u must have shape \(batch, channels, steps\), got \(6, 11\)"),
+        ("u", torch.ones(2, 6, 0), ValueError, r"u must have at least one step, got shape \(2, 6, 0\)"),
+        ("u", torch.ones(2, 6, 11, dtype=torch.int64), TypeError, "u must be a floating-point tensor, got torch.int64"),
+        ("B", None, TypeError, "B must be a tensor, got NoneType"),
+        ("A", torch.ones(6, 3, device="meta"), ValueError, "A is on meta and u on cpu"),
     ],
 )
 def test_bad_input(name, value, error, message):

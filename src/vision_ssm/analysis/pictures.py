@@ -28,6 +28,7 @@ def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4
         A matplotlib figure; ``figure.savefig(path)`` writes it.
 
     Raises:
+        TypeError: If something else than a path is given.
         ValueError: If there is no path, or the map is empty.
         ImportError: If matplotlib is not installed.
     """
@@ -35,10 +36,14 @@ def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
 
-    if not paths or min(height, width, columns) < 1:
-        raise ValueError(
-            f"paths, height, width and columns must be at least 1, got {len(paths)}, {height}, {width} and {columns}"
-        )
+    if not paths:
+        raise ValueError("paths must name at least one route, got none")
+    for path in paths:
+        if not isinstance(path, Path):
+            raise TypeError(f"paths must hold vision_ssm.scan.Path, got {type(path).__name__}")
+    for name, value in (("height", height), ("width", width), ("columns", columns)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     columns = min(columns, len(paths))
     rows = math.ceil(len(paths) / columns)
     side = 2.6

@@ -38,13 +38,14 @@ def check_fit(model: nn.Module, state: dict[str, Tensor], adapted: Collection[st
         for key, value in state.items()
         if key in own and value.shape != own[key].shape
     ]
-    problems = [
-        f"{len(keys)} {what}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    listed = [
+        f"{len(keys)} {what}: {', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}"
+        for what, keys in problems.items()
         if keys
     ]
-    if problems:
-        raise CheckpointError(f"the weights do not fit {type(model).__name__}: {'; '.join(problems)}")
+    if listed:
+        raise CheckpointError(f"the weights do not fit {type(model).__name__}: {'; '.join(listed)}", problems)
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor]) -> None:

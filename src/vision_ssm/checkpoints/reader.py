@@ -27,7 +27,16 @@ _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
 class CheckpointError(InputError):
-    """A file that holds no usable weights, or not those of the model at hand."""
+    """A file that holds no usable weights, or not those of the model at hand.
+
+    Args:
+        message: One line.
+        keys: All the keys at fault, by what is wrong with them; the message may name only the first.
+    """
+
+    def __init__(self, message: str, keys: Mapping[str, list[str]] | None = None) -> None:
+        super().__init__(message)
+        self.keys: dict[str, list[str]] = dict(keys or {})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Each command is a function that takes the remaining words and returns the exit c
 when the command is called. To add one, add a line to `COMMANDS`.
 """
 
-import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -53,10 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return fail(error.line)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG):
-            raise
         where = f" ({error.filename})" if error.filename else ""
-        return fail(f"cannot write: {error.strerror}{where}")
+        return fail(f"{error.strerror or error}{where}")
     except KeyboardInterrupt:
         sys.stderr.write("\nvision-ssm: interrupted\n")
         return INTERRUPTED

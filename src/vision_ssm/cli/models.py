@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional
+from tyro.conf import Positional
 
+from vision_ssm.cli.options import parse_options
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision
 
@@ -48,7 +49,7 @@ class InfoOptions:
 class BenchOptions:
     """Time models, and print every setting that matters."""
 
-    models: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL...")]
+    models: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL...", help_behavior_hint="(required)")]
     """timm names, ours included; several are measured in one run."""
     size: _Size = ()
     """Height and width of the input in pixels, or one number for both."""
@@ -90,7 +91,7 @@ class ConvertOptions:
 
 def models(words: Sequence[str]) -> int:
     """List the package's models; `words` follow `vision-ssm models`."""
-    options = _parse(ModelsOptions, words, "models")
+    options = parse_options(ModelsOptions, words, "models")
     from vision_ssm.analysis import complexity
     from vision_ssm.tasks.spec import create_model
 
@@ -141,7 +142,7 @@ def models(words: Sequence[str]) -> int:
 
 def info(words: Sequence[str]) -> int:
     """Show one model; `words` follow `vision-ssm info`."""
-    options = _parse(InfoOptions, words, "info")
+    options = parse_options(InfoOptions, words, "info")
     import torch
     from rich.console import Console
 
@@ -173,15 +174,15 @@ def info(words: Sequence[str]) -> int:
         _print_json(values)
         return 0
     console = Console()
-    table = _table("", "", header=False)
+    table = _table("", "", "", header=False)
     table.add_row("model", options.model)
     table.add_row("input", f"{size[0]} x {size[1]} x {size[2]}")
     table.add_row("parameters", f"{cost.parameters:,}")
-    table.add_row("MACs (convolutions, linear layers, matrix products)", f"{cost.macs:,}")
-    table.add_row("papers' operations (MACs, norms, pooling, 9 L D N + L D per scan)", f"{cost.paper_ops:,}")
-    table.add_row("FLOPs (torch's FlopCounterMode, 2 per MAC)", f"{cost.flops:,}")
-    table.add_row("published weights", str(values["weights"] or "none"))
+    table.add_row("MACs", f"{cost.macs:,}", "convolutions, linear layers, matrix products")
+    table.add_row("papers' ops", f"{cost.paper_ops:,}", "MACs, norms, pooling, 9 L D N + L D per scan")
+    table.add_row("FLOPs", f"{cost.flops:,}", "torch's FlopCounterMode, 2 per MAC")
     console.print(table)
+    console.print(f"published weights: {values['weights'] or 'none'}", highlight=False, soft_wrap=True)
     if stages:
         console.print()
         table = _table(">stage", ">blocks", ">channels", ">height", ">width", ">stride")
@@ -193,12 +194,14 @@ def info(words: Sequence[str]) -> int:
 
 def bench(words: Sequence[str]) -> int:
     """Time models; `words` follow `vision-ssm bench`."""
-    options = _parse(BenchOptions, words, "bench")
+    options = parse_options(BenchOptions, words, "bench")
     if not options.models:
         raise InputError("name at least one model, such as vmamba_tiny")
     for name, values in (("--batch", options.batch), ("--threads", (options.threads or 1,))):
         if not values or min(values) < 1:
             raise InputError(f"{name} must be at least 1, got {' '.join(map(str, values)) or 'nothing'}")
+    if options.csv is not None and not options.csv.parent.is_dir():
+        raise InputError(f"no such folder: {options.csv.parent}")
     if not options.seconds > 0:
         raise InputError(f"--seconds must be positive, got {options.seconds}")
     import torch
@@ -245,6 +248,7 @@ def bench(words: Sequence[str]) -> int:
         "precision": options.precision,
         "torch.compile": "on" if options.compile else "off",
         "layout of images": "channels first, contiguous",
+        "spread": "interquartile range of the times over their median",
         "scan backend": ", ".join(sorted({row["backend"] for row in rows if row["backend"]})) or "none",
     }
     if options.csv is not None:
@@ -274,7 +278,7 @@ def bench(words: Sequence[str]) -> int:
 
 def convert(words: Sequence[str]) -> int:
     """Convert an official checkpoint; `words` follow `vision-ssm convert`."""
-    options = _parse(ConvertOptions, words, "convert")
+    options = parse_options(ConvertOptions, words, "convert")
     if options.out.suffix != ".safetensors":
         raise InputError(f"the output must end in .safetensors, got {options.out.name}")
     if options.out.exists() and not options.overwrite:
@@ -284,7 +288,7 @@ def convert(words: Sequence[str]) -> int:
     import safetensors.torch
     from rich.console import Console
 
-    from vision_ssm.checkpoints import check_fit, convert_official, read_checkpoint
+    from vision_ssm.checkpoints import CheckpointError, check_fit, convert_official, read_checkpoint
     from vision_ssm.tasks.files import atomic_write
     from vision_ssm.tasks.spec import create_model
 
@@ -293,13 +297,18 @@ def convert(words: Sequence[str]) -> int:
     checkpoint = read_checkpoint(options.source, ema=options.ema)
     ours = convert_official(options.model, checkpoint.state)
     model = create_model(options.model, {"device": "meta"}, _classes(ours))
-    check_fit(model, ours)
+    console = Console()
+    try:
+        check_fit(model, ours)
+    except CheckpointError as error:
+        for what, keys in error.keys.items():
+            console.print(f"{what}:", *(f"  {key}" for key in keys), sep="\n", highlight=False, soft_wrap=True)
+        raise
     tensors = {name: tensor.contiguous() for name, tensor in ours.items()}
     metadata = {"model": options.model, "source": options.source.name, "format": "pt"}
     with atomic_write(options.out) as file:
         file.write(safetensors.torch.save(tensors, metadata))
 
-    console = Console()
     where = f" under {checkpoint.source!r}" if checkpoint.source else ""
     console.print(f"{len(checkpoint.state)} tensors in {options.source}{where}", highlight=False, soft_wrap=True)
     table = _table("goes to", ">tensors", ">numbers")
@@ -307,19 +316,18 @@ def convert(words: Sequence[str]) -> int:
     for name, tensor in ours.items():
         parts = name.split(".")
         groups.setdefault(".".join(parts[:2]) if parts[0] == "stages" else parts[0], []).append(tensor.numel())
-    for group, sizes in groups.items():
-        table.add_row(group, str(len(sizes)), f"{sum(sizes):,}")
+    # as images pass through: the stem, the stages, what follows them
+    for group in sorted(groups, key=lambda name: (name != "stem", not name.startswith("stages."), name)):
+        table.add_row(group, str(len(groups[group])), f"{sum(groups[group]):,}")
     console.print(table)
     if checkpoint.placeholders:
         console.print(
-            f"not loaded, and not needed: {', '.join(checkpoint.placeholders)}", highlight=False, soft_wrap=True
+            f"the file also names code, none of which was run or loaded: {', '.join(checkpoint.placeholders)}",
+            highlight=False,
+            soft_wrap=True,
         )
     console.print(f"wrote {options.out}; every key of {options.model} is there", highlight=False, soft_wrap=True)
     return 0
-
-
-def _parse(options: Any, words: Sequence[str], name: str) -> Any:
-    return tyro.cli(options, args=list(words), prog=f"vision-ssm {name}", config=(FlagCreatePairsOff,))
 
 
 def _own_models() -> list[str]:
@@ -370,7 +378,7 @@ def _millions(count: Any) -> str:
 
 
 def _giga(count: Any) -> str:
-    return f"{count / 1e9:.3g} G"
+    return f"{count / 1e9:.2f} G"
 
 
 def _print_json(values: Any) -> None:

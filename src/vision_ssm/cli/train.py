@@ -14,6 +14,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from vision_ssm import recipes
 from vision_ssm.cli import INTERRUPTED
+from vision_ssm.cli.options import parse_options
 from vision_ssm.errors import InputError
 from vision_ssm.tasks.run_folder import RunFolder
 
@@ -39,7 +40,7 @@ class RunOptions:
     """Folder of the run; otherwise a new one under runs/."""
     overwrite: bool = False
     """Replace the run that is in that folder."""
-    resume: bool | Path = False
+    resume: Annotated[bool | Path, tyro.conf.arg(help_behavior_hint="(default: off)")] = False
     """Continue the run in this folder (or in --out), with its configuration."""
 
 
@@ -73,6 +74,8 @@ def train(words: Sequence[str]) -> int:
     peeked, _ = peek.parse_known_args(rest)
     if kind is None and not peeked.resume:
         wants_help = not words or words[0] in ("-h", "--help")
+        if words and not wants_help and not words[0].startswith("-"):
+            raise InputError(f"train on what? digits or folder, not {words[0]}")
         (sys.stdout if wants_help else sys.stderr).write(_USAGE)
         return 0 if words and wants_help else 2
     saved: recipes.TrainConfig | None = None
@@ -90,17 +93,18 @@ def _parse(kind: str, words: Sequence[str], saved: recipes.TrainConfig | None, r
     registry = ConstructorRegistry()
     registry.primitive_rule(_key_values)
     registry.primitive_rule(_flag_or_path)
-    options: dict[str, Any] = {"args": list(words), "prog": f"vision-ssm train {kind}", "registry": registry}
-    options["config"] = (tyro.conf.FlagCreatePairsOff,)
+    command, options = f"train {kind}", {"registry": registry}
     if kind == "digits":
         digits = saved if isinstance(saved, recipes.DigitsConfig) else recipes.digits()
-        return tyro.cli(_Digits, default=_Digits(digits, RunOptions()), description=recipes.digits.__doc__, **options)
+        default = _Digits(digits, RunOptions())
+        return parse_options(_Digits, words, command, default=default, description=recipes.digits.__doc__, **options)
     make = _FOLDER_RECIPES.get(recipe, recipes.small)
     folder = saved if isinstance(saved, recipes.FolderConfig) else make(tyro.MISSING)
     text = "Train on image folders, one sub-folder per class.\n\n" + "\n".join(
         f"--recipe {name}: {each.__doc__}" for name, each in _FOLDER_RECIPES.items()
     )
-    return tyro.cli(_Folder, default=_Folder(folder, FolderOptions()), description=text, **options)
+    default_folder = _Folder(folder, FolderOptions())
+    return parse_options(_Folder, words, command, default=default_folder, description=text, **options)
 
 
 def _run(config: recipes.TrainConfig, run: RunOptions) -> int:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional
+from tyro.conf import Positional
 
+from vision_ssm.cli import fail
+from vision_ssm.cli.options import parse_options
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision
 from vision_ssm.tasks.run_folder import RunFolder
@@ -43,7 +45,7 @@ class PredictOptions:
 
     run: Positional[Path]
     """Folder of a run, or a weights file of one."""
-    images: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...")]
+    images: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...", help_behavior_hint="(required)")]
     """Image files, or folders of them."""
     weights: Literal["best", "last"] = "best"
     """Which weights of the run to use."""
@@ -63,7 +65,7 @@ class PredictOptions:
 
 def evaluate(words: Sequence[str]) -> int:
     """Measure a classifier; `words` follow `vision-ssm eval`."""
-    options = tyro.cli(EvalOptions, args=list(words), prog="vision-ssm eval", config=(FlagCreatePairsOff,))
+    options = parse_options(EvalOptions, words, "eval")
     path = _weights_file(options.run, options.weights)
 
     from rich.console import Console
@@ -80,6 +82,10 @@ def evaluate(words: Sequence[str]) -> int:
     else:
         images = read_folder(options.data, classifier.spec.classes)
     console = Console(stderr=options.json)
+    absent = images.counts().count(0)
+    if absent:
+        count = len(classifier.spec.classes)
+        console.print(f"{absent} of {count} classes have no images here; the figures leave them out", highlight=False)
     evaluation = measure(classifier, images, options.batch_size, options.workers, console=console)
     if options.pictures is not None:
         options.pictures.mkdir(parents=True, exist_ok=True)
@@ -94,9 +100,11 @@ def evaluate(words: Sequence[str]) -> int:
 
 def predict(words: Sequence[str]) -> int:
     """Classify images; `words` follow `vision-ssm predict`."""
-    options = tyro.cli(PredictOptions, args=list(words), prog="vision-ssm predict", config=(FlagCreatePairsOff,))
+    options = parse_options(PredictOptions, words, "predict")
     if options.top < 1:
         raise InputError(f"--top must be positive, not {options.top}")
+    if not options.images:
+        raise InputError("name at least one image, or a folder of images")
     path = _weights_file(options.run, options.weights)
 
     from rich.console import Console
@@ -107,7 +115,14 @@ def predict(words: Sequence[str]) -> int:
 
     images = find_images(options.images)
     classifier = load_classifier(path, options.device, options.precision)
-    probabilities = classifier.predict(images, options.batch_size, options.workers)
+    broken: list[str] = []
+    try:
+        probabilities = classifier.predict(images, options.batch_size, options.workers)
+    except InputError:  # name every unreadable image, and classify the others
+        images, broken = _readable(images)
+        if not images:
+            raise InputError("; ".join(broken)) from None
+        probabilities = classifier.predict(images, options.batch_size, options.workers)
     best = probabilities.topk(min(options.top, len(classifier.spec.classes)), dim=1)
     rows = [
         [(classifier.spec.classes[i], p) for p, i in zip(values, indices, strict=True)]
@@ -116,15 +131,33 @@ def predict(words: Sequence[str]) -> int:
     if options.json:
         named = [[{"class": name, "probability": p} for name, p in row] for row in rows]
         _print_json([{"image": str(i), "predictions": row} for i, row in zip(images, named, strict=True)])
-        return 0
+        return _report(broken)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("image", overflow="fold")
     for rank in range(len(rows[0])):
-        table.add_column("class" if rank == 0 else f"{rank + 1}.", overflow="fold")
+        table.add_column(f"{rank + 1}.", overflow="fold")
     for image, row in zip(images, rows, strict=True):
         table.add_row(str(image), *(f"{name} {p:.1%}" for name, p in row))
     Console().print(table)
-    return 0
+    return _report(broken)
+
+
+def _readable(images: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    from vision_ssm.data.images import open_image
+
+    good, broken = [], []
+    for image in images:
+        try:
+            open_image(image)
+        except InputError as error:
+            broken.append(error.line)
+        else:
+            good.append(image)
+    return good, broken
+
+
+def _report(broken: Sequence[str]) -> int:
+    return max((fail(line) for line in broken), default=0)
 
 
 def _weights_file(run: Path, which: str) -> Path:

@@ -195,7 +195,7 @@ def _require_folder(path: Path) -> None:
 
 def _hold_out(images: LabelledImages, fraction: float, seed: int) -> Splits:
     if not 0 < fraction < 1:
-        raise InputError(f"--data.val-fraction must lie between 0 and 1, not {fraction}")
+        raise InputError(f"--data.val-fraction must lie between 0 and 1, both excluded, got {fraction}")
     # scikit-learn's stratified split refuses classes of one image and may leave small ones out of validation.
     order = np.random.default_rng(seed).permutation(len(images))
     targets = np.asarray(images.targets)[order]

@@ -53,7 +53,7 @@ class Optimisation:
     schedule: str = "cosine"
     """timm's name of the learning-rate schedule."""
     warmup_epochs: int = 5
-    """Epochs over which the learning rate rises from near zero."""
+    """Epochs over which the learning rate rises from near zero; at most all but one."""
     clip_grad: float | None = 5.0
     """Largest norm of the gradient."""
     label_smoothing: float = 0.1
@@ -83,7 +83,7 @@ class TrainConfig:
     model: str = "vmamba_atto"
     """Name of a timm model."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the model, such as stem_stride=2."""
+    """Keyword arguments of the model, such as stem_stride=2 drop_rate=0.1."""
     pretrained: bool | Path = False
     """Start from the published weights, or from a checkpoint file."""
     drop_path: float = 0.0

@@ -87,6 +87,10 @@ def route_scan(
     for name, value in (("x", x), ("dbc", dbc), ("A", A), *((n, t) for n, t in tensors.items() if t is not None)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    switches = dict(softplus=softplus, inclusive=inclusive, float_output=float_output)
+    for name, switch in (*switches.items(), ("return_last_state", return_last_state)):
+        if not isinstance(switch, bool):
+            raise TypeError(f"{name} must be True or False, got {switch!r}")
     args = ScanArguments(x, dbc, A, routes.read, routes.write, **tensors, softplus=softplus, inclusive=inclusive)
     check_arguments(args)
     if x.shape[1] != routes.tokens:

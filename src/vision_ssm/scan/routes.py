@@ -223,8 +223,8 @@ class Routes:
         for name, index in (("read", read), ("write", write)):
             if not isinstance(index, Tensor):
                 raise TypeError(f"{name} must be an integer tensor, got {type(index).__name__}")
-            if index.dtype not in (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8):
-                raise TypeError(f"{name} must be an integer tensor, got {index.dtype}")
+            if index.dtype not in (torch.int32, torch.int64, torch.int16, torch.int8):
+                raise TypeError(f"{name} must be a signed integer tensor, got {index.dtype}")
             if index.dim() != 2:
                 raise ValueError(f"{name} must have shape (routes, steps), got {tuple(index.shape)}")
         if read.shape != write.shape:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,8 +33,8 @@ def selective_scan_fn(
         u: Input, (B, D, L).
         delta: Step sizes, (B, D, L).
         A: Decay rates, (D, N), real.
-        B: (B, N, L), (B, G, N, L), or constant over time (D, N).
-        C: As ``B``.
+        B: (B, N, L), (B, G, N, L) with G dividing D, or constant over time (D, N).
+        C: As ``B``; its number of groups may be another.
         D: Skip connection, (D,).
         z: Gate, (B, D, L): the output is multiplied by ``SiLU(z)``.
         delta_bias: Added to the step sizes, (D,).
@@ -44,15 +46,26 @@ def selective_scan_fn(
         A constant ``B`` or ``C`` always runs on the portable backend.
 
     Raises:
-        TypeError: If ``A``, ``B`` or ``C`` is complex.
-        ValueError: If a shape does not fit.
+        TypeError: If an argument is no tensor, or complex, or not floating-point.
+        ValueError: If shapes or devices do not fit.
     """
-    for name, tensor in (("A", A), ("B", B), ("C", C)):
+    given = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    for name, tensor in given.items():
+        if tensor is None and name in ("D", "z", "delta_bias"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.is_complex():
-            raise TypeError(f"{name} is complex ({tensor.dtype}); only real A, B and C are supported")
+            raise TypeError(f"{name} is complex ({tensor.dtype}); only real tensors are supported")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.device != u.device:
+            raise ValueError(f"{name} is on {tensor.device} and u on {u.device}; all must be on one device")
     if u.dim() != 3:
         raise ValueError(f"u must have shape (batch, channels, steps), got {tuple(u.shape)}")
     batch, channels, steps = u.shape
+    if steps < 1:
+        raise ValueError(f"u must have at least one step, got shape {tuple(u.shape)}")
     if delta.shape != u.shape:
         raise ValueError(f"delta must have the shape of u, {tuple(u.shape)}, got {tuple(delta.shape)}")
     if A.dim() != 2 or A.shape[0] != channels:
@@ -70,9 +83,9 @@ def selective_scan_fn(
     if B.dim() == 2 or C.dim() == 2:
         y, state = _scan_constant(u, delta, A, B, C, D, delta_bias, delta_softplus, dtype)
     else:
-        groups = max(matrix.shape[1] if matrix.dim() == 4 else 1 for matrix in (B, C))
         per_group = [matrix if matrix.dim() == 4 else matrix.unsqueeze(1) for matrix in (B, C)]
-        dbc = torch.cat([matrix.expand(-1, groups, -1, -1) for matrix in per_group], dim=2)  # (B, G, 2N, L)
+        groups = math.lcm(*(matrix.shape[1] for matrix in per_group))
+        dbc = torch.cat([m.repeat_interleave(groups // m.shape[1], dim=1) for m in per_group], dim=2)  # (B, G, 2N, L)
         result = route_scan(
             u.transpose(1, 2),
             dbc.permute(0, 3, 1, 2),

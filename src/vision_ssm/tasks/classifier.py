@@ -101,5 +101,10 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"no device {name} here") from error
+        raise InputError(f"no device {name} here; there is {_devices()}") from error
     return device
+
+
+def _devices() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else f"cpu and {accelerator.type}"

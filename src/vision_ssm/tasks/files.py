@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: Writing failed (a full disk, say); nothing is left behind and an older `path` is untouched.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     # One fixed name, so that what a killed process left is overwritten by the next write.
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -106,8 +106,9 @@ def draw_predictions(evaluation: Evaluation, images: LabelledImages, path: Path,
     rows = -(-len(chosen) // columns)
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
     figure = Figure(figsize=(1.95 * columns, 2.35 * rows + 0.7), layout=layout)
-    shown = f"; {len(chosen) - len(right)} of them are shown in red" if len(wrong) else ""
-    figure.suptitle(f"{len(wrong):,} of {len(images):,} images are classified wrongly{shown}", fontsize=11)
+    shown = len(chosen) - len(right)
+    part = "" if not shown else ", in red" if shown == len(wrong) else f", {shown} of them here in red"
+    figure.suptitle(f"{len(wrong):,} of {len(images):,} images classified wrongly{part}", fontsize=11)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, index in zip(figure.axes, chosen, strict=False):

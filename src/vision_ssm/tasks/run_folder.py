@@ -71,10 +71,14 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file, not a folder")
         if self.path.is_dir() and any(self.path.iterdir()):
-            if not overwrite:
+            if not overwrite and not self.is_unused():
                 raise InputError(f"{self.path} is not empty; add --overwrite, or --resume to continue the run in it")
             if not self.config.is_file():
                 raise InputError(f"{self.path} holds something else than a run; not overwriting it")
+
+    def is_unused(self) -> bool:
+        """Whether a run was begun here but stopped before it saved anything."""
+        return {entry.name for entry in self.path.iterdir()} <= {self.config.name, self.model.name}
 
     def clear(self) -> None:
         """Make the folder, empty; call `check_free` first."""
@@ -118,7 +122,7 @@ class RunFolder:
                 option = name.replace("_", "-")
                 raise InputError(f"cannot resume {self.path}: it was started with --{option} {before}, not {now}")
         if not self.state.is_file():
-            raise InputError(f"{self.path} was stopped before anything was saved; start it again with --overwrite")
+            raise InputError(f"{self.path} was stopped before anything was saved; start it again")
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Sequence[tuple[str, Any, Any]]:

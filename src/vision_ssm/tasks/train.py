@@ -77,9 +77,13 @@ def train(
     splits = load_splits(config)
     report_data(splits, console)
     spec = spec_for(config, splits.train.classes)
+    try:
+        train_transform = spec.train_transform(config.augment)
+    except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise InputError(f"cannot make the augmentation: {error}") from error
     data = ImageData(
         splits,
-        spec.train_transform(config.augment),
+        train_transform,
         spec.eval_transform(),
         config.batch_size,
         config.seed,
@@ -132,7 +136,7 @@ def check(config: TrainConfig) -> None:
     }
     for name, value in positive.items():
         if value is not None and not value > 0:
-            raise InputError(f"--{name} must be positive, not {value}")
+            raise InputError(f"--{name} must be positive, got {value}")
     not_negative: dict[str, Any] = {
         "optim.min-lr": optim.min_lr,
         "optim.weight-decay": optim.weight_decay,
@@ -145,7 +149,7 @@ def check(config: TrainConfig) -> None:
     }
     for name, value in not_negative.items():
         if value is not None and not value >= 0:
-            raise InputError(f"--{name} must not be negative, not {value}")
+            raise InputError(f"--{name} must be 0 or more, got {value}")
     shares: dict[str, Any] = {
         "augment.hflip": augment.hflip,
         "augment.vflip": augment.vflip,
@@ -157,7 +161,10 @@ def check(config: TrainConfig) -> None:
     }
     for name, value in shares.items():
         if value is not None and not 0 <= value <= 1:
-            raise InputError(f"--{name} must lie between 0 and 1, not {value}")
+            raise InputError(f"--{name} must lie between 0 and 1, got {value}")
+    for name, (low, high) in (("augment.scale", augment.scale), ("augment.ratio", augment.ratio)):
+        if not 0 < low <= high:
+            raise InputError(f"--{name} takes a smallest and a largest value, both positive, got {low} {high}")
     if optim.optimizer not in list_optimizers():
         near = " or ".join(difflib.get_close_matches(optim.optimizer, list_optimizers())) or "adamw"
         raise InputError(f"timm has no optimiser called {optim.optimizer}; did you mean {near}?")

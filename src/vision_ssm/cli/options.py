@@ -1,0 +1,46 @@
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+from tyro.conf import FlagCreatePairsOff
+
+from vision_ssm.errors import InputError
+
+
+def parse_options(kind: Any, words: Sequence[str], command: str, **options: Any) -> Any:
+    """Turn words into an instance of a dataclass; `--help` prints the help and exits.
+
+    Args:
+        kind: The dataclass.
+        words: What follows the command.
+        command: Its name, such as `eval`.
+        options: Further arguments of `tyro.cli`.
+
+    Raises:
+        InputError: The words do not fit; one line instead of tyro's frame.
+    """
+    program = f"vision-ssm {command}"
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, args=list(words), prog=program, config=(FlagCreatePairsOff,), **options)
+    except SystemExit as leave:
+        if leave.code in (0, None):
+            sys.stderr.write(printed.getvalue())
+            raise
+        raise InputError(f"{_complaint(printed.getvalue())} (see {program} --help)") from None
+
+
+def _complaint(frame: str) -> str:
+    """The first paragraph inside tyro's frame, and the names of the options that it suggests."""
+    lines = [re.sub(r"[│╭╮╰╯]", " ", line).strip() for line in frame.splitlines()[1:]]
+    rule = next((i for i, line in enumerate(lines) if line and not line.strip("─ ")), len(lines))
+    text = " ".join(line for line in lines[:rule] if line)
+    near = []
+    if rule < len(lines) and any("meant" in line for line in lines[rule : rule + 3]):
+        near = [line.split()[0] for line in lines[rule:] if line.startswith("--")]
+    return text + (f"; did you mean {' or '.join(near)}?" if near else "")
