@@ -79,6 +79,31 @@ def test_predict_files_and_folders(run, images, capsys):
     assert "water" in capsys.readouterr().out
 
 
+def test_predict_names_the_unreadable_and_classifies_the_rest(run, images, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    words = ["predict", str(run), str(tmp_path / "broken.jpg"), str(images / "water" / "00.png"), "--json"]
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert [row["predictions"][0]["class"] for row in json.loads(shown.out)] == ["water"]
+    assert shown.err.count("\n") == 1
+    assert "broken.jpg" in shown.err
+
+
+def test_eval_tells_of_absent_classes(run, images, tmp_path, capsys):
+    (tmp_path / "some" / "water").mkdir(parents=True)
+    (tmp_path / "some" / "water" / "00.png").write_bytes((images / "water" / "00.png").read_bytes())
+    assert main(["eval", str(run), "--data", str(tmp_path / "some")]) == 0
+    assert "classes have no images here" in capsys.readouterr().out
+
+
+def test_a_run_that_saved_nothing_may_be_started_again(images, tmp_path, capsys):
+    words = ["folder", "--data.root", images, "--epochs", "1", *TINY, "--out", tmp_path / "run"]
+    assert train(*words, "--data.val", tmp_path / "none") == 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert train(*words) == 0
+
+
 def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
     words = ["folder", "--data.root", images, "--epochs", "1", *TINY]
     assert train(*words, "--out", run) == 2
@@ -109,6 +134,12 @@ def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
         pytest.param("folder --data.root nowhere", "no such folder", id="no-folder"),
         pytest.param("--resume nowhere", "no such run folder", id="no-run"),
         pytest.param("digits --resume", "needs the folder of a run", id="resume-what"),
+        pytest.param("digits --augment.auto-augment foo", "Unknown AA policy foo", id="unknown-policy"),
+        pytest.param("digits --augment.scale 1 0.5", "--augment.scale takes a smallest", id="reversed-range"),
+        pytest.param("digits --epoch 3", "Unrecognized options: --epoch, 3; did you mean --epochs", id="typo"),
+        pytest.param("digits --model-args foo", "expected KEY=VALUE, not foo", id="no-pair"),
+        pytest.param("folder", "--data.root", id="no-root"),
+        pytest.param("folders", "digits or folder, not folders", id="train-what"),
     ],
 )
 def test_bad_options_get_one_line_and_leave_nothing(words, message, tmp_path, capsys, monkeypatch):

@@ -36,11 +36,20 @@ def parse_options(kind: Any, words: Sequence[str], command: str, **options: Any)
 
 
 def _complaint(frame: str) -> str:
-    """The first paragraph inside tyro's frame, and the names of the options that it suggests."""
-    lines = [re.sub(r"[│╭╮╰╯]", " ", line).strip() for line in frame.splitlines()[1:]]
-    rule = next((i for i, line in enumerate(lines) if line and not line.strip("─ ")), len(lines))
-    text = " ".join(line for line in lines[:rule] if line)
-    near = []
-    if rule < len(lines) and any("meant" in line for line in lines[rule : rule + 3]):
-        near = [line.split()[0] for line in lines[rule:] if line.startswith("--")]
-    return text + (f"; did you mean {' or '.join(near)}?" if near else "")
+    """What tyro's frame says first, and the names of the options that it suggests."""
+    lines = [re.sub(r"[│╭╮╰╯|+]", " ", line).strip() for line in frame.splitlines()[1:]]  # the first is a title
+    paragraphs: list[list[str]] = [[]]
+    for line in lines:
+        if line and not line.strip("─- "):
+            paragraphs.append([])
+        elif line:
+            paragraphs[-1].append(line)
+    first, *others = [paragraph for paragraph in paragraphs if paragraph] or [["the options do not fit"]]
+    near = [
+        line.split()[0]
+        for paragraph in others
+        if re.search("meant|similar", paragraph[0])
+        for line in paragraph
+        if line.startswith("--")
+    ]
+    return " ".join(first) + (f"; did you mean {' or '.join(near)}?" if near else "")
