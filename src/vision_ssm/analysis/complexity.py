@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision_ssm.scan.operator import scan_flops
+from vision_ssm.scan.operator import scan_flops, scan_sizes
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,12 @@ def _elements(per_element: int) -> Callable[..., int]:
     return count
 
 
-def _scan_sizes(*shapes: Any) -> tuple[int, int, int, int, int]:
-    x, _, A, read, _, _, dt_weight, _, _, route_index = shapes[:10]
-    routes = read[0] if route_index is None else route_index[1]
-    return x[0], routes, read[1], A[1], 0 if dt_weight is None else dt_weight[1]
+def _projection_flops(*shapes: Any, **_: Any) -> int:
+    return scan_flops(**scan_sizes(*shapes) | dict(states=0, skip=False))
 
 
-def _projection_flops(*shapes: Any, **output: Any) -> int:
-    batch, routes, steps, width, rank = _scan_sizes(*shapes)
-    return scan_flops(batch, routes, steps, width, states=0, rank=rank, skip=False)
-
-
-def _paper_scan(*shapes: Any, **output: Any) -> int:
-    batch, routes, steps, width, _ = _scan_sizes(*shapes)
-    scan = scan_flops(batch, routes, steps, width, states=shapes[2][2], rank=0, skip=shapes[8] is not None)
-    return _projection_flops(*shapes) + 2 * scan
+def _paper_scan(*shapes: Any, **_: Any) -> int:
+    return _projection_flops(*shapes) + 2 * scan_flops(**scan_sizes(*shapes) | dict(rank=0))
 
 
 _SCAN = torch.ops.vision_ssm.route_scan

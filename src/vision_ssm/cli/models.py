@@ -157,10 +157,17 @@ def info(words: Sequence[str]) -> int:
         shapes = feature_shapes(model, size) if hasattr(model, "forward_intermediates") else []
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"{options.model} cannot take images of {size[1]}x{size[2]}: {error}") from None
-    strides = [feature["reduction"] for feature in getattr(model, "feature_info", [])] or [None] * len(shapes)
+    described = getattr(model, "feature_info", [])
     stages: list[dict[str, Any]] = [
-        {"stage": i, "blocks": _blocks(model, i), "channels": c, "height": h, "width": w, "stride": stride}
-        for i, ((c, h, w), stride) in enumerate(zip(shapes, strides, strict=False))
+        {
+            "stage": i,
+            "blocks": _blocks(model, i),
+            "channels": c,
+            "height": h,
+            "width": w,
+            "stride": described[i]["reduction"] if len(described) == len(shapes) else None,
+        }
+        for i, (c, h, w) in enumerate(shapes)
     ]
     values = {
         "model": options.model,

@@ -206,11 +206,22 @@ def scan_flops(batch: int, routes: int, steps: int, width: int, states: int, ran
     return batch * routes * steps * width * (2 * rank + 9 * states + int(skip))
 
 
-def _flops(x: Any, dbc: Any, A: Any, read: Any, write: Any, delta: Any, dt_weight: Any, *rest: Any, **_: Any) -> int:
-    route_index = rest[2]
-    routes = read[0] if route_index is None else route_index[1]
-    rank = 0 if dt_weight is None else dt_weight[1]
-    return scan_flops(x[0], routes, read[1], A[1], A[2], rank, rest[1] is not None)
+def scan_sizes(*shapes: Any) -> dict[str, Any]:
+    """Return the arguments of :func:`scan_flops` from the shapes of the operator's arguments."""
+    of = dict(zip(_NAMES, shapes, strict=False))  # its last two arguments are no tensors
+    return dict(
+        batch=of["x"][0],
+        routes=of["read"][0] if of["route_index"] is None else of["route_index"][1],
+        steps=of["read"][1],
+        width=of["A"][1],
+        states=of["A"][2],
+        rank=0 if of["dt_weight"] is None else of["dt_weight"][1],
+        skip=of["D"] is not None,
+    )
+
+
+def _flops(*shapes: Any, **_: Any) -> int:
+    return scan_flops(**scan_sizes(*shapes))
 
 
 def _backward_flops(grad_y: Any, grad_state: Any, *values: Any, **_: Any) -> int:
