@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from vision_ssm.scan import portable, reference
+from vision_ssm.scan import cpu, portable, reference
 from vision_ssm.scan.arguments import ScanArguments
 
 ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
@@ -22,19 +23,22 @@ ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 class Backend:
     """One implementation of the operator.
 
-    ``forward`` returns the outputs in the state's dtype, (B, L, C), and the last state, (B, K', Dk, N).
+    ``forward`` returns the outputs in the dtype asked for, (B, L, C), and the last state, (B, K', Dk, N).
     ``backward`` takes the gradients of both (the state's may be ``None``) and returns those of all
-    differentiable arguments by name. ``image_group`` tells how many images to process at once.
+    differentiable arguments by name. ``image_group`` tells how many images to process at once, ``available``
+    whether this machine runs it; ``cpu_only`` backends take float32, bfloat16 and float16 on a CPU.
     """
 
     name: str
-    forward: Callable[[ScanArguments], tuple[Tensor, Tensor]]
+    forward: Callable[[ScanArguments, torch.dtype], tuple[Tensor, Tensor]]
     backward: Callable[[ScanArguments, Tensor, Tensor | None], dict[str, Tensor]]
     image_group: Callable[[ScanArguments], int]
+    available: Callable[[], bool] = lambda: True
+    cpu_only: bool = False
 
-    def run_forward(self, args: ScanArguments) -> tuple[Tensor, Tensor]:
+    def run_forward(self, args: ScanArguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Run :attr:`forward`, some images at a time."""
-        parts = [self.forward(args.images(group)) for group in self._groups(args)]
+        parts = [self.forward(args.images(group), dtype) for group in self._groups(args)]
         if len(parts) == 1:
             return parts[0]
         return torch.cat([y for y, _ in parts]), torch.cat([state for _, state in parts])
@@ -65,10 +69,28 @@ def _portable_group(args: ScanArguments) -> int:
     return max(1, (2**20 if args.x.device.type == "cpu" else 2**28) // max(1, elements))
 
 
+def _all_images(args: ScanArguments) -> int:
+    return args.x.shape[0]
+
+
+def _compiled(name: str, level: str | None) -> Backend:
+    return Backend(
+        name,
+        partial(cpu.forward, level=level),
+        partial(cpu.backward, level=level),
+        _all_images,
+        partial(cpu.available, level),
+        cpu_only=True,
+    )
+
+
 BACKENDS: dict[str, Backend] = {
     # The definition has no gradient of its own: route_scan differentiates it with autograd.
     "reference": Backend("reference", reference.scan, portable.backward, _portable_group),
     "portable": Backend("portable", portable.scan, portable.backward, _portable_group),
+    # The best instruction set of the machine, and each of them by name.
+    "cpu": _compiled("cpu", None),
+    **{f"cpu-{level}": _compiled(f"cpu-{level}", level) for level in cpu.LEVELS},
 }
 
 _override: ContextVar[str | None] = ContextVar("vision_ssm_backend", default=None)
@@ -76,21 +98,25 @@ _last = threading.local()
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return the names that :func:`use_backend` and the environment variable take."""
-    return tuple(BACKENDS)
+    """Return the names that :func:`use_backend` and the environment variable take on this machine."""
+    return tuple(name for name, backend in BACKENDS.items() if backend.available())
 
 
-def backend_for(device: torch.device | str) -> str:
-    """Return the name of the backend that a call on ``device`` would use now.
+def backend_for(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """Return the name of the backend that a call on ``device`` with tokens of ``dtype`` would use now.
+
+    A backend that does not take the device or dtype gives way to ``"portable"``.
 
     Raises:
-        ValueError: If the environment variable ``VISION_SSM_BACKEND`` names no backend.
+        ValueError: If the environment variable ``VISION_SSM_BACKEND`` names no backend of this machine.
     """
-    del device  # portable serves every device until a faster backend does
-    chosen = _override.get() or os.environ.get(ENVIRONMENT_VARIABLE)
-    if chosen:
-        return _known(chosen, f"environment variable {ENVIRONMENT_VARIABLE}")
-    return "portable"
+    chosen = _override.get()
+    if chosen is None and (chosen := os.environ.get(ENVIRONMENT_VARIABLE) or None):
+        _check(chosen, f"environment variable {ENVIRONMENT_VARIABLE}")
+    compiled = torch.device(device).type == "cpu" and dtype != torch.float64
+    if chosen is None:
+        return "cpu" if compiled and cpu.available() else "portable"
+    return "portable" if BACKENDS[chosen].cpu_only and not compiled else chosen
 
 
 @contextmanager
@@ -98,9 +124,10 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every scan of this thread (or asynchronous task) with one backend.
 
     Raises:
-        ValueError: If ``name`` is no backend.
+        ValueError: If ``name`` is no backend of this machine.
     """
-    token = _override.set(_known(name, "name"))
+    _check(name, "name")
+    token = _override.set(name)
     try:
         yield
     finally:
@@ -112,14 +139,13 @@ def last_backend() -> str | None:
     return getattr(_last, "name", None)
 
 
-def select(device: torch.device) -> Backend:
-    """Return the backend for a call on ``device`` and note that it runs."""
-    backend = BACKENDS[backend_for(device)]
+def select(x: Tensor) -> Backend:
+    """Return the backend for a call with tokens ``x`` and note that it runs."""
+    backend = BACKENDS[backend_for(x.device, x.dtype)]
     _last.name = backend.name
     return backend
 
 
-def _known(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} is {name!r}; allowed are {', '.join(map(repr, BACKENDS))}")
-    return name
+def _check(name: str, source: str) -> None:
+    if name not in BACKENDS or not BACKENDS[name].available():
+        raise ValueError(f"{source} is {name!r}; allowed are {', '.join(map(repr, available_backends()))}")

@@ -97,7 +97,7 @@ def route_scan(
         raise ValueError(f"x has {x.shape[1]} tokens, but the routes were built for {routes.tokens}")
     if not torch.compiler.is_compiling():
         check_values(args)
-        if backend_for(x.device) == "reference":
+        if backend_for(x.device, x.dtype) == "reference":
             return _run_reference(args, float_output, return_last_state)
     y, state = torch.ops.vision_ssm.route_scan(*(getattr(args, n) for n in _NAMES), float_output, return_last_state)
     return (y, state) if return_last_state else y
@@ -105,8 +105,7 @@ def route_scan(
 
 def _run_reference(args: ScanArguments, float_output: bool, return_state: bool) -> Tensor | tuple[Tensor, Tensor]:
     with torch.autocast(args.x.device.type, enabled=False):
-        y, state = select(args.x.device).forward(args)
-    y = y.to(_output_dtype(args, float_output))
+        y, state = select(args.x).forward(args, _output_dtype(args, float_output))
     return (y, state) if return_state else y
 
 
@@ -122,8 +121,7 @@ def _forward(*values: Any) -> tuple[Tensor, Tensor]:
         return y.zero_(), state.zero_()
     # Autocast would round the step sizes' projection; the operator decides its own precision.
     with torch.no_grad(), torch.autocast(args.x.device.type, enabled=False):
-        y, state = select(args.x.device).run_forward(args)
-    y = y.to(_output_dtype(args, float_output))
+        y, state = select(args.x).run_forward(args, _output_dtype(args, float_output))
     state = state.clone(memory_format=torch.contiguous_format) if return_state else state.new_empty(0)
     return y.contiguous(), state
 
@@ -143,7 +141,7 @@ def _backward(grad_y: Tensor, grad_state: Tensor | None, *values: Any) -> list[T
     if args.x.numel() == 0:
         return [grad.zero_() for grad in _backward_fake(grad_y, grad_state, *values)]
     with torch.no_grad(), torch.autocast(args.x.device.type, enabled=False):
-        chosen = BACKENDS[backend] if backend else select(args.x.device)
+        chosen = BACKENDS[backend] if backend else select(args.x)
         found = chosen.run_backward(args, grad_y, grad_state)
     return [found[name].contiguous() for name in _differentiable(args)]
 
@@ -164,7 +162,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.switches = {name: value for name, value in given_by_name.items() if isinstance(value, bool)}
     ctx.save_for_backward(*(value for value in given if not isinstance(value, bool)))
     # The backward pass may run on another thread, where the override of this one is not seen.
-    ctx.backend = "" if torch.compiler.is_compiling() else select(given_by_name["x"].device).name
+    ctx.backend = "" if torch.compiler.is_compiling() else select(given_by_name["x"]).name
 
 
 def _autograd(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
@@ -186,7 +184,7 @@ def _differentiable_gradients(args: ScanArguments, grad_y: Tensor, grad_state: T
     # Fresh views: one argument may have been computed from another, which must not count here.
     views = {name: (tensor := getattr(args, name)).view_as(tensor) for name in names}
     with torch.autocast(args.x.device.type, enabled=False):
-        y, state = portable.scan(replace(args, **views))
+        y, state = portable.scan(replace(args, **views), args.dtype)
         outputs, grads = [y], [grad_y.to(y.dtype)]
         if grad_state is not None:
             outputs, grads = [y, state], [*grads, grad_state]

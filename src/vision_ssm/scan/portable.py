@@ -33,11 +33,11 @@ class _Steps:
     drive: Tensor  # (..., Dk, N)
 
 
-def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
+def scan(args: ScanArguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Run the scan; differentiable any number of times.
 
     Returns:
-        The outputs summed over routes in the state's dtype, (B, L, C), and the state after the
+        The outputs summed over routes, rounded once to ``dtype``, (B, L, C), and the state after the
         last step, (B, K', Dk, N).
     """
     steps = _unroll(args)
@@ -45,9 +45,8 @@ def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
     y = _outputs(args, steps, h if args.inclusive else steps.decay * _previous(h))
     if args.route_weight is not None:
         y = y * _per_step(args.route_weight.t().to(args.dtype)).unsqueeze(-1)
-    return _to_tokens(y, args, args.write, steps.route, args.x.shape[2] // y.shape[-1]).flatten(2), h[
-        :, -1, -1
-    ].transpose(0, 1)
+    y = _to_tokens(y, args, args.write, steps.route, args.x.shape[2] // y.shape[-1]).flatten(2)
+    return y.to(dtype), h[:, -1, -1].transpose(0, 1)
 
 
 def linear_scan(decay: Tensor, drive: Tensor) -> Tensor:

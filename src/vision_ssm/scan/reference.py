@@ -9,15 +9,15 @@ from torch import Tensor
 from vision_ssm.scan.arguments import ScanArguments
 
 
-def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
+def scan(args: ScanArguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Run the recurrence token by token and route by route; differentiable.
 
     Returns:
-        The outputs summed over routes in the state's dtype, (B, L, C), and the state after the
+        The outputs summed over routes, rounded once to ``dtype``, (B, L, C), and the state after the
         last step, (B, K', Dk, N).
     """
     per_image = [_scan_image(args.images(slice(b, b + 1))) for b in range(args.x.shape[0])]
-    return torch.cat([y for y, _ in per_image]), torch.cat([state for _, state in per_image])
+    return torch.cat([y for y, _ in per_image]).to(dtype), torch.cat([state for _, state in per_image])
 
 
 def _scan_image(args: ScanArguments) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,170 @@
+"""The operator in C++ for CPUs: float32 inside, float32, bfloat16 or float16 outside."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vision_ssm.scan.arguments import ScanArguments
+from vision_ssm.scan.cpu.library import LEVELS, Library, Problem, load_library
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_VECTOR = 16  # channels; blocks are multiples of it
+_FORWARD_BLOCK, _BACKWARD_BLOCK = 8, 4  # vectors in a block at most
+_GROUPS = 32  # of images with parameter gradients of their own; fixed, so that sums do not depend on threads
+
+
+def available(level: str | None = None) -> bool:
+    """Return whether the library was built and this machine runs an instruction set."""
+    found = load_library()
+    return found is not None and (level is None or level in found.levels)
+
+
+def forward(args: ScanArguments, dtype: torch.dtype, level: str | None = None) -> tuple[Tensor, Tensor]:
+    """Return the outputs in ``dtype``, (B, L, C), and the state after the last step, (B, K', Dk, N)."""
+    problem, keep = _problem(args)
+    batch, tokens, channels = args.x.shape
+    y = args.x.new_empty(batch, tokens, channels, dtype=dtype)
+    state = _floats(args, batch, args.routes_per_image, args.channels_per_route, args.state_size)
+    problem.blocks, problem.block_size, problem.parts = _forward_plan(args, torch.get_num_threads())
+    if problem.parts > 1:
+        keep.append(_floats(args, problem.parts, batch, tokens, channels))
+        problem.partial = keep[-1].data_ptr()
+    problem.y, problem.y_type, problem.state = y.data_ptr(), _TYPES[dtype], state.data_ptr()
+    _loaded().run("forward", problem, level)
+    return y, state
+
+
+def backward(
+    args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None, level: str | None = None
+) -> dict[str, Tensor]:
+    """Return the gradients of all differentiable arguments, from those of outputs and last state."""
+    problem, keep = _problem(args)
+    batch, tokens, channels = args.x.shape
+    width, states, rank = args.channels_per_route, args.state_size, args.rank
+    problem.blocks, problem.block_size = _blocks(width, math.ceil(width / (_VECTOR * _BACKWARD_BLOCK)))
+    all_blocks = problem.blocks * (args.routes if args.side_by_side else 1)
+    problem.groups = min(batch, _GROUPS)
+    problem.parts = all_blocks if problem.groups < _GROUPS else 1
+
+    grad_y = _readable(grad_y)
+    problem.grad_y, problem.grad_y_type = grad_y.data_ptr(), _TYPES[grad_y.dtype]
+    problem.grad_y_image, problem.grad_y_token = grad_y.stride()[:2]
+    if grad_state is not None:
+        grad_state = grad_state.float().contiguous()
+        problem.grad_state = grad_state.data_ptr()
+    grad_x = args.x.new_empty(batch, tokens, channels)
+    grad_dbc = _floats(args, problem.parts, *args.dbc.shape).zero_()
+    grad_parameters = _floats(args, problem.groups, args.routes, rank + states + 2, width).zero_()
+    problem.grad_x, problem.grad_dbc = grad_x.data_ptr(), grad_dbc.data_ptr()
+    problem.grad_parameters = grad_parameters.data_ptr()
+    found = {"x": grad_x}
+    if args.delta is not None:
+        found["delta"] = _floats(args, *args.delta.shape).zero_()
+        problem.grad_delta = found["delta"].data_ptr()
+    if args.route_weight is not None:
+        keep.append(_floats(args, all_blocks, *args.route_weight.shape))
+        problem.grad_route_weight = keep[-1].data_ptr()
+    _loaded().run("backward", problem, level)
+
+    if args.route_weight is not None:
+        found["route_weight"] = _sum_in_order(keep[-1])
+    found["dbc"] = _sum_in_order(grad_dbc)
+    of_weight, of_A, of_bias, of_D = _sum_in_order(grad_parameters).split([rank, states, 1, 1], dim=1)
+    parameters = dict(dt_weight=of_weight, A=of_A.transpose(1, 2), dt_bias=of_bias[:, 0], D=of_D[:, 0])
+    for name, grad in parameters.items():
+        parameter = getattr(args, name)
+        if parameter is not None:
+            found[name] = _sum_in_order(grad).unsqueeze(0) if parameter.shape[0] < args.routes else grad
+    return {name: grad.to(getattr(args, name).dtype) for name, grad in found.items()}
+
+
+def _loaded() -> Library:
+    found = load_library()
+    assert found is not None  # the choice of the backend has asked `available`
+    return found
+
+
+def _problem(args: ScanArguments) -> tuple[Problem, list[Tensor]]:
+    """Return the call as the library takes it, and tensors that must live as long."""
+    problem = Problem()
+    problem.batch, problem.tokens, problem.channels = args.x.shape
+    problem.routes, problem.steps = args.read.shape
+    problem.taken = args.routes_per_image
+    problem.width, problem.states, problem.rank = args.channels_per_route, args.state_size, args.rank
+    problem.softplus, problem.inclusive = args.softplus, args.inclusive
+    keep = [args.read.contiguous(), args.write.contiguous()]
+    problem.read, problem.write = keep[0].data_ptr(), keep[1].data_ptr()
+    x = _readable(args.x)
+    problem.x, problem.x_type = x.data_ptr(), _TYPES[x.dtype]
+    problem.x_image, problem.x_token = x.stride()[:2]
+    keep.append(x)
+    for name in ("dbc", "delta"):
+        tensor = getattr(args, name)
+        if tensor is None:
+            continue
+        tensor = _readable(tensor)
+        image, token, route, _ = tensor.stride()
+        setattr(problem, name, tensor.data_ptr())
+        setattr(problem, f"{name}_type", _TYPES[tensor.dtype])
+        setattr(problem, f"{name}_image", image)
+        setattr(problem, f"{name}_token", token)
+        setattr(problem, f"{name}_route", route if tensor.shape[2] > 1 else 0)
+        keep.append(tensor)
+    for name in ("A", "dt_weight", "dt_bias", "D", "route_weight"):
+        tensor = getattr(args, name)
+        if tensor is None:
+            continue
+        tensor = tensor.float().contiguous()
+        setattr(problem, name, tensor.data_ptr())
+        if name != "route_weight":
+            setattr(problem, f"{name}_route", tensor.stride(0) if tensor.shape[0] > 1 else 0)
+        keep.append(tensor)
+    if args.route_index is not None:
+        keep.append(args.route_index.long().contiguous())
+        problem.route_index = keep[-1].data_ptr()
+    return problem, keep
+
+
+def _floats(args: ScanArguments, *shape: int) -> Tensor:
+    return args.x.new_empty(shape, dtype=torch.float32)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Return a tensor of a dtype the library reads, dense in its last axis and broadcast in none."""
+    if tensor.dtype not in _TYPES:
+        tensor = tensor.float()
+    dense = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    return tensor if dense and all(tensor.stride()) else tensor.contiguous()
+
+
+def _blocks(width: int, wanted: int) -> tuple[int, int]:
+    """Cut channels into about ``wanted`` equal blocks of whole vectors; return their number and size."""
+    size = math.ceil(math.ceil(width / _VECTOR) / wanted) * _VECTOR
+    return math.ceil(width / size), size
+
+
+def _forward_plan(args: ScanArguments, threads: int) -> tuple[int, int, int]:
+    """Return number and size of blocks, and the parts an image's routes are split into, for a number of threads.
+
+    The plan does not show in the outputs: every channel is computed alone and routes are added in their order.
+    """
+    width = args.channels_per_route
+    images = args.x.shape[0] * (args.routes if args.side_by_side else 1)
+    most = math.ceil(width / _VECTOR)
+    wanted = math.ceil(most / _FORWARD_BLOCK)
+    if images * wanted < 4 * threads:  # few units: let them share out evenly
+        wanted = next((n for n in range(wanted, most) if images * n % threads == 0), most)
+    blocks, size = _blocks(width, wanted)
+    split = images * blocks < threads and not args.side_by_side
+    return blocks, size, args.routes_per_image if split else 1
+
+
+def _sum_in_order(tensor: Tensor) -> Tensor:
+    """Sum over the first axis, one after the other: the same bits for any number of threads."""
+    total = tensor[0]
+    for part in tensor[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,2 @@
+#define TARGET kAvx2
+#include "units.h"

@@ -1,0 +1,2 @@
+#define TARGET kAvx512
+#include "units.h"

@@ -1,0 +1,2 @@
+#define TARGET kBaseline
+#include "units.h"

@@ -1,0 +1,139 @@
+// The interface to Python: checks of indices, choice of the target, threads.
+#include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "target.h"
+
+using namespace vision_ssm;
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace {
+
+enum Result : int64_t { kDone = 0, kBadToken = 1, kBadRoute = 2, kNoMemory = 3 };
+
+const Target *target_of(int64_t level) {
+#if defined(__x86_64__)
+  if (level == 2) return &kAvx512;
+  if (level == 1) return &kAvx2;
+#endif
+  return level == 0 ? &kBaseline : nullptr;
+}
+
+// The thread pool that torch has loaded. A second one would fight its spinning workers.
+enum PoolKind : int64_t { kNoPool = 0, kGomp = 1, kKmp = 2 };
+struct Pool {
+  int64_t kind;
+  void *fork, *thread_id, *set_threads;
+} pool;
+
+struct Job {
+  const Problem &p;
+  void (*unit)(const Problem &, int64_t, float *);
+  int64_t units, scratch;
+  int64_t next, failed;
+};
+
+void work(void *argument) {
+  Job &job = *(Job *)argument;
+  const size_t size = job.scratch * sizeof(float) + 64;
+  void *owned = malloc(size);
+  if (!owned) {
+    __atomic_store_n(&job.failed, 1, __ATOMIC_RELAXED);
+    return;
+  }
+#if defined(__linux__)
+  // Large pages where the system has them on request: columns of a large map touch a page per step.
+  if (size > (4 << 20)) madvise((void *)(((uintptr_t)owned + 4095) / 4096 * 4096), size - 4096, MADV_HUGEPAGE);
+#endif
+  float *memory = (float *)(((uintptr_t)owned + 63) / 64 * 64);
+  for (;;) {
+    int64_t unit = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED);
+    if (unit >= job.units) break;
+    job.unit(job.p, unit, memory);
+  }
+  free(owned);
+}
+
+void work_kmp(int32_t *, int32_t *, void *argument) { work(argument); }
+
+// Runs the units on as many threads as torch uses; which thread runs which unit does not show in the result.
+bool run(const Problem &p, void (*unit)(const Problem &, int64_t, float *), int64_t units, int64_t scratch) {
+  Job job = {p, unit, units, scratch, 0, 0};
+  int64_t threads = p.threads < units ? p.threads : units;
+  if (threads < 2 || pool.kind == kNoPool) {
+    work(&job);
+  } else if (pool.kind == kGomp) {
+    ((void (*)(void (*)(void *), void *, unsigned, unsigned))pool.fork)(work, &job, (unsigned)threads, 0);
+  } else {
+    static struct {
+      int32_t reserved, flags, more[2];
+      const char *source;
+    } where = {0, 2, {0, 0}, ";vision_ssm;scan;0;0;;"};
+    int32_t id = ((int32_t(*)(void *))pool.thread_id)(&where);
+    ((void (*)(void *, int32_t, int32_t))pool.set_threads)(&where, id, (int32_t)threads);
+    ((void (*)(void *, int32_t, void *, ...))pool.fork)(&where, 1, (void *)work_kmp, (void *)&job);
+  }
+  return !job.failed;
+}
+
+bool outside(const int32_t *index, int64_t count, int64_t tokens) {
+  bool found = false;
+  for (int64_t i = 0; i < count; ++i) found |= index[i] < -1 || index[i] >= tokens;
+  return found;
+}
+
+Result check(const Problem &p) {
+  int64_t count = p.routes * p.steps;
+  if (outside(p.read, count, p.tokens) || (p.write != p.read && outside(p.write, count, p.tokens))) return kBadToken;
+  if (p.route_index)
+    for (int64_t i = 0; i < p.batch * p.taken; ++i)
+      if (p.route_index[i] < 0 || p.route_index[i] >= p.routes) return kBadRoute;
+  return kDone;
+}
+
+}  // namespace
+
+#ifndef SOURCE
+#define SOURCE "unknown"
+#endif
+
+// The sources this library was built from; library.py compares.
+EXPORT const char *vision_ssm_source() { return SOURCE; }
+
+EXPORT int64_t vision_ssm_problem_size() { return sizeof(Problem); }
+
+// Whether this machine can run a level: 0 baseline (SSE2 or NEON), 1 AVX2, 2 AVX-512.
+EXPORT int64_t vision_ssm_has_level(int64_t level) {
+#if defined(__x86_64__)
+  if (level == 2)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  if (level == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return level == 0;
+}
+
+EXPORT void vision_ssm_set_pool(int64_t kind, void *fork, void *thread_id, void *set_threads) {
+  pool = {kind, fork, thread_id, set_threads};
+}
+
+EXPORT int64_t vision_ssm_forward(const Problem *p, int64_t level) {
+  const Target *target = target_of(level);
+  if (Result bad = check(*p)) return bad;
+  if (!run(*p, target->forward, forward_units(*p), target->forward_scratch(*p))) return kNoMemory;
+  if (p->parts > 1) run(*p, target->add_up, p->batch, 0);
+  return kDone;
+}
+
+EXPORT int64_t vision_ssm_backward(const Problem *p, int64_t level) {
+  const Target *target = target_of(level);
+  if (Result bad = check(*p)) return bad;
+  return run(*p, target->backward, backward_units(*p), target->backward_scratch(*p)) ? kDone : kNoMemory;
+}

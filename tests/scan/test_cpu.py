@@ -1,0 +1,143 @@
+"""What is particular to the C++ backend: threads, building, and what happens without it."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case
+
+from vision_ssm.scan import available_backends, backend_for, use_backend
+from vision_ssm.scan.cpu import build, library
+
+LEVELS = [level for level in library.LEVELS if f"cpu-{level}" in available_backends()]
+
+
+@pytest.fixture
+def _fresh_library():
+    library.load_library.cache_clear()
+    yield
+    library.load_library.cache_clear()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(batch=1, height=9, width=7, channels=16, states=1),
+        Case(batch=1, height=9, width=7, channels=200, states=3),
+        Case(batch=3, height=9, width=7, channels=150, side_by_side=True, shared=True),
+        Case(batch=2, chosen=3, weighted=True, channels=87),
+        Case(batch=35, channels=70, rank=0, shared=True),
+    ],
+    ids=str,
+)
+def test_results_do_not_depend_on_the_number_of_threads(case, level):
+    call = case.make(torch.float32)
+    found = []
+    with use_backend(f"cpu-{level}"):
+        try:
+            for threads in (1, 2, 3, 16):
+                torch.set_num_threads(threads)
+                found.append(call.gradients())
+        finally:
+            torch.set_num_threads(1)
+    y, state, grads = found[0]
+    for other_y, other_state, other_grads in found[1:]:
+        assert torch.equal(y, other_y)
+        assert torch.equal(state, other_state)
+        assert all(torch.equal(grad, other_grads[name]) for name, grad in grads.items())
+
+
+def run_python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env={**os.environ, **environment},
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_torch_threads_are_used_and_no_others():
+    found = run_python(
+        "import os, torch; from cases import Case\n"
+        "from vision_ssm.scan.cpu.library import load_library\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "call = Case(batch=8, channels=64).make(torch.float32)\n"
+        "torch.set_num_threads(1); torch.ones(2**20).sum(); before = count(); call.run()\n"
+        "alone = count() - before\n"
+        "torch.set_num_threads(4); call.run(); ours = count() - before\n"
+        "torch.ones(2**22).exp(); torchs = count() - before\n"
+        "print(load_library().pool, alone, ours, torchs)"
+    )
+    assert found.split() == ["GOMP", "0", "3", "3"]
+
+
+def test_without_the_library_one_warning_and_portable(_fresh_library, monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "SOURCES", tmp_path)
+    with pytest.warns(RuntimeWarning, match="'portable' backend: no compiled C\\+\\+ scan, it was not built") as caught:
+        assert backend_for("cpu") == "portable"
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Case().make(torch.float32).run()
+        with pytest.raises(ValueError, match="'cpu'; allowed are 'reference', 'portable'$"), use_backend("cpu"):
+            pass
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library"], ids=["empty", "garbage"])
+def test_a_broken_library_is_not_used(content, _fresh_library, monkeypatch, tmp_path):
+    (tmp_path / build.LIBRARY).write_bytes(content)
+    monkeypatch.setattr(library, "SOURCES", tmp_path)
+    with pytest.warns(RuntimeWarning, match=build.LIBRARY):
+        assert backend_for("cpu") == "portable"
+
+
+def test_a_library_of_other_sources_is_not_used(_fresh_library, monkeypatch):
+    monkeypatch.setattr(library, "source_hash", lambda: "0123")
+    with pytest.warns(RuntimeWarning, match="was built from other sources"):
+        assert backend_for("cpu") == "portable"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [("no-such-compiler", "CXX is 'no-such-compiler', which was not found"), ("false", "-c .*scan.cpp.* failed")],
+)
+def test_a_compiler_that_does_not_work_is_named(compiler, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(build.BuildError, match=message):
+        build.build(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="preloads the sanitizer")
+def test_under_address_and_undefined_behaviour_sanitizers(tmp_path):
+    compiler = build.find_compiler()
+    runtime = subprocess.run([*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("the compiler has no address sanitizer")
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    build.build(tmp_path, ["-O1", "-g", *sanitize], sanitize)
+    run_python(
+        "import sys, torch; from pathlib import Path; from cases import CASES, Case\n"
+        "from vision_ssm.scan import last_backend, use_backend\n"
+        "from vision_ssm.scan.cpu import library\n"
+        f"library.SOURCES = Path({str(tmp_path)!r})\n"
+        "cases = [*CASES, Case(batch=1, height=9, width=7, channels=87), Case(height=5, width=7, channels=150)]\n"
+        f"for level in {LEVELS}:\n"
+        "    for threads, dtype in ((1, torch.float32), (2, torch.bfloat16), (2, torch.float16)):\n"
+        "        torch.set_num_threads(threads)\n"
+        "        with use_backend(f'cpu-{level}'):\n"
+        "            [case.make(dtype).gradients() for case in cases]\n"
+        "assert last_backend().startswith('cpu')\n",
+        LD_PRELOAD=runtime,
+        ASAN_OPTIONS="detect_leaks=0",
+    )
