@@ -1,4 +1,4 @@
-"""Compiles the C++ scan while the package is built. Without a compiler the package installs all the same, without it."""
+"""Compiles the C++ scan while the package is built; without a compiler the package installs all the same."""
 
 from __future__ import annotations
 

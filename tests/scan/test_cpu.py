@@ -17,7 +17,7 @@ LEVELS = [level for level in library.LEVELS if f"cpu-{level}" in available_backe
 
 
 @pytest.fixture
-def _fresh_library():
+def fresh_library():
     library.load_library.cache_clear()
     yield
     library.load_library.cache_clear()
@@ -81,7 +81,8 @@ def test_torch_threads_are_used_and_no_others():
     assert found.split() == ["GOMP", "0", "3", "3"]
 
 
-def test_without_the_library_one_warning_and_portable(_fresh_library, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("fresh_library")
+def test_without_the_library_one_warning_and_portable(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "SOURCES", tmp_path)
     with pytest.warns(RuntimeWarning, match="'portable' backend: no compiled C\\+\\+ scan, it was not built") as caught:
         assert backend_for("cpu") == "portable"
@@ -89,19 +90,21 @@ def test_without_the_library_one_warning_and_portable(_fresh_library, monkeypatc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Case().make(torch.float32).run()
-        with pytest.raises(ValueError, match="'cpu'; allowed are 'reference', 'portable'$"), use_backend("cpu"):
+        with pytest.raises(ValueError, match=r"'cpu'; allowed are 'reference', 'portable'$"), use_backend("cpu"):
             pass
 
 
+@pytest.mark.usefixtures("fresh_library")
 @pytest.mark.parametrize("content", [b"", b"not a library"], ids=["empty", "garbage"])
-def test_a_broken_library_is_not_used(content, _fresh_library, monkeypatch, tmp_path):
+def test_a_broken_library_is_not_used(content, monkeypatch, tmp_path):
     (tmp_path / build.LIBRARY).write_bytes(content)
     monkeypatch.setattr(library, "SOURCES", tmp_path)
     with pytest.warns(RuntimeWarning, match=build.LIBRARY):
         assert backend_for("cpu") == "portable"
 
 
-def test_a_library_of_other_sources_is_not_used(_fresh_library, monkeypatch):
+@pytest.mark.usefixtures("fresh_library")
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
     monkeypatch.setattr(library, "source_hash", lambda: "0123")
     with pytest.warns(RuntimeWarning, match="was built from other sources"):
         assert backend_for("cpu") == "portable"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vision_ssm.scan import cpu, portable, reference
 from vision_ssm.scan.arguments import ScanArguments
+from vision_ssm.scan.cpu.library import LEVELS
 
 ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 
@@ -90,7 +91,7 @@ BACKENDS: dict[str, Backend] = {
     "portable": Backend("portable", portable.scan, portable.backward, _portable_group),
     # The best instruction set of the machine, and each of them by name.
     "cpu": _compiled("cpu", None),
-    **{f"cpu-{level}": _compiled(f"cpu-{level}", level) for level in cpu.LEVELS},
+    **{f"cpu-{level}": _compiled(f"cpu-{level}", level) for level in LEVELS},
 }
 
 _override: ContextVar[str | None] = ContextVar("vision_ssm_backend", default=None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vision_ssm.scan.arguments import ScanArguments
-from vision_ssm.scan.cpu.library import LEVELS, Library, Problem, load_library
+from vision_ssm.scan.cpu.library import Library, Problem, load_library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VECTOR = 16  # channels; blocks are multiples of it

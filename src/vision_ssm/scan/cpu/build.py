@@ -1,7 +1,7 @@
 """Compile the C++ scan into a shared library beside its sources.
 
 Uses the standard library only: the package's build runs this file by its path, before torch is there. To build
-again after a change of the sources, run it: ``python -m vision_ssm.scan.cpu.build``.
+again after a change of the sources: ``python -m vision_ssm.scan.cpu``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ SOURCES = Path(__file__).parent
 LIBRARY = "libvision_ssm_scan" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 # No -ffast-math: infinities and NaN keep their meaning, and sums their order. Products and sums may fuse.
-_FLAGS = "-std=c++17 -Wno-uninitialized -Wno-maybe-uninitialized -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -ffp-contract=fast -fno-math-errno".split()
+_FLAGS = [
+    *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+    *("-ffp-contract=fast", "-fno-math-errno"),
+]
 _TARGETS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -37,7 +40,7 @@ class BuildError(Exception):
 def source_hash() -> str:
     """Return a hash of the sources, by which a library is recognised as built from them."""
     digest = hashlib.sha256()
-    for path in sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp"))):
+    for path in sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp"), SOURCES / "build.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -98,10 +101,3 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{shlex.join(command)} failed:\n{error.stderr.strip()}") from error
     except OSError as error:
         raise BuildError(f"{shlex.join(command)} failed: {error}") from error
-
-
-if __name__ == "__main__":
-    try:
-        sys.stdout.write(f"{build()}\n")
-    except BuildError as error:
-        sys.exit(str(error))

@@ -103,7 +103,7 @@ def load_library() -> Library | None:
             reason = str(error)
     warnings.warn(
         f"vision_ssm runs its scans on the slower 'portable' backend: no compiled C++ scan, {reason}. "
-        "With GCC or Clang installed, `python -m vision_ssm.scan.cpu.build` builds it.",
+        "With GCC or Clang installed, `python -m vision_ssm.scan.cpu` builds it.",
         RuntimeWarning,
         stacklevel=2,
     )
