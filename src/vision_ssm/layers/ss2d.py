@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vision_ssm.layers.mlp import Linear, Mlp
 from vision_ssm.scan import CROSS_SCAN, Path, build_routes, route_scan
 
 
@@ -40,13 +41,13 @@ def scan_map(
         The sum over routes, (B, H, W, C), in the dtype of ``x``, under autocast in float32, which the
         published kernels hand to the norm that follows.
     """
-    _, height, width, _ = x.shape
+    batch, height, width, channels = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # asking for "meta" is an error
     y = route_scan(
-        x.flatten(1, 2),
-        dbc.flatten(1, 2).unflatten(-1, (len(paths), -1)),
+        x.reshape(batch, height * width, channels),
+        dbc.reshape(batch, height * width, len(paths), -1),
         -torch.exp(A_log.to(dtype)),
         build_routes(paths, height, width, x.device),
         dt_weight=dt_weight.to(dtype),
@@ -55,7 +56,7 @@ def scan_map(
         float_output=autocast,
     )
     assert isinstance(y, Tensor)
-    return y.unflatten(1, (height, width))
+    return y.reshape(batch, height, width, channels)
 
 
 torch.fx.wrap("scan_map")
@@ -115,16 +116,16 @@ class SS2D(nn.Module):
         self.paths = tuple(paths)
         self.gated = gated
         routes = len(self.paths)
-        self.in_proj = nn.Linear(dim, inner * (2 if gated else 1), bias=bias, **dd)
+        self.in_proj = Linear(dim, inner * (2 if gated else 1), bias=bias, **dd)
         self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias, **dd)
         self.act = nn.SiLU()
-        self.x_proj = nn.Linear(inner, routes * (rank + 2 * d_state), bias=False, **dd)
+        self.x_proj = Linear(inner, routes * (rank + 2 * d_state), bias=False, **dd)
         self.dt_weight = nn.Parameter(torch.empty(routes, rank, inner, **dd))
         self.dt_bias = nn.Parameter(torch.empty(routes, inner, **dd))
         self.A_log = nn.Parameter(torch.empty(routes, inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(routes, inner, **dd))
         self.out_norm = nn.LayerNorm(inner, **dd)
-        self.out_proj = nn.Linear(inner, dim, bias=bias, **dd)
+        self.out_proj = Linear(inner, dim, bias=bias, **dd)
         self.drop = nn.Dropout(drop)
         self.reset_scan_parameters()
 

@@ -26,6 +26,11 @@ __all__ = ["VMamba"]
 _STEM_STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
 
 
+def _conv3x3(in_dim: int, dim: int, stride: int, **dd: Any) -> nn.Conv2d:
+    # Weights lie in memory as the maps do; otherwise they would be rearranged in every call.
+    return nn.Conv2d(in_dim, dim, 3, stride=stride, padding=1, **dd).to(memory_format=torch.channels_last)
+
+
 class Stem(nn.Module):
     """Two 3x3 convolutions, each followed by LayerNorm: (B, in_chans, H, W) to (B, H', W', dim)."""
 
@@ -34,10 +39,10 @@ class Stem(nn.Module):
         if stride not in _STEM_STRIDES:
             raise ValueError(f"stem_stride must be one of {', '.join(map(str, _STEM_STRIDES))}, got {stride}")
         first, second = _STEM_STRIDES[stride]
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=first, padding=1, **dd)
+        self.conv1 = _conv3x3(in_chans, dim // 2, stride=first, **dd)
         self.norm1 = nn.LayerNorm(dim // 2, **dd)
         self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=second, padding=1, **dd)
+        self.conv2 = _conv3x3(dim // 2, dim, stride=second, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +57,7 @@ class Downsample(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd)
+        self.conv = _conv3x3(in_dim, dim, stride=2, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

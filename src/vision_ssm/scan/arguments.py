@@ -65,12 +65,23 @@ class ScanArguments:
         """Whether every route carries its own slice of the channels."""
         return self.channels_per_route != self.x.shape[2]
 
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Everything but the values: two calls of one signature differ in no shape, dtype, device or switch."""
+        tensors = (self.x, self.dbc, self.A, self.read, self.write, self.delta, self.dt_weight, self.dt_bias, self.D)
+        tensors += (self.route_index, self.route_weight)
+        shapes = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+        return (*shapes, self.softplus, self.inclusive)
+
     def images(self, group: slice) -> ScanArguments:
         """Return the same call for some of the images."""
         parts: dict[str, Any] = {
             name: None if (tensor := getattr(self, name)) is None else tensor[group] for name in self.PER_IMAGE
         }
         return replace(self, **parts)
+
+
+_checked: set[tuple[Any, ...]] = set()
 
 
 def check_arguments(args: ScanArguments) -> None:
@@ -80,6 +91,16 @@ def check_arguments(args: ScanArguments) -> None:
         TypeError: If a tensor has a dtype the operator does not take.
         ValueError: If a shape does not fit, naming the argument, what it is and what is allowed.
     """
+    if type(args.x) is not Tensor or torch.compiler.is_compiling():  # sizes may be symbolic
+        _check_arguments(args)
+    elif (signature := args.signature) not in _checked:
+        _check_arguments(args)
+        if len(_checked) >= 4096:
+            _checked.clear()
+        _checked.add(signature)
+
+
+def _check_arguments(args: ScanArguments) -> None:
     x, dbc, A = args.x, args.dbc, args.A
     _check_float("x", x)
     _check_float("dbc", dbc)

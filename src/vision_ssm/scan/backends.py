@@ -39,19 +39,19 @@ class Backend:
 
     def run_forward(self, args: ScanArguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Run :attr:`forward`, some images at a time."""
+        if self.image_group(args) >= args.x.shape[0]:
+            return self.forward(args, dtype)
         parts = [self.forward(args.images(group), dtype) for group in self._groups(args)]
-        if len(parts) == 1:
-            return parts[0]
         return torch.cat([y for y, _ in parts]), torch.cat([state for _, state in parts])
 
     def run_backward(self, args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> dict[str, Tensor]:
         """Run :attr:`backward`, some images at a time."""
+        if self.image_group(args) >= args.x.shape[0]:
+            return self.backward(args, grad_y, grad_state)
         parts = [
             self.backward(args.images(group), grad_y[group], None if grad_state is None else grad_state[group])
             for group in self._groups(args)
         ]
-        if len(parts) == 1:
-            return parts[0]
         return {
             name: torch.cat([part[name] for part in parts])
             if name in ScanArguments.PER_IMAGE
@@ -114,7 +114,8 @@ def backend_for(device: torch.device | str, dtype: torch.dtype = torch.float32) 
     chosen = _override.get()
     if chosen is None and (chosen := os.environ.get(ENVIRONMENT_VARIABLE) or None):
         _check(chosen, f"environment variable {ENVIRONMENT_VARIABLE}")
-    compiled = torch.device(device).type == "cpu" and dtype != torch.float64
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    compiled = kind == "cpu" and dtype != torch.float64
     if chosen is None:
         return "cpu" if compiled and cpu.available() else "portable"
     return "portable" if BACKENDS[chosen].cpu_only and not compiled else chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,11 @@ from torch import Tensor
 from vision_ssm.scan.arguments import ScanArguments
 from vision_ssm.scan.cpu.library import Library, Problem, load_library
 
+# The arguments, and whether each is a parameter, which is float32.
+_TENSORS = (
+    *((name, False) for name in ("x", "dbc", "delta", "read", "write", "route_index")),
+    *((name, True) for name in ("A", "dt_weight", "dt_bias", "D", "route_weight")),
+)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VECTOR = 16  # channels; blocks are multiples of it
 _FORWARD_BLOCK, _BACKWARD_BLOCK = 8, 4  # vectors in a block at most
@@ -49,9 +55,8 @@ def backward(
     problem.groups = min(batch, _GROUPS)
     problem.parts = all_blocks if problem.groups < _GROUPS else 1
 
-    grad_y = _readable(grad_y)
+    grad_y = grad_y.contiguous() if grad_y.dtype in _TYPES else grad_y.float().contiguous()
     problem.grad_y, problem.grad_y_type = grad_y.data_ptr(), _TYPES[grad_y.dtype]
-    problem.grad_y_image, problem.grad_y_token = grad_y.stride()[:2]
     if grad_state is not None:
         grad_state = grad_state.float().contiguous()
         problem.grad_state = grad_state.data_ptr()
@@ -89,55 +94,52 @@ def _loaded() -> Library:
 
 def _problem(args: ScanArguments) -> tuple[Problem, list[Tensor]]:
     """Return the call as the library takes it, and tensors that must live as long."""
+    problem = Problem.from_buffer_copy(_sizes(args))
+    keep = []
+    for name, parameter in _TENSORS:
+        tensor = getattr(args, name)
+        if tensor is None:
+            continue
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        if parameter and tensor.dtype != torch.float32:
+            tensor = tensor.float()
+        elif tensor.dtype == torch.float64 or (tensor.dtype == torch.int32 and name == "route_index"):
+            tensor = tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)
+        setattr(problem, name, tensor.data_ptr())
+        keep.append(tensor)
+    return problem, keep
+
+
+_templates: dict[tuple[Any, ...], Problem] = {}
+
+
+def _sizes(args: ScanArguments) -> Problem:
+    """Return a call without its pointers; the same for all calls of one signature."""
+    signature = args.signature
+    if (problem := _templates.get(signature)) is not None:
+        return problem
     problem = Problem()
     problem.batch, problem.tokens, problem.channels = args.x.shape
     problem.routes, problem.steps = args.read.shape
     problem.taken = args.routes_per_image
     problem.width, problem.states, problem.rank = args.channels_per_route, args.state_size, args.rank
     problem.softplus, problem.inclusive = args.softplus, args.inclusive
-    keep = [args.read.contiguous(), args.write.contiguous()]
-    problem.read, problem.write = keep[0].data_ptr(), keep[1].data_ptr()
-    x = _readable(args.x)
-    problem.x, problem.x_type = x.data_ptr(), _TYPES[x.dtype]
-    problem.x_image, problem.x_token = x.stride()[:2]
-    keep.append(x)
-    for name in ("dbc", "delta"):
+    for name in ("x", "dbc", "delta"):
+        if getattr(args, name) is not None:
+            setattr(problem, f"{name}_type", _TYPES.get(getattr(args, name).dtype, 0))
+    for name, axis in (("dbc", 2), ("delta", 2), ("A", 0), ("dt_weight", 0), ("dt_bias", 0), ("D", 0)):
         tensor = getattr(args, name)
-        if tensor is None:
-            continue
-        tensor = _readable(tensor)
-        image, token, route, _ = tensor.stride()
-        setattr(problem, name, tensor.data_ptr())
-        setattr(problem, f"{name}_type", _TYPES[tensor.dtype])
-        setattr(problem, f"{name}_image", image)
-        setattr(problem, f"{name}_token", token)
-        setattr(problem, f"{name}_route", route if tensor.shape[2] > 1 else 0)
-        keep.append(tensor)
-    for name in ("A", "dt_weight", "dt_bias", "D", "route_weight"):
-        tensor = getattr(args, name)
-        if tensor is None:
-            continue
-        tensor = tensor.float().contiguous()
-        setattr(problem, name, tensor.data_ptr())
-        if name != "route_weight":
-            setattr(problem, f"{name}_route", tensor.stride(0) if tensor.shape[0] > 1 else 0)
-        keep.append(tensor)
-    if args.route_index is not None:
-        keep.append(args.route_index.long().contiguous())
-        problem.route_index = keep[-1].data_ptr()
-    return problem, keep
+        if tensor is not None and tensor.shape[axis] > 1:
+            setattr(problem, f"{name}_route", math.prod(tensor.shape[axis + 1 :]))
+    if len(_templates) >= 4096:
+        _templates.clear()
+    _templates[signature] = problem
+    return problem
 
 
 def _floats(args: ScanArguments, *shape: int) -> Tensor:
     return args.x.new_empty(shape, dtype=torch.float32)
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """Return a tensor of a dtype the library reads, dense in its last axis and broadcast in none."""
-    if tensor.dtype not in _TYPES:
-        tensor = tensor.float()
-    dense = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-    return tensor if dense and all(tensor.stride()) else tensor.contiguous()
 
 
 def _blocks(width: int, wanted: int) -> tuple[int, int]:

@@ -138,9 +138,17 @@ struct Walk {
   // First of the block's channels in x and y.
   int64_t channel() const { return (p.width == p.channels ? 0 : route * p.width) + block.first; }
 
-  int64_t x_of(int64_t token) const { return image * p.x_image + token * p.x_token + channel(); }
+  // Where a token's block of channels begins in x and y, and its projections for this route in dbc and delta.
+  int64_t x_of(int64_t token) const { return (image * p.tokens + token) * p.channels + channel(); }
 
-  int64_t dbc_of(int64_t token) const { return image * p.dbc_image + token * p.dbc_token + route * p.dbc_route; }
+  int64_t dbc_of(int64_t token) const { return group_of(token, p.dbc_route) * features; }
+
+  int64_t delta_of(int64_t token) const { return group_of(token, p.delta_route) * p.width + block.first; }
+
+  int64_t group_of(int64_t token, int64_t own) const {
+    const int64_t position = image * p.tokens + token;
+    return own ? position * p.routes + route : position;
+  }
 
   void load_tile(int64_t first, int64_t count) const {
     for (int64_t t = 0; t < kTile; ++t) {
@@ -153,10 +161,7 @@ struct Walk {
       }
       load_row(s.x + t * kBlock, p.x, x_of(token), block.count, p.x_type);
       load_row(s.rows + t * row, p.dbc, dbc_of(token), features, p.dbc_type);
-      if (p.delta)
-        load_row(s.raw + t * kBlock, p.delta,
-                 image * p.delta_image + token * p.delta_token + route * p.delta_route + block.first, block.count,
-                 p.delta_type);
+      if (p.delta) load_row(s.raw + t * kBlock, p.delta, delta_of(token), block.count, p.delta_type);
     }
     for (int64_t i = 0; i < row; i += kTile) transpose(s.rows + i, row, s.dbc + i * kTile, kTile);
   }
@@ -415,7 +420,7 @@ void backward_route(const Walk &w, float *grad_x, int64_t grad_x_row, int64_t pa
   memset(s.grad_bias, 0, kBlock * sizeof(float));
   memset(s.grad_skip, 0, kBlock * sizeof(float));
   Vec sum = {};
-  const int64_t dbc_routes = p.dbc_route ? p.routes : 1, delta_routes = p.delta_route ? p.routes : 1;
+  float *grad_dbc = p.grad_dbc + part * p.batch * p.tokens * (p.dbc_route ? p.routes : 1) * w.features;
   for (int64_t tile = tiles - 1; tile >= 0; --tile) {
     const int64_t first = tile * kTile, count = p.steps - first < kTile ? p.steps - first : kTile;
     w.prefetch(first - kAhead, grad_x, grad_x_row);
@@ -425,8 +430,7 @@ void backward_route(const Walk &w, float *grad_x, int64_t grad_x_row, int64_t pa
       if (token < 0)
         memset(s.grad_y + t * kBlock, 0, kBlock * sizeof(float));
       else
-        load_row(s.grad_y + t * kBlock, p.grad_y, w.image * p.grad_y_image + token * p.grad_y_token + w.channel(),
-                 w.block.count, p.grad_y_type);
+        load_row(s.grad_y + t * kBlock, p.grad_y, w.x_of(token), w.block.count, p.grad_y_type);
     }
     const float *saved = s.saved + tile * states * kBlock;
     for (int64_t c = 0; c < w.block.count; c += kWidth)
@@ -443,12 +447,8 @@ void backward_route(const Walk &w, float *grad_x, int64_t grad_x_row, int64_t pa
       const int64_t token = w.read[first + t];
       if (token < 0) continue;
       add_row(grad_x + token * grad_x_row, s.out + t * kBlock, w.block.count);
-      int64_t position = (part * p.batch + w.image) * p.tokens + token;
-      add_row(p.grad_dbc + (position * dbc_routes + (p.dbc_route ? w.route : 0)) * w.features, s.rows + t * w.row,
-              w.features);
-      if (!p.delta) continue;
-      position = (w.image * p.tokens + token) * delta_routes + (p.delta_route ? w.route : 0);
-      add_row(p.grad_delta + position * p.width + w.block.first, s.grad_raw + t * kBlock, w.block.count);
+      add_row(grad_dbc + w.dbc_of(token), s.rows + t * w.row, w.features);
+      if (p.delta) add_row(p.grad_delta + w.delta_of(token), s.grad_raw + t * kBlock, w.block.count);
     }
     memset(s.rows, 0, kTile * w.row * sizeof(float));
   }

@@ -18,8 +18,7 @@ LEVELS = ("baseline", "avx2", "avx512")
 _SIZES = (
     "batch tokens channels routes taken steps width states rank softplus inclusive "
     "x_type dbc_type delta_type y_type grad_y_type "
-    "x_image x_token dbc_image dbc_token dbc_route delta_image delta_token delta_route grad_y_image grad_y_token "
-    "A_route dt_weight_route dt_bias_route D_route"
+    "dbc_route delta_route A_route dt_weight_route dt_bias_route D_route"
 )
 _ARGUMENTS = "x dbc delta A dt_weight dt_bias D route_weight read write route_index y state"
 _BACKWARD = "grad_y grad_state grad_x grad_dbc grad_delta grad_parameters grad_route_weight"

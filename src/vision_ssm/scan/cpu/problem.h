@@ -12,13 +12,9 @@ struct Problem {
   int64_t softplus, inclusive;
   // Dtypes of the tensors that may be of half precision.
   int64_t x_type, dbc_type, delta_type, y_type, grad_y_type;
-  // Strides in elements; the last axis is always dense. A stride of 0 over routes: shared by all.
-  int64_t x_image, x_token;
-  int64_t dbc_image, dbc_token, dbc_route;
-  int64_t delta_image, delta_token, delta_route;
-  int64_t grad_y_image, grad_y_token;
-  int64_t A_route, dt_weight_route, dt_bias_route, D_route;
-  // Arguments; null where not given. Parameters are dense float32.
+  // Elements from one route to the next in arguments that have such an axis; 0: one for all routes.
+  int64_t dbc_route, delta_route, A_route, dt_weight_route, dt_bias_route, D_route;
+  // Arguments, all dense; null where not given. Parameters are float32.
   const void *x, *dbc, *delta;
   const float *A, *dt_weight, *dt_bias, *D, *route_weight;
   const int32_t *read, *write;
