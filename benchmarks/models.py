@@ -1,0 +1,274 @@
+"""Speed and memory of models on a CPU beside their peers, in one run.
+
+python benchmarks/models.py --csv inference.csv
+python benchmarks/models.py --training --csv training.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import common
+import timm
+import torch
+from kinds import time_by_kind
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import vision_ssm  # noqa: F401 - registers its models with timm
+from vision_ssm.scan import last_backend
+
+SWIN = "swin_tiny_patch4_window7_224"
+Setting = tuple[int, str, int]  # size, dtype, batch
+
+
+def build(name: str, size: int, dtype: str) -> nn.Module:
+    """Create a model for images of one size."""
+    cfg = timm.get_pretrained_cfg(name)
+    other_size = cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != size
+    torch.manual_seed(0)
+    return timm.create_model(name, **({"img_size": size} if other_size else {})).to(common.DTYPES[dtype])
+
+
+def build_all(parser: common.Parser, options: argparse.Namespace) -> dict[tuple[int, str], dict[str, nn.Module]]:
+    """Create all models for every size and dtype and try them; stop before anything is measured if one fails."""
+    built: dict[tuple[int, str], dict[str, nn.Module]] = defaultdict(dict)
+    for size, dtype, name in itertools.product(options.size, options.dtype, options.models):
+        try:
+            built[size, dtype][name] = build(name, size, dtype).eval()
+            inference_step(built[size, dtype][name], random_images((size, dtype, 1)))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            parser.error(f"{name} cannot take {dtype} images of {size}x{size}: {str(error).splitlines()[0]}")
+    return built
+
+
+def inference_step(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Classify without gradients."""
+    with torch.inference_mode():
+        return model(images)
+
+
+def training_step(model: nn.Module, images: torch.Tensor, checkpointing: bool) -> None:
+    """Forward and backward; leaves the gradients behind, as before an optimiser's step."""
+    model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
+    model.zero_grad(set_to_none=True)
+    model(images).float().square().mean().backward()
+
+
+def make_step(model: nn.Module, images: torch.Tensor, training: bool, checkpointing: bool = False) -> Callable[[], Any]:
+    """Return what is measured."""
+    model.train(training)
+    return partial(training_step, model, images, checkpointing) if training else partial(inference_step, model, images)
+
+
+def random_images(setting: Setting) -> torch.Tensor:
+    """Draw a batch."""
+    size, dtype, batch = setting
+    return torch.randn(batch, 3, size, size).to(common.DTYPES[dtype])
+
+
+def measure_memory(name: str, setting: Setting, training: bool, checkpointing: bool, threads: int) -> float | None:
+    """Measure the peak of one step in a process of its own; MiB beyond model and images."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_memory_of_step, (name, setting, training, checkpointing, threads))
+
+
+def _memory_of_step(name: str, setting: Setting, training: bool, checkpointing: bool, threads: int) -> float | None:
+    torch.set_num_threads(threads)
+    model, images = build(name, *setting[:2]), random_images(setting)
+    make_step(model, images[:1], training, checkpointing)()  # loads code and fills caches of routes
+    model.zero_grad(set_to_none=True)
+    return common.peak_memory(make_step(model, images, training, checkpointing))
+
+
+def measure(models: dict[str, nn.Module], setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time one step of all models in turns, and in inference matrix products among them.
+
+    Training is timed with and without gradient checkpointing.
+    """
+    size, dtype, batch = setting
+    images = random_images(setting)
+    steps: dict[tuple[str, bool], Callable[[], Any]] = {}
+    for name, model in models.items():
+        steps[name, False] = make_step(model, images, options.training)
+        if options.training and can_checkpoint(model):
+            steps[name, True] = make_step(model, images, True, checkpointing=True)
+    backends = {name: backend_of(model, steps[name, False]) for name, model in models.items()}
+    others = (
+        {} if options.training else common.products(common.DTYPES[dtype], (256,) if options.quick else (1024, 2048))
+    )
+    timings = common.interleaved({**{str(key): step for key, step in steps.items()}, **others}, options.seconds)
+    first = reference(models)
+    rows: list[dict[str, Any]] = []
+    for name, checkpointing in steps:
+        timing, base = timings[str((name, checkpointing))], timings.get(str((first, checkpointing)))
+        row = dict(
+            model=name,
+            size=size,
+            dtype=dtype,
+            batch=batch,
+            milliseconds=timing.median * 1e3,
+            best_milliseconds=timing.best * 1e3,
+            images_per_second=batch / timing.median,
+            ratio=timing.median / base.median if base else None,
+            backend=backends[name],
+        )
+        if options.training:
+            row = dict(table="training", **row, checkpointing=checkpointing)
+        else:
+            rate, macs = common.product_rate(timings), batch * macs_per_image(models[name], images)
+            row = dict(table="inference", **row, gmacs=macs / 1e9, product_gflops=rate / 1e9)
+            row |= dict(floor_milliseconds=2e3 * macs / rate, ratio_to_floor=timing.median * rate / (2 * macs))
+        rows.append(row)
+    if not options.no_memory:
+        add_memory(rows, options.training, options.threads)
+    return rows
+
+
+def add_memory(rows: list[dict[str, Any]], training: bool, threads: int) -> None:
+    """Measure the peak memory of every row, and its ratio to that of the reference."""
+    for row in rows:
+        setting = row["size"], row["dtype"], row["batch"]
+        row["peak_mib"] = measure_memory(row["model"], setting, training, row.get("checkpointing", False), threads)
+    first = reference({row["model"]: None for row in rows})
+    of_first = {row.get("checkpointing"): row["peak_mib"] for row in rows if row["model"] == first}
+    for row in rows:
+        base = of_first.get(row.get("checkpointing"))
+        row["memory_ratio"] = row["peak_mib"] / base if row["peak_mib"] is not None and base else None
+
+
+def can_checkpoint(model: nn.Module) -> bool:
+    """Tell whether a model recomputes its activations on request."""
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError):
+        return False
+    return True
+
+
+def is_ours(model: nn.Module) -> bool:
+    """Tell whether this package made a model."""
+    return type(model).__module__.startswith("vision_ssm")
+
+
+def backend_of(model: nn.Module, step: Callable[[], Any]) -> str:
+    """Run a step and return the scan's backend, empty for a model of others."""
+    step()
+    return (last_backend() or "") if is_ours(model) else ""
+
+
+def reference(models: dict[str, Any]) -> str:
+    """Return the name of the model to which the others are compared: Swin-T, else the first."""
+    return next((name for name in models if name.startswith("swin_tiny")), next(iter(models)))
+
+
+def macs_per_image(model: nn.Module, images: torch.Tensor) -> int:
+    """Count multiply-accumulates as torch does, half of its FLOPs; the scan operator has a formula there."""
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images[:1])
+    return counter.get_total_flops() // 2
+
+
+def measure_kinds(model: nn.Module, setting: Setting) -> list[dict[str, Any]]:
+    """Return where a forward pass spends its time."""
+    size, dtype, batch = setting
+    spent = time_by_kind(make_step(model, random_images(setting), training=False))
+    whole = sum(spent.values())
+    shared = dict(table="kinds", size=size, dtype=dtype, batch=batch)
+    return [{**shared, "kind": kind, "milliseconds": ms, "share": ms / whole} for kind, ms in spent.items()]
+
+
+def show_rows(rows: list[dict[str, Any]], training: bool) -> None:
+    """Print the table of steps."""
+    first = reference({row["model"]: None for row in rows})
+    columns = [("model", "{model}"), (">size", "{size}"), ("dtype", "{dtype}"), (">batch", "{batch}")]
+    if training:
+        columns += [("checkpointing", "{checkpointing}")]
+    columns += [(">median", "{milliseconds:.1f}"), (">best", "{best_milliseconds:.1f}")]
+    columns += [(">images/s", "{images_per_second:.1f}"), (">ratio", "{ratio:.2f}")]
+    notes = [f"ratio: to {first} in the same turns, of the medians."]
+    if not training:
+        columns += [(">floor", "{floor_milliseconds:.1f}"), (">times floor", "{ratio_to_floor:.2f}")]
+        best: dict[str, float] = {}
+        for row in rows:
+            best[row["dtype"]] = max(row["product_gflops"], best.get(row["dtype"], 0.0))
+        rates = ", ".join(f"{rate:.0f} GFLOP/s in {dtype}" for dtype, rate in best.items())
+        notes.append(f"floor: 2 x MACs at the rate of matrix products in the same turns and dtype (at best {rates}).")
+    columns += [("scan", "{backend}")]
+    if "peak_mib" in rows[0]:
+        columns += [(">peak MiB", "{peak_mib:.0f}"), (">ratio", "{memory_ratio:.2f}")]
+        notes.append("peak: memory of a step beyond model and images, in a process of its own.")
+    title = "Training: ms per forward and backward pass" if training else "Inference: ms per forward pass"
+    common.show(title, rows, columns, notes)
+
+
+def show_kinds(rows: list[dict[str, Any]]) -> None:
+    """Print where the time of one model goes, one column per setting."""
+    settings = list(dict.fromkeys((row["size"], row["dtype"], row["batch"]) for row in rows))
+    lines: dict[str, dict[str, Any]] = defaultdict(dict)
+    for row in rows:
+        cell = f"{row['milliseconds']:.1f} {row['share']:4.0%}"
+        lines[row["kind"]][f"s{settings.index((row['size'], row['dtype'], row['batch']))}"] = cell
+    common.show(
+        f"{rows[0]['model']}: where the time of a forward pass goes (ms and share)",
+        [{"kind": kind, **cells} for kind, cells in lines.items()],
+        [("kind", "{kind}"), *((f">{s} {d} batch {b}", f"{{s{i}}}") for i, (s, d, b) in enumerate(settings))],
+        [
+            "Self times of torch's profiler in the fastest of several passes; the profiler itself costs time, mostly "
+            "between operators.",
+            "Copies that a convolution or a matrix product makes of its arguments count as copies.",
+        ],
+    )
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = common.Parser("Speed and memory of models on a CPU beside their peers.", seconds=5.0)
+    models = ["vmamba_tiny", SWIN, "convnext_tiny"]
+    parser.add_argument("--models", nargs="+", default=models, metavar="NAME", help="timm names, ours included")
+    parser.add_argument(
+        "--size", nargs="+", type=common.count, default=[224], metavar="N", help="sides of images in pixels"
+    )
+    parser.add_argument("--batch", nargs="+", type=common.count, default=[1, 8], metavar="N", help="images at once")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=common.DTYPES, default=list(common.DTYPES), help="dtypes of model and images"
+    )
+    parser.add_argument("--training", action="store_true", help="measure training steps instead of inference")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process for every row)")
+    options = parser.parse_args()
+    if options.quick:
+        options.models = ["vmamba_atto", "convnext_atto"] if options.models == models else options.models
+        options.size, options.batch, options.dtype, options.seconds = [32], [2], ["float32"], 0.02
+    unknown = [name for name in options.models if not timm.is_model(name)]
+    if unknown:
+        parser.error(f"timm knows no model named {', '.join(unknown)}")
+    torch.set_num_threads(options.threads)
+    common.console().print(common.machine_line())
+    rows: list[dict[str, Any]] = []
+    kinds: list[dict[str, Any]] = []
+    built = build_all(parser, options)
+    for setting in [(s, d, b) for s in options.size for d in options.dtype for b in options.batch]:
+        measured = measure(built[setting[:2]], setting, options)
+        rows += measured
+        for row in measured:
+            model = built[setting[:2]][row["model"]]
+            if is_ours(model) and not options.training:
+                kinds += [{"model": row["model"], **k} for k in measure_kinds(model, setting)]
+    show_rows(rows, options.training)
+    for name in dict.fromkeys(row["model"] for row in kinds):
+        show_kinds([row for row in kinds if row["model"] == name])
+    if options.csv:
+        common.write_csv(options.csv, rows + kinds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
