@@ -25,7 +25,7 @@ PSCAN = "mamba.py's parallel scan"
 BOUND = """\
 bound: the time of the multiply-adds alone, at {multiply_adds_per_ns:.1f} per ns (as in float32 matrix products; \
 {threads} threads).
-  They are R + 24 + 9 N: R for the step size; 24 for its softplus (an exponential: a product and 5 multiply-adds;
+  They are R + 17 + 9 N: R for the step size; 17 for its softplus (an exponential: a product and 5 multiply-adds;
   a logarithm: 9 and 1) and what else is done once; 9 per state (an exponential: 1 + 5; 3 for recurrence and output).
 A copy moves {copy_gb_per_s:.1f} GB/s, read and written."""
 
@@ -53,7 +53,7 @@ class Shape:
     @property
     def multiply_adds(self) -> int:
         """Vector operations per token x channel x route; see ``BOUND``."""
-        return self.rank + 24 + 9 * self.states
+        return self.rank + 17 + 9 * self.states
 
     def tensors(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Draw the arguments of a call, with parameters as Mamba's initialisation has them."""

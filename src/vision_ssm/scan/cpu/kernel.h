@@ -121,9 +121,11 @@ struct Walk {
     set(s.bias, p.dt_bias, k * p.dt_bias_route);
     set(s.skip, p.D, k * p.D_route);
     memset(s.rate, 0, p.states * kBlock * sizeof(float));
-    for (int64_t n = 0; n < p.states; ++n)
-      for (int64_t c = 0; c < block.count; ++c)
-        s.rate[n * kBlock + c] = kLog2E * p.A[k * p.A_route + (block.first + c) * p.states + n];
+    const float *A = p.A + k * p.A_route + block.first * p.states;
+    if (p.states == 1) load_row_as<Float32>(s.rate, A, 0, block.count);
+    for (int64_t n = 0; n < p.states && p.states > 1; ++n)
+      for (int64_t c = 0; c < block.count; ++c) s.rate[n * kBlock + c] = A[c * p.states + n];
+    for (int64_t i = 0; i < p.states * kBlock; i += kWidth) store(s.rate + i, load(s.rate + i) * kLog2E);
     memset(s.state, 0, p.states * kBlock * sizeof(float));
     memset(s.rows, 0, row * kTile * sizeof(float));
   }
@@ -266,6 +268,7 @@ void forward_route(const Walk &w, float *sums, int64_t sums_row) {
       if (w.write[first + t] >= 0) add_row(sums + w.write[first + t] * sums_row, w.s.out + t * kBlock, w.block.count);
   }
   float *state = p.state + ((w.image * p.taken + w.taken) * p.width + w.block.first) * p.states;
+  if (p.states == 1) return store_row_as<Float32>(state, 0, w.s.state, w.block.count);
   for (int64_t c = 0; c < w.block.count; ++c)
     for (int64_t n = 0; n < p.states; ++n) state[c * p.states + n] = w.s.state[n * kBlock + c];
 }

@@ -1,5 +1,8 @@
 // The interface to Python: checks of indices, choice of the target, threads.
 #include <stdlib.h>
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -40,25 +43,59 @@ struct Job {
   int64_t next, failed;
 };
 
+// A thread keeps its working memory up to this size: pages that malloc gives back to the system cost more to get
+// again than the scan of a small map.
+constexpr size_t kKept = 8 << 20;
+
+#if defined(_WIN32)
+void *borrow(size_t size) { return malloc(size); }
+void give_back(void *memory) { free(memory); }
+#else
+pthread_key_t kept_key;
+pthread_once_t kept_once = PTHREAD_ONCE_INIT;
+struct Kept {
+  size_t size;
+};
+
+void *borrow(size_t size) {
+  pthread_once(&kept_once, [] { pthread_key_create(&kept_key, free); });
+  Kept *kept = (Kept *)pthread_getspecific(kept_key);
+  if (kept) {
+    pthread_setspecific(kept_key, nullptr);
+    if (kept->size >= size) return kept;
+    free(kept);
+  }
+  kept = (Kept *)malloc(size);
+  if (kept) kept->size = size;
+#if defined(__linux__)
+  // Large pages where the system has them on request: columns of a large map touch a page per step.
+  if (kept && size > (4 << 20)) madvise((void *)(((uintptr_t)kept + 4095) / 4096 * 4096), size - 4096, MADV_HUGEPAGE);
+#endif
+  return kept;
+}
+
+void give_back(void *memory) {
+  if (((Kept *)memory)->size <= kKept && !pthread_getspecific(kept_key))
+    pthread_setspecific(kept_key, memory);
+  else
+    free(memory);
+}
+#endif
+
 void work(void *argument) {
   Job &job = *(Job *)argument;
-  const size_t size = job.scratch * sizeof(float) + 64;
-  void *owned = malloc(size);
+  void *owned = borrow(job.scratch * sizeof(float) + 128);  // a header and the alignment
   if (!owned) {
     __atomic_store_n(&job.failed, 1, __ATOMIC_RELAXED);
     return;
   }
-#if defined(__linux__)
-  // Large pages where the system has them on request: columns of a large map touch a page per step.
-  if (size > (4 << 20)) madvise((void *)(((uintptr_t)owned + 4095) / 4096 * 4096), size - 4096, MADV_HUGEPAGE);
-#endif
-  float *memory = (float *)(((uintptr_t)owned + 63) / 64 * 64);
+  float *memory = (float *)(((uintptr_t)owned + 64 + 63) / 64 * 64);
   for (;;) {
     int64_t unit = __atomic_fetch_add(&job.next, 1, __ATOMIC_RELAXED);
     if (unit >= job.units) break;
     job.unit(job.p, unit, memory);
   }
-  free(owned);
+  give_back(owned);
 }
 
 void work_kmp(int32_t *, int32_t *, void *argument) { work(argument); }
