@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -65,7 +66,7 @@ class ScanArguments:
         """Whether every route carries its own slice of the channels."""
         return self.channels_per_route != self.x.shape[2]
 
-    @property
+    @cached_property
     def signature(self) -> tuple[Any, ...]:
         """Everything but the values: two calls of one signature differ in no shape, dtype, device or switch."""
         tensors = (self.x, self.dbc, self.A, self.read, self.write, self.delta, self.dt_weight, self.dt_bias, self.D)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ def forward(args: ScanArguments, dtype: torch.dtype, level: str | None = None) -
     batch, tokens, channels = args.x.shape
     y = args.x.new_empty(batch, tokens, channels, dtype=dtype)
     state = _floats(args, batch, args.routes_per_image, args.channels_per_route, args.state_size)
-    problem.blocks, problem.block_size, problem.parts = _forward_plan(args, torch.get_num_threads())
+    images, routes = (batch * args.routes, 1) if args.side_by_side else (batch, args.routes_per_image)
+    plan = _forward_plan(args.channels_per_route, images, routes, torch.get_num_threads())
+    problem.blocks, problem.block_size, problem.parts = plan
     if problem.parts > 1:
         keep.append(_floats(args, problem.parts, batch, tokens, channels))
         problem.partial = keep[-1].data_ptr()
@@ -148,20 +151,19 @@ def _blocks(width: int, wanted: int) -> tuple[int, int]:
     return math.ceil(width / size), size
 
 
-def _forward_plan(args: ScanArguments, threads: int) -> tuple[int, int, int]:
-    """Return number and size of blocks, and the parts an image's routes are split into, for a number of threads.
+@lru_cache(maxsize=1024)
+def _forward_plan(width: int, images: int, routes: int, threads: int) -> tuple[int, int, int]:
+    """Return number and size of blocks, and the parts an image's routes are split into.
 
-    The plan does not show in the outputs: every channel is computed alone and routes are added in their order.
+    ``images`` have channels of their own, ``routes`` of one image share them. The plan depends on the number of threads
+    and does not show in the outputs: every channel is computed alone and routes are added in their order.
     """
-    width = args.channels_per_route
-    images = args.x.shape[0] * (args.routes if args.side_by_side else 1)
     most = math.ceil(width / _VECTOR)
     wanted = math.ceil(most / _FORWARD_BLOCK)
     if images * wanted < 4 * threads:  # few units: let them share out evenly
         wanted = next((n for n in range(wanted, most) if images * n % threads == 0), most)
     blocks, size = _blocks(width, wanted)
-    split = images * blocks < threads and not args.side_by_side
-    return blocks, size, args.routes_per_image if split else 1
+    return blocks, size, routes if images * blocks < threads else 1
 
 
 def _sum_in_order(tensor: Tensor) -> Tensor:
