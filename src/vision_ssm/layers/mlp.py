@@ -17,7 +17,7 @@ from vision_ssm.eager import unobserved
 
 def _fused(x: Tensor, layer: nn.Linear, activation: str) -> Tensor | None:
     """Return the layer's output after an activation ("none" or "gelu"), or ``None`` where oneDNN does not serve."""
-    if x.device.type != "cpu" or x.dtype != layer.weight.dtype or not unobserved(x):
+    if not unobserved(x) or x.device.type != "cpu" or x.dtype != layer.weight.dtype:
         return None
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu") or x.numel() == 0:
         return None
