@@ -69,8 +69,8 @@ class ScanArguments:
     @cached_property
     def signature(self) -> tuple[Any, ...]:
         """Everything but the values: two calls of one signature differ in no shape, dtype, device or switch."""
-        tensors = (self.x, self.dbc, self.A, self.read, self.write, self.delta, self.dt_weight, self.dt_bias, self.D)
-        tensors += (self.route_index, self.route_weight)
+        tensors = [self.x, self.dbc, self.A, self.read, self.write, self.delta, self.dt_weight, self.dt_bias, self.D]
+        tensors += [self.route_index, self.route_weight]
         shapes = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
         return (*shapes, self.softplus, self.inclusive)
 

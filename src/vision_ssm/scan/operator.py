@@ -83,12 +83,12 @@ def route_scan(
     """
     if not isinstance(routes, Routes):
         raise TypeError(f"routes must be vision_ssm.scan.Routes, got {type(routes).__name__}; see build_routes")
-    tensors = dict(delta=delta, dt_weight=dt_weight, dt_bias=dt_bias, D=D)
+    tensors: dict[str, Any] = dict(delta=delta, dt_weight=dt_weight, dt_bias=dt_bias, D=D)
     tensors |= dict(route_index=route_index, route_weight=route_weight)
     for name, value in dict(x=x, dbc=dbc, A=A, **tensors).items():
         if not isinstance(value, Tensor) and (value is not None or name in ("x", "dbc", "A")):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    switches = dict(softplus=softplus, inclusive=inclusive)
+    switches: dict[str, Any] = dict(softplus=softplus, inclusive=inclusive)
     for name, switch in dict(**switches, float_output=float_output, return_last_state=return_last_state).items():
         if not isinstance(switch, bool):
             raise TypeError(f"{name} must be True or False, got {switch!r}")

@@ -12,12 +12,14 @@ from torch import Tensor
 from vision_ssm.scan.arguments import ScanArguments
 from vision_ssm.scan.cpu.library import Library, Problem, load_library
 
-# The arguments, and whether each is a parameter, which is float32.
-_TENSORS = (
-    *((name, False) for name in ("x", "dbc", "delta", "read", "write", "route_index")),
-    *((name, True) for name in ("A", "dt_weight", "dt_bias", "D", "route_weight")),
-)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The arguments and the dtypes in which the library takes them.
+_TENSORS = (
+    *((name, tuple(_TYPES)) for name in ("x", "dbc", "delta")),
+    *((name, (torch.float32,)) for name in ("A", "dt_weight", "dt_bias", "D", "route_weight")),
+    *((name, (torch.int32,)) for name in ("read", "write")),
+    ("route_index", (torch.int64,)),
+)
 _VECTOR = 16  # channels; blocks are multiples of it
 _FORWARD_BLOCK, _BACKWARD_BLOCK = 8, 4  # vectors in a block at most
 _GROUPS = 32  # of images with parameter gradients of their own; fixed, so that sums do not depend on threads
@@ -99,16 +101,14 @@ def _problem(args: ScanArguments) -> tuple[Problem, list[Tensor]]:
     """Return the call as the library takes it, and tensors that must live as long."""
     problem = Problem.from_buffer_copy(_sizes(args))
     keep = []
-    for name, parameter in _TENSORS:
+    for name, dtypes in _TENSORS:
         tensor = getattr(args, name)
         if tensor is None:
             continue
+        if tensor.dtype not in dtypes:
+            tensor = tensor.to(dtypes[0])
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
-        if parameter and tensor.dtype != torch.float32:
-            tensor = tensor.float()
-        elif tensor.dtype == torch.float64 or (tensor.dtype == torch.int32 and name == "route_index"):
-            tensor = tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)
         setattr(problem, name, tensor.data_ptr())
         keep.append(tensor)
     return problem, keep
