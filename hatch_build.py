@@ -27,7 +27,7 @@ class CustomBuildHook(BuildHookInterface):
         spec.loader.exec_module(build_scan)
         try:
             library = build_scan.build()
-        except build_scan.BuildError as error:
+        except (build_scan.BuildError, OSError) as error:
             self.app.display_warning(f"vision-ssm is installed without its C++ scan: {error}")
             return
         build_data["artifacts"].append(f"/{_FOLDER.as_posix()}/{library.name}")

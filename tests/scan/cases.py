@@ -144,6 +144,7 @@ CASES = [
     Case(side_by_side=True),
     Case(side_by_side=True, channels=87, states=1, rank=6),
     Case(side_by_side=True, shared=True),
+    Case(side_by_side=True, shared=True, rank=0),
     Case(shared=True),
     Case(rank=0),
     Case(rank=0, shared=True, softplus=False),

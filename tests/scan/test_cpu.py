@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def fresh_library():
         Case(batch=1, height=9, width=7, channels=16, states=1),
         Case(batch=1, height=9, width=7, channels=200, states=3),
         Case(batch=3, height=9, width=7, channels=150, side_by_side=True, shared=True),
+        Case(batch=1, height=32, width=32, channels=16, states=1, side_by_side=True, shared=True, rank=0),
         Case(batch=2, chosen=3, weighted=True, channels=87),
         Case(batch=35, channels=70, rank=0, shared=True),
     ],
@@ -50,6 +52,35 @@ def test_results_do_not_depend_on_the_number_of_threads(case, level):
         assert torch.equal(y, other_y)
         assert torch.equal(state, other_state)
         assert all(torch.equal(grad, other_grads[name]) for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_channel_that_forgets_everything_stays_finite(level):
+    # Steps that only fill a tile have step size 0, which times a rate of minus infinity would be no number.
+    call = Case(height=1, width=3, states=1).make(torch.float32)
+    call.tensors["A"][:, 0] = -torch.inf
+    with use_backend(f"cpu-{level}"):
+        y, state, grads = call.gradients()
+    with use_backend("portable"):
+        expected_y, expected_state, _ = call.gradients()
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(state, expected_state)
+    assert torch.isfinite(grads["x"]).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_nan_and_lazily_negated_tensors(level):
+    call = Case().make(torch.float32)
+    x = call.tensors["x"]
+    with torch.no_grad(), use_backend(f"cpu-{level}"):
+        expected = replace(call, tensors=call.tensors | {"x": -x}).run()[0]
+        found = replace(call, tensors=call.tensors | {"x": torch._neg_view(x)}).run()[0]
+        assert torch.equal(found, expected)
+        poisoned = x.clone()
+        poisoned.view(torch.int32)[0, 0] = 0x7FC00001  # NaN with a payload
+        y = replace(call, tensors=call.tensors | {"x": poisoned, "A": call.tensors["A"].clone()}).run()[0]
+        assert y[0, 0].isnan().all()
+        assert y[1:].isfinite().all()
 
 
 def run_python(code, **environment):
@@ -104,6 +135,17 @@ def test_a_broken_library_is_not_used(content, monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("fresh_library")
+def test_another_library_is_not_used(monkeypatch, tmp_path):
+    source = tmp_path / "other.cpp"
+    source.write_text('extern "C" int other() { return 0; }')
+    library_path = tmp_path / build.LIBRARY
+    subprocess.run([*build.find_compiler(), "-shared", "-fPIC", str(source), "-o", str(library_path)], check=True)
+    monkeypatch.setattr(library, "SOURCES", tmp_path)
+    with pytest.warns(RuntimeWarning, match="vision_ssm_source"):
+        assert backend_for("cpu") == "portable"
+
+
+@pytest.mark.usefixtures("fresh_library")
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
     monkeypatch.setattr(library, "source_hash", lambda: "0123")
     with pytest.warns(RuntimeWarning, match="was built from other sources"):
@@ -112,7 +154,11 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
 
 @pytest.mark.parametrize(
     ("compiler", "message"),
-    [("no-such-compiler", "CXX is 'no-such-compiler', which was not found"), ("false", "-c .*scan.cpp.* failed")],
+    [
+        ("no-such-compiler", "CXX is 'no-such-compiler', which was not found"),
+        ("false", "-c .*scan.cpp.* failed"),
+        ('"open', "No closing quotation"),
+    ],
 )
 def test_a_compiler_that_does_not_work_is_named(compiler, message, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", compiler)

@@ -328,6 +328,13 @@ def test_the_operator_itself_never_reads_out_of_bounds(name, offset, backend):
         torch.ops.vision_ssm.route_scan(*values.values(), False, False)
 
 
+def test_the_operator_itself_checks_shapes():
+    values = dict(zip(_NAMES, flat(Case().make(torch.float32)), strict=True))
+    for name, part in (("write", values["write"][:, :1]), ("dbc", values["dbc"][:, :, :, :2])):
+        with pytest.raises(ValueError, match=name):
+            torch.ops.vision_ssm.route_scan(*(values | {name: part}).values(), False, False)
+
+
 @pytest.mark.parametrize("backend", [name for name in available_backends() if name.startswith("cpu")])
 def test_a_route_out_of_range_is_refused_by_the_operator_itself(backend):
     values = dict(zip(_NAMES, flat(Case(chosen=2).make(torch.float32)), strict=True))

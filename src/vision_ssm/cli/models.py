@@ -204,7 +204,10 @@ def bench(words: Sequence[str]) -> int:
     options = parse_options(BenchOptions, words, "bench")
     if not options.models:
         raise InputError("name at least one model, such as vmamba_tiny")
-    for name, values in (("--batch", options.batch), ("--threads", (options.threads or 1,))):
+    for name, values in (
+        ("--batch", options.batch),
+        ("--threads", (1 if options.threads is None else options.threads,)),
+    ):
         if not values or min(values) < 1:
             raise InputError(f"{name} must be at least 1, got {' '.join(map(str, values)) or 'nothing'}")
     if options.csv is not None and not options.csv.parent.is_dir():

@@ -103,6 +103,8 @@ def check_arguments(args: ScanArguments) -> None:
 
 def _check_arguments(args: ScanArguments) -> None:
     x, dbc, A = args.x, args.dbc, args.A
+    if args.write is not args.read and args.read.shape != args.write.shape:
+        raise ValueError(f"read and write must have one shape, got {tuple(args.read.shape)}, {tuple(args.write.shape)}")
     _check_float("x", x)
     _check_float("dbc", dbc)
     if args.delta is not None:

@@ -124,6 +124,7 @@ def _forward(*values: Any) -> tuple[Tensor, Tensor]:
 
 
 def _run(args: ScanArguments, float_output: bool, return_state: bool) -> tuple[Tensor, Tensor]:
+    check_arguments(args)  # again: the operator can be called by itself
     if args.x.numel() == 0:
         y, state = _empty_results(args, float_output, return_state)
         return y.zero_(), state.zero_()
@@ -153,6 +154,7 @@ def _empty_results(args: ScanArguments, float_output: bool, return_state: bool) 
 def _backward(grad_y: Tensor, grad_state: Tensor | None, *values: Any) -> list[Tensor]:
     *given, backend = values
     args = ScanArguments(**dict(zip(_NAMES, given, strict=True)))
+    check_arguments(args)
     if args.x.numel() == 0:
         return [grad.zero_() for grad in _backward_fake(grad_y, grad_state, *values)]
     with torch.no_grad(), torch.autocast(args.x.device.type, enabled=False):

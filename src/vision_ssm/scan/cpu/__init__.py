@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -52,6 +53,13 @@ def backward(
     args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None, level: str | None = None
 ) -> dict[str, Tensor]:
     """Return the gradients of all differentiable arguments, from those of outputs and last state."""
+    shared_delta = args.delta if args.side_by_side else None
+    if shared_delta is not None and shared_delta.shape[2] < args.routes:
+        # Side by side, every route is a unit of work of its own: each needs its own gradient to write to.
+        found = backward(
+            replace(args, delta=shared_delta.float().expand(-1, -1, args.routes, -1)), grad_y, grad_state, level
+        )
+        return found | {"delta": _sum_in_order(found["delta"].movedim(2, 0)).unsqueeze(2).to(shared_delta.dtype)}
     problem, keep = _problem(args)
     batch, tokens, channels = args.x.shape
     width, states, rank = args.channels_per_route, args.state_size, args.rank
@@ -60,6 +68,7 @@ def backward(
     problem.groups = min(batch, _GROUPS)
     problem.parts = all_blocks if problem.groups < _GROUPS else 1
 
+    grad_y = grad_y.resolve_neg()
     grad_y = grad_y.contiguous() if grad_y.dtype in _TYPES else grad_y.float().contiguous()
     problem.grad_y, problem.grad_y_type = grad_y.data_ptr(), _TYPES[grad_y.dtype]
     if grad_state is not None:
@@ -105,6 +114,8 @@ def _problem(args: ScanArguments) -> tuple[Problem, list[Tensor]]:
         tensor = getattr(args, name)
         if tensor is None:
             continue
+        if tensor.is_neg():
+            tensor = tensor.resolve_neg()
         if tensor.dtype not in dtypes:
             tensor = tensor.to(dtypes[0])
         if not tensor.is_contiguous():

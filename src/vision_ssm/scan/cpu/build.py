@@ -53,7 +53,10 @@ def find_compiler() -> list[str]:
     """
     chosen = os.environ.get("CXX")
     for command in [chosen] if chosen else ["c++", "g++", "clang++"]:
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise BuildError(f"CXX is {command!r}: {error}") from error
         if words and shutil.which(words[0]):
             return words
     raise BuildError(
@@ -96,8 +99,10 @@ def build(folder: Path = SOURCES, optimise: Sequence[str] = ("-O3",), link: Sequ
 
 def _run(command: list[str]) -> None:
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
     except subprocess.CalledProcessError as error:
-        raise BuildError(f"{shlex.join(command)} failed:\n{error.stderr.strip()}") from error
+        raise BuildError(
+            f"{shlex.join(command)} failed with code {error.returncode}: {error.stderr.strip()}"
+        ) from error
     except OSError as error:
         raise BuildError(f"{shlex.join(command)} failed: {error}") from error

@@ -125,7 +125,10 @@ struct Walk {
     if (p.states == 1) load_row_as<Float32>(s.rate, A, 0, block.count);
     for (int64_t n = 0; n < p.states && p.states > 1; ++n)
       for (int64_t c = 0; c < block.count; ++c) s.rate[n * kBlock + c] = A[c * p.states + n];
-    for (int64_t i = 0; i < p.states * kBlock; i += kWidth) store(s.rate + i, load(s.rate + i) * kLog2E);
+    for (int64_t i = 0; i < p.states * kBlock; i += kWidth) {
+      // Finite, because the step sizes of no steps are 0, and 0 times infinity is no number.
+      store(s.rate + i, max_of(splat(-3e38f), load(s.rate + i) * kLog2E));
+    }
     memset(s.state, 0, p.states * kBlock * sizeof(float));
     memset(s.rows, 0, row * kTile * sizeof(float));
   }

@@ -98,7 +98,7 @@ def load_library() -> Library | None:
     else:
         try:
             return Library(path)
-        except OSError as error:
+        except (OSError, AttributeError, UnicodeDecodeError) as error:  # no library, or not ours
             reason = str(error)
     warnings.warn(
         f"vision_ssm runs its scans on the slower 'portable' backend: no compiled C++ scan, {reason}. "

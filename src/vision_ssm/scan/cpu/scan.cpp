@@ -152,7 +152,7 @@ EXPORT int64_t vision_ssm_has_level(int64_t level) {
   if (level == 2)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-  if (level == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (level == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
   return level == 0;
 }
@@ -165,7 +165,7 @@ EXPORT int64_t vision_ssm_forward(const Problem *p, int64_t level) {
   const Target *target = target_of(level);
   if (Result bad = check(*p)) return bad;
   if (!run(*p, target->forward, forward_units(*p), target->forward_scratch(*p))) return kNoMemory;
-  if (p->parts > 1) run(*p, target->add_up, p->batch, 0);
+  if (p->parts > 1 && !run(*p, target->add_up, p->batch, 0)) return kNoMemory;
   return kDone;
 }
 

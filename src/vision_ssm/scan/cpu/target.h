@@ -18,10 +18,10 @@ struct Target {
 extern const Target kAvx512, kAvx2, kBaseline;
 
 // Side by side, every route has channels of its own.
-inline int64_t slices(const Problem &p) { return p.width == p.channels ? 1 : p.routes; }
+static inline int64_t slices(const Problem &p) { return p.width == p.channels ? 1 : p.routes; }
 
-inline int64_t forward_units(const Problem &p) { return p.batch * slices(p) * p.blocks * p.parts; }
+static inline int64_t forward_units(const Problem &p) { return p.batch * slices(p) * p.blocks * p.parts; }
 
-inline int64_t backward_units(const Problem &p) { return p.groups * p.parts; }
+static inline int64_t backward_units(const Problem &p) { return p.groups * p.parts; }
 
 }  // namespace vision_ssm

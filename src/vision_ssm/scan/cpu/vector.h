@@ -119,13 +119,13 @@ constexpr int kGroup = kWidth == 16 ? 4 : 2;
 typedef Vec Group[kGroup];
 #define EACH for (int i = 0; i < kGroup; ++i)
 
-// y = 2^y to about 1.5 ulp, for y < 128; without AVX-512 at least 2^-126.
+// y = 2^y to about 1.5 ulp, for y < 128; without AVX-512 between 2^-126 and 2^127.
 INLINE void exp2_of(Group y) {
   Group f, p;
 #if defined(__AVX512F__)
   EACH f[i] = (Vec)_mm512_reduce_ps((__m512)y[i], _MM_FROUND_TO_NEG_INF);  // y - floor(y); 0 for -infinity
 #else
-  EACH y[i] = max_of(splat(-126.0f), y[i]);
+  EACH y[i] = max_of(splat(-126.0f), select(y[i] > 127.0f, splat(127.0f), y[i]));
   Group floor;
   EACH floor[i] = (y[i] - 0.5f) + 12582912.0f;  // rounds to an integer, which the low bits then hold
   EACH f[i] = y[i] - (floor[i] - 12582912.0f);
@@ -138,7 +138,7 @@ INLINE void exp2_of(Group y) {
 #if defined(__AVX512F__)
   EACH y[i] = (Vec)_mm512_scalef_ps((__m512)p[i], (__m512)y[i]);  // p 2^floor(y)
 #else
-  EACH y[i] = (Vec)((Bits)p[i] + ((Bits)floor[i] << 23));
+  EACH y[i] = select(y[i] != y[i], y[i], (Vec)((Bits)p[i] + ((Bits)floor[i] << 23)));
 #endif
 }
 
