@@ -6,7 +6,7 @@ Source: VMamba, arXiv 2401.10166, section 4 and figure 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def scan_map(
 
     Args:
         x: Map, (B, H, W, C).
-        dbc: Low-rank step size, B and C per token and route, (B, H, W, K * (R + 2N)).
+        dbc: Low-rank step size, B and C per token, (B, H, W, K * (R + 2N)), or (B, H, W, R + 2N) for all routes.
         A_log: Logarithms of the negated decay rates, (K, C, N).
         D: Skip connection, (K, C).
         dt_weight: Projection of the step sizes, (K, R, C).
@@ -42,12 +42,13 @@ def scan_map(
         published kernels hand to the norm that follows.
     """
     batch, height, width, channels = x.shape
+    features = dt_weight.shape[1] + 2 * A_log.shape[2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # asking for "meta" is an error
     y = route_scan(
         x.reshape(batch, height * width, channels),
-        dbc.reshape(batch, height * width, len(paths), -1),
+        dbc.reshape(batch, height * width, dbc.shape[-1] // features, features),
         -torch.exp(A_log.to(dtype)),
         build_routes(paths, height, width, x.device),
         dt_weight=dt_weight.to(dtype),
@@ -77,6 +78,8 @@ class SS2D(nn.Module):
         bias: Whether the two projections have one.
         gated: Multiply by ``SiLU(z)``, with z from a second half of the input projection. The VMamba-v0 form is
             ``gated=True, d_state=16, ssm_ratio=2.0, conv_bias=True``.
+        project_in: Whether there is an input projection; else the input has the inner channels already.
+        norm_layer: Makes the norm of the scan's output from its channels.
         paths: The routes, each over all inner channels; their outputs are added.
         drop: Dropout rate after the output projection.
         device: Device of the parameters.
@@ -97,6 +100,8 @@ class SS2D(nn.Module):
         conv_bias: bool = False,
         bias: bool = False,
         gated: bool = False,
+        project_in: bool = True,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         paths: Sequence[Path] = CROSS_SCAN,
         drop: float = 0.0,
         device: torch.device | None = None,
@@ -110,13 +115,15 @@ class SS2D(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if d_conv < 1 or d_conv % 2 == 0:
             raise ValueError(f"d_conv must be odd and at least 1, got {d_conv}")
+        if gated and not project_in:
+            raise ValueError("gated must be False without an input projection, which makes the gate")
         if len(paths) < 1:
             raise ValueError("paths must name at least one route, got none")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.paths = tuple(paths)
         self.gated = gated
         routes = len(self.paths)
-        self.in_proj = Linear(dim, inner * (2 if gated else 1), bias=bias, **dd)
+        self.in_proj = Linear(dim, inner * (2 if gated else 1), bias=bias, **dd) if project_in else nn.Identity()
         self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias, **dd)
         self.act = nn.SiLU()
         self.x_proj = Linear(inner, routes * (rank + 2 * d_state), bias=False, **dd)
@@ -124,7 +131,7 @@ class SS2D(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(routes, inner, **dd))
         self.A_log = nn.Parameter(torch.empty(routes, inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(routes, inner, **dd))
-        self.out_norm = nn.LayerNorm(inner, **dd)
+        self.out_norm = norm_layer(inner, **dd)
         self.out_proj = Linear(inner, dim, bias=bias, **dd)
         self.drop = nn.Dropout(drop)
         self.reset_scan_parameters()
@@ -141,6 +148,10 @@ class SS2D(nn.Module):
         self.A_log.copy_(states.log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 
+    def project(self, x: Tensor) -> Tensor:
+        """Return step sizes in low rank, B and C, (B, H, W, K * (R + 2N)), of a map, (B, H, W, inner)."""
+        return self.x_proj(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map, (B, H, W, C), into one of the same shape."""
         x = self.in_proj(x)
@@ -149,7 +160,7 @@ class SS2D(nn.Module):
             x, z = x.chunk(2, dim=-1)
         x = self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = self.act(x)  # (B, H, W, inner)
-        y = scan_map(x, self.x_proj(x), self.A_log, self.D, self.dt_weight, self.dt_bias, self.paths)
+        y = scan_map(x, self.project(x), self.A_log, self.D, self.dt_weight, self.dt_bias, self.paths)
         y = self.out_norm(y)
         if z is not None:
             y = y * self.act(z)

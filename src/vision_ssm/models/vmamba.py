@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import calculate_drop_path_rates
+from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.vmamba import convert_vmamba
-from vision_ssm.layers import SS2D, VSSBlock
+from vision_ssm.layers import VSSBlock
+from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, init_weights, make_cfg
 from vision_ssm.scan import CROSS_SCAN, Path
 
 __all__ = ["VMamba"]
@@ -38,6 +38,8 @@ class Stem(nn.Module):
         super().__init__()
         if stride not in _STEM_STRIDES:
             raise ValueError(f"stem_stride must be one of {', '.join(map(str, _STEM_STRIDES))}, got {stride}")
+        if dim < 2:
+            raise ValueError(f"dims[0] must be at least 2, got {dim}")
         first, second = _STEM_STRIDES[stride]
         self.conv1 = _conv3x3(in_chans, dim // 2, stride=first, **dd)
         self.norm1 = nn.LayerNorm(dim // 2, **dd)
@@ -65,25 +67,7 @@ class Downsample(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class VMambaStage(nn.Module):
-    """Downsampling (but in the first stage) and blocks."""
-
-    def __init__(self, in_dim: int, dim: int, drop_path: Sequence[float], downsample: bool, **block: Any) -> None:
-        super().__init__()
-        dd = {"device": block.get("device"), "dtype": block.get("dtype")}
-        self.grad_checkpointing = False
-        self.downsample = Downsample(in_dim, dim, **dd) if downsample else nn.Identity()
-        self.blocks = nn.Sequential(*(VSSBlock(dim, drop_path=rate, **block) for rate in drop_path))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform a map, (B, H, W, in_dim)."""
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
-class VMamba(nn.Module):
+class VMamba(Backbone):
     """VMamba backbone and classifier, with timm's interface. Images of any height and width.
 
     Args:
@@ -128,178 +112,45 @@ class VMamba(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if len(dims) != len(depths) or not dims:
-            raise ValueError(f"dims and depths must have one entry per stage, got {len(dims)} and {len(depths)}")
-        if in_chans < 1 or dims[0] < 2:
-            raise ValueError(f"in_chans must be at least 1 and dims[0] at least 2, got {in_chans} and {dims[0]}")
-        if not 0 <= drop_path_rate <= 1:
-            raise ValueError(f"drop_path_rate must be between 0 and 1, got {drop_path_rate}")
-        stride = stem_stride * 2 ** (len(dims) - 1)
-        if output_stride is not None and output_stride != stride:
-            raise ValueError(f"output_stride must be {stride}, the network's own, got {output_stride}")
+        check_options(dims, depths, in_chans, drop_path_rate)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.global_pool = global_pool
-        self.output_fmt = "NHWC"
-        self.num_features = dims[-1]
-        self.stem = Stem(in_chans, dims[0], stem_stride, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         block: dict[str, Any] = dict(d_state=d_state, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio, paths=paths, **dd)
-        self.stages = nn.Sequential(
-            *(VMambaStage(dims[max(0, i - 1)], dim, rates[i], downsample=i > 0, **block) for i, dim in enumerate(dims))
-        )
-        self.feature_info: list[dict[str, Any]] = [
-            dict(num_chs=dim, reduction=stem_stride * 2**i, module=f"stages.{i}") for i, dim in enumerate(dims)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = [
+            Stage(
+                [VSSBlock(dim, drop_path=rate, **block) for rate in rates[i]],
+                Downsample(dims[i - 1], dim, **dd) if i else None,
+            )
+            for i, dim in enumerate(dims)
         ]
-        self.feature_norms = nn.ModuleList([nn.LayerNorm(dim, **dd) for dim in dims]) if feature_norm else None
-        self.norm: nn.Module = nn.LayerNorm(self.num_features, **dd)
-        self.head = ClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt=self.output_fmt, **dd
+        super().__init__(
+            Stem(in_chans, dims[0], stem_stride, **dd),
+            stages,
+            dims,
+            stem_stride,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            norm=nn.LayerNorm(dims[-1], **dd),
+            feature_norms=[nn.LayerNorm(dim, **dd) for dim in dims] if feature_norm else None,
+            drop_rate=drop_rate,
+            output_stride=output_stride,
+            **dd,
         )
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
-        named_apply(_init_weights, self)
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay must spare."""
-        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in ("A_log", "D", "dt_bias")}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's patterns for layer-wise learning rates."""
-        blocks = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^(?:norm|feature_norms)", (99999,)),
-        ]
-        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        for stage in self.modules():
-            if isinstance(stage, VMambaStage):
-                stage.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """Return the final linear layer."""
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, and the pooling where one is named."""
-        self.num_classes = num_classes
-        parameter = next(self.parameters())
-        self.head.reset(num_classes, pool_type=global_pool)
-        self.head.to(device=parameter.device, dtype=parameter.dtype)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
-        if global_pool is not None:
-            self.global_pool = global_pool
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps after several stages.
-
-        Args:
-            x: Images, (B, in_chans, H, W).
-            indices: Which stages: the last n, a list, or all.
-            norm: Apply the final norm to the last stage's map. With ``feature_norm`` every map has its own.
-            stop_early: Leave out stages after the last one asked for.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: Return the maps alone.
-
-        Returns:
-            The maps, and before them the output of :meth:`forward_features` unless ``intermediates_only``.
-
-        Raises:
-            ValueError: If ``output_fmt`` is neither.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages), indices)
-        stages = self.stages[: last + 1] if stop_early else self.stages
-        x = self.stem(x)
-        maps = []
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take:
-                y = x
-                if self.feature_norms is not None:
-                    y = self.feature_norms[i](x)
-                elif norm and i == len(self.stages) - 1:
-                    y = self.norm(x)
-                maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
-        if intermediates_only:
-            return maps
-        # A stage left out would give the final norm a map of another width.
-        return (self.norm(x) if len(stages) == len(self.stages) else x), maps
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the maps of these stages do not need; return the stages' indices."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        if self.feature_norms is not None:
-            self.feature_norms = self.feature_norms[: last + 1]
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if shortened:
-            self.num_features = self.feature_info[last]["num_chs"]
-            self.head.in_features = self.head.num_features = self.num_features
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised map of the last stage, (B, H / 32, W / 32, num_features), from (B, in_chans, H, W)."""
-        return self.norm(self.stages(self.stem(x)))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool a map and classify it, or stop before the classifier."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Classify images, (B, in_chans, H, W) to (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+        named_apply(init_weights, self)
 
 
-def _init_weights(module: nn.Module, name: str) -> None:
-    # x_proj keeps torch's default: in the published models it is no Linear, so their initialisation passes it by.
-    if isinstance(module, nn.Linear) and not name.endswith("x_proj"):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, SS2D):
-        module.reset_scan_parameters()
-
-
-def _cfg(url: str = "", top1: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "description": f"ImageNet-1K {top1} %" if top1 else None,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "min_input_size": (3, 32, 32),
-        "license": "mit",
-        "paper_ids": "arXiv:2401.10166",
-        "paper_name": "VMamba: Visual State Space Model",
-        "origin_url": "https://github.com/MzeroMiko/VMamba",
-        **kwargs,
-    }
+def _cfg(*args: str, **more: Any) -> dict[str, Any]:
+    return make_cfg(
+        *args,
+        **{
+            "license": "mit",
+            "paper_ids": "arXiv:2401.10166",
+            "paper_name": "VMamba: Visual State Space Model",
+            "origin_url": "https://github.com/MzeroMiko/VMamba",
+            **more,
+        },
+    )
 
 
 _RELEASE = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/"
@@ -312,10 +163,7 @@ default_cfgs = generate_default_cfgs(
         "vmamba_tiny_s2l5.in1k": _cfg(_RELEASE + "vssm_tiny_0230_ckpt_epoch_262.pth", "82.5"),
         "vmamba_small_s1l20.in1k": _cfg(_RELEASE + "vssm1_small_0229s_ckpt_epoch_240.pth", "83.3"),
         "vmamba_base_s1l20.in1k": _cfg(_RELEASE + "vssm1_base_0229s_ckpt_epoch_225.pth", "83.8"),
-        # Ours, for small images; no published weights.
-        "vmamba_atto.untrained": _cfg(
-            input_size=(3, 32, 32), pool_size=(2, 2), min_input_size=(3, 16, 16), crop_pct=1.0, license="apache-2.0"
-        ),
+        "vmamba_atto.untrained": _cfg(**ATTO),
     }
 )
 
