@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.efficient_vmamba import convert_efficient_vmamba
 from vision_ssm.layers import SS2D, Linear, Mlp
+from vision_ssm.layers.mlp import batched_linear
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, init_weights, make_cfg
 from vision_ssm.scan import ATROUS_SCAN
 
@@ -53,7 +54,7 @@ def project_grids(x: Tensor, weight: Tensor) -> Tensor:
     """
     height, width = x.shape[1:3]
     grids = cells(x).permute(4, 2, 0, 1, 3, 5)  # (2, 2, B, H/2, W/2, C)
-    y = grids.flatten(0, 1).flatten(1, 3) @ weight.mT  # (4, B * H/2 * W/2, features)
+    y = batched_linear(grids.flatten(0, 1).flatten(1, 3), weight)  # (4, B * H/2 * W/2, features)
     y = y.reshape(*grids.shape[:5], weight.shape[1]).permute(2, 3, 1, 4, 0, 5)  # (B, H/2, 2, W/2, 2, features)
     return y.flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
@@ -84,11 +85,9 @@ class ES2D(SS2D):
     """
 
     def __init__(self, dim: int, d_state: int, ssm_ratio: float, **dd: Any) -> None:
-        super().__init__(
-            dim, d_state=d_state, ssm_ratio=ssm_ratio, conv_bias=True, gated=True, paths=ATROUS_SCAN, **dd
-        )
+        super().__init__(dim, d_state=d_state, ssm_ratio=ssm_ratio, conv_bias=True, gated=True, paths=ATROUS_SCAN, **dd)
         _, rank, inner = self.dt_weight.shape
-        self.x_proj: nn.Module = GridLinear(inner, rank + 2 * d_state, **dd)
+        self.x_proj = GridLinear(inner, rank + 2 * d_state, **dd)  # type: ignore[assignment]
 
 
 class ConvBranch(nn.Module):
