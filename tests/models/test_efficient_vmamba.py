@@ -178,8 +178,8 @@ def test_initialisation() -> None:
         (branch.conv_pw.bias, 96),
         (inverted.conv_pw.weight, 192),
         (inverted.conv_pwl.weight, 768),
-        (inverted.se.fc1.weight, 768),
-        (inverted.se.fc2.bias, 96),
+        (inverted.se.reduce.weight, 768),
+        (inverted.se.expand.bias, 96),
     ):
         assert_uniform(weight, fan_in)
     assert_uniform(ss2d.dt_weight, 6)

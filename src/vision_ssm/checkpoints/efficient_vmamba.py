@@ -25,8 +25,8 @@ _INVERTED = {
     "conv_pw.1.": "bn1.",
     "conv_dw.0.": "conv_dw.",
     "conv_dw.1.": "bn2.",
-    "se.conv_reduce.": "se.fc1.",
-    "se.conv_expand.": "se.fc2.",
+    "se.conv_reduce.": "se.reduce.",
+    "se.conv_expand.": "se.expand.",
     "conv_pw2.0.": "conv_pwl.",
     "conv_pw2.1.": "bn3.",
 }
@@ -55,9 +55,8 @@ def convert_efficient_vmamba(state: dict[str, Tensor]) -> dict[str, Tensor]:
             ours[f"stages.{match[1]}.blocks.{match[2]}.{_rename(match[3], _EVSS)}"] = _pointwise(key, value)
         elif match := re.match(r"layers\.(\d+)\.([1-9]\d*)\.(.+)", key):
             # child 0 of these stages is a permutation
-            ours[f"stages.{match[1]}.blocks.{int(match[2]) - 1}.{_rename(match[3], _INVERTED)}"] = _pointwise(
-                key, value
-            )
+            block = f"stages.{match[1]}.blocks.{int(match[2]) - 1}."
+            ours[block + _rename(match[3], _INVERTED)] = _pointwise(key, value)
         elif match := re.match(r"outnorm(\d+)\.(.+)", key):
             ours[f"feature_norms.{match[1]}.{match[2]}"] = value
         elif match := re.match(r"classifier\.norm\.(.+)", key):
@@ -82,6 +81,7 @@ def _rename(key: str, names: dict[str, str]) -> str:
 
 def _pointwise(key: str, value: Tensor) -> Tensor:
     # 1x1 convolutions there, Linear layers here
-    if re.search(r"(conv_branch\.3|conv_pw\.0|conv_pw2\.0)\.weight$", key) and value.dim() == 4:
+    pointwise = r"(conv_branch\.3|conv_pw2?\.0|se\.conv_(reduce|expand))\.weight$"
+    if re.search(pointwise, key) and value.dim() == 4:
         return value.flatten(1)
     return value

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, SqueezeExcite, calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
@@ -106,19 +106,18 @@ class ConvBranch(nn.Module):
         return self.conv_pw(self.act(x))
 
 
-class Gate(nn.Module):
-    """Scale the channels of a map, (B, H, W, C), by what the mean of its normalised tokens says.
+class ChannelGate(nn.Module):
+    """Scale the channels of a map, (B, H, W, C), by two linear layers on the mean of its normalised tokens.
 
-    The paper calls it squeeze-and-excitation; the published model has a LayerNorm in it.
+    With a LayerNorm it is the gate of EVSS, where the paper has squeeze-and-excitation; without a norm it is that.
     """
 
-    def __init__(self, dim: int, **dd: Any) -> None:
+    def __init__(self, dim: int, hidden: int, norm: nn.Module, act: nn.Module, **dd: Any) -> None:
         super().__init__()
-        hidden = dim // 8
-        self.norm = nn.LayerNorm(dim, **dd)
-        self.reduce = Linear(dim, hidden, **dd)
-        self.act = nn.GELU()
-        self.expand = Linear(hidden, dim, **dd)
+        self.norm = norm
+        self.reduce = nn.Linear(dim, hidden, **dd)
+        self.act = act
+        self.expand = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale a map."""
@@ -140,7 +139,7 @@ class EVSSBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.ss2d = ES2D(dim, d_state, ssm_ratio, **dd)
         self.conv_branch = ConvBranch(dim, **dd)
-        self.gate = Gate(dim, **dd)
+        self.gate = ChannelGate(dim, dim // 8, nn.LayerNorm(dim, **dd), nn.GELU(), **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.mlp = None
         if mlp_ratio > 0:
@@ -172,7 +171,7 @@ class InvertedResidual(nn.Module):
         self.conv_dw = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False, **dd)
         self.bn2 = nn.BatchNorm2d(hidden, **dd)
         self.act = nn.ReLU(inplace=True)
-        self.se = SqueezeExcite(hidden, rd_channels=max(1, hidden // 8), **dd)
+        self.se = ChannelGate(hidden, max(1, hidden // 8), nn.Identity(), nn.ReLU(), **dd)
         self.conv_pwl = Linear(hidden, dim, bias=False, **dd)
         self.bn3 = nn.BatchNorm2d(dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -181,8 +180,8 @@ class InvertedResidual(nn.Module):
         """Transform a map, (B, H, W, dim), into one of the same shape."""
         y = self.conv_pw(x).permute(0, 3, 1, 2)
         y = self.act(self.bn1(y))
-        y = self.se(self.act(self.bn2(self.conv_dw(y))))  # (B, hidden, H, W)
-        y = self.conv_pwl(y.permute(0, 2, 3, 1))
+        y = self.act(self.bn2(self.conv_dw(y))).permute(0, 2, 3, 1)  # (B, H, W, hidden)
+        y = self.conv_pwl(self.se(y))
         y = self.bn3(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + self.drop_path(y)
 
@@ -303,7 +302,7 @@ class EfficientVMamba(Backbone):
 
 def _init_weights(module: nn.Module, name: str) -> None:
     # In the published model these are convolutions, which keep torch's default.
-    if name.rsplit(".", 1)[-1] not in ("conv_pw", "conv_pwl"):
+    if not name.endswith(("conv_pw", "conv_pwl", "se.reduce", "se.expand")):
         init_weights(module, name)
 
 
