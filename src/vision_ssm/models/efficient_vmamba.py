@@ -78,7 +78,7 @@ class GridLinear(nn.Module):
 
 
 class ES2D(SS2D):
-    """SS2D whose four routes visit one quarter of the tokens each: "efficient 2D scan", section 3.2 of the paper.
+    """SS2D whose four routes visit a quarter of the tokens each; section 4.1 of the paper.
 
     All four go forwards, two of them column by column, where the paper speaks of four directions. A token belongs to
     one route, so nothing is added up, and it needs one projection only.
@@ -128,7 +128,7 @@ class ChannelGate(nn.Module):
 class EVSSBlock(nn.Module):
     """A scan and a convolution of the same normalised map, gated and added; then an MLP where there is one.
 
-    Source: section 3.3 and figure 3 of the paper. The published model has one gate for both branches, applied to each,
+    Source: section 4.2 and figure 3 of the paper. The published model has one gate for both branches, applied to each,
     and one decision of stochastic depth for their sum.
     """
 
@@ -159,6 +159,7 @@ class EVSSBlock(nn.Module):
 class InvertedResidual(nn.Module):
     """1x1 convolution to four times the width, depthwise 3x3, squeeze-and-excitation, 1x1 convolution back.
 
+    Source: section 4.3 of the paper.
     The activation is a plain ReLU, and the squeeze is to an eighth of the inner width, as in the published model.
     The 1x1 convolutions are linear layers on the last axis: a CPU computes those two to three times as fast.
     """
