@@ -20,7 +20,7 @@ from vision_ssm.errors import InputError
 
 # Where checkpoints keep their weights; the first that is there is taken.
 _WRAPPERS = ("model", "state_dict", "module", "model_state", "net")
-_EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema")
+_EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_model", "ema")
 _PREFIXES = ("module.", "_orig_mod.")
 # How torch.save began its files before it wrote zip archives: a pickled magic number.
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
