@@ -2,6 +2,18 @@
 
 from vision_ssm.layers.mlp import Linear, Mlp
 from vision_ssm.layers.norm import GroupNorm1
+from vision_ssm.layers.sparx import DMCA, ChannelAttention, Connections, sparx_connections
 from vision_ssm.layers.ss2d import SS2D, VSSBlock, scan_map
 
-__all__ = ["SS2D", "GroupNorm1", "Linear", "Mlp", "VSSBlock", "scan_map"]
+__all__ = [
+    "DMCA",
+    "SS2D",
+    "ChannelAttention",
+    "Connections",
+    "GroupNorm1",
+    "Linear",
+    "Mlp",
+    "VSSBlock",
+    "scan_map",
+    "sparx_connections",
+]
