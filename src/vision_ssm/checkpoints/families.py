@@ -7,9 +7,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from vision_ssm.checkpoints.reader import CheckpointError
+from vision_ssm.checkpoints.sparx import convert_sparx
 from vision_ssm.checkpoints.vmamba import convert_vmamba
 
-_CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {"vmamba_": convert_vmamba}
+_CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "sparx_mamba_": convert_sparx,
+    "vmamba_": convert_vmamba,
+}
 
 
 def convert_official(model: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
