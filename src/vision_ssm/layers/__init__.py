@@ -1,5 +1,6 @@
 """Building blocks that the models share and that work in anybody's network."""
 
+from vision_ssm.layers.conv import ResidualConv, conv_act
 from vision_ssm.layers.mlp import Linear, Mlp
 from vision_ssm.layers.norm import GroupNorm1
 from vision_ssm.layers.sparx import DMCA, ChannelAttention, Connections, sparx_connections
@@ -13,7 +14,9 @@ __all__ = [
     "GroupNorm1",
     "Linear",
     "Mlp",
+    "ResidualConv",
     "VSSBlock",
+    "conv_act",
     "scan_map",
     "sparx_connections",
 ]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_ssm.layers.conv import conv_act
 from vision_ssm.layers.mlp import Linear
 from vision_ssm.layers.norm import GroupNorm1
 
@@ -159,7 +160,7 @@ class ChannelAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.scale = None if scale is None else nn.Parameter(torch.full((1,), scale, device=device, dtype=dtype))
+        self.scale = None if scale is None else nn.Parameter(torch.full((1,), float(scale), device=device, dtype=dtype))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mix the channels of ``v``, (B, H, W, C), by the products of ``q`` and ``k``, both (B, H', W', C)."""
@@ -244,7 +245,7 @@ class DMCA(nn.Module):
         x = (
             x.unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(-2)
         )  # channel shuffle: all channels i, i + 3, ... together
-        x = self.join_proj(self.act(self.join_conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+        x = conv_act(conv_act(x, self.join_conv, self.act), self.join_proj)
         if self.missing:
             # Three groups make a multiple of 3; the last one or two channels are means over all channels, or over
             # their first and second half.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.sparx import convert_sparx
-from vision_ssm.layers import DMCA, SS2D, Connections, GroupNorm1, Linear, sparx_connections
+from vision_ssm.layers import DMCA, SS2D, Connections, GroupNorm1, Linear, ResidualConv, sparx_connections
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, make_cfg
 from vision_ssm.scan import CROSS_SCAN, Path
 
@@ -78,30 +78,18 @@ class Downsample(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
-class ResidualConv(nn.Conv2d):
-    """Depthwise 3x3 convolution of a map, (B, H, W, C), added to the map."""
-
-    def __init__(self, dim: int, **dd: Any) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform a map."""
-        return x + super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class ConvMlp(nn.Module):
     """Linear, residual depthwise convolution, GELU, linear."""
 
     def __init__(self, dim: int, hidden: int, **dd: Any) -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden, **dd)
-        self.conv = ResidualConv(hidden, **dd)
-        self.act = nn.GELU()
+        self.conv = ResidualConv(hidden, nn.GELU(), **dd)
         self.fc2 = Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map, (B, H, W, dim)."""
-        return self.fc2(self.act(self.conv(self.fc1(x))))
+        return self.fc2(self.conv(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -109,7 +97,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, value: float, **dd: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), value, **dd))
+        self.weight = nn.Parameter(torch.full((dim,), float(value), **dd))
         self.bias = nn.Parameter(torch.zeros(dim, **dd))
 
     def forward(self, x: Tensor) -> Tensor:
