@@ -8,7 +8,7 @@ Source: SparX, arXiv 2409.09649 (AAAI 2025).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ class _Projection(nn.Module):
 
     def __init__(self, dim: int, reduction: int, **dd: Any) -> None:
         super().__init__()
-        self.reduce = nn.Identity()
+        self.reduce: nn.Module = nn.Identity()
         if reduction > 1:
             side = reduction + 1
             conv = nn.Conv2d(dim, dim, side, stride=reduction, padding=side // 2, groups=dim, bias=False, **dd)
@@ -232,9 +232,9 @@ class DMCA(nn.Module):
         self.join_conv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, **dd)
         self.join_proj = nn.Conv2d(3 * dim, out_dim - self.missing, 1, groups=3, **dd)
 
-    def forward(self, x: Tensor, shortcut: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, shortcut: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
         """Aggregate a layer's normalised map, (B, H, W, dim), and the earlier maps, to (B, H, W, out_dim)."""
-        s = self.norm(torch.cat(list(shortcut), -1))
+        s = self.norm(torch.cat(shortcut, -1))
         s = self.act(self.conv_norm(self.conv(s.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
         k, v = self.act(self.kv(s)).chunk(2, dim=-1)  # GELU also after the projection
         q, k, v = self.q(x), self.k(k), self.v(v)

@@ -178,7 +178,7 @@ class SparXBlock(nn.Module):
         self.layer_scale2 = identity_path()
         self.drop_path2 = branch_path()
 
-    def forward(self, x: Tensor, shortcut: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, x: Tensor, shortcut: list[Tensor] | tuple[Tensor, ...] = ()) -> Tensor:
         """Transform a map, (B, H, W, C); ``shortcut`` holds the earlier maps that a ganglion layer reads."""
         x = self.pos_embed(x)
         y = self.norm1(x)
@@ -259,8 +259,8 @@ class SparXMamba(Backbone):
         stem_stride: int = 4,
         stem_convs: int = 2,
         steps: int | Sequence[int] = (1, 1, 2, 1),
-        starts: int | None | Sequence[int | None] = (None, 1, 0, 0),
-        windows: int | None | Sequence[int | None] = (None, None, 3, None),
+        starts: int | Sequence[int | None] | None = (None, 1, 0, 0),
+        windows: int | Sequence[int | None] | None = (None, None, 3, None),
         cross_stage: bool | Sequence[bool] = False,
         dense: bool = False,
         reductions: int | Sequence[int] = (8, 4, 2, 1),
@@ -268,7 +268,7 @@ class SparXMamba(Backbone):
         d_state: int = 1,
         ssm_ratio: float | Sequence[float] = 2.0,
         mlp_ratio: float | Sequence[float] = 4.0,
-        layer_scale: float | None | Sequence[float | None] = (None, None, 1.0, 1.0),
+        layer_scale: float | Sequence[float | None] | None = (None, None, 1.0, 1.0),
         paths: Sequence[Path] = CROSS_SCAN,
         feature_norm: bool = False,
         drop_rate: float = 0.0,
