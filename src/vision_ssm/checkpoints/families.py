@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from vision_ssm.checkpoints.group_mamba import convert_group_mamba
 from vision_ssm.checkpoints.reader import CheckpointError
 from vision_ssm.checkpoints.vmamba import convert_vmamba
 
-_CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {"vmamba_": convert_vmamba}
+_CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "group_mamba_": convert_group_mamba,
+    "vmamba_": convert_vmamba,
+}
 
 
 def convert_official(model: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

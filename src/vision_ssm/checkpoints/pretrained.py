@@ -83,8 +83,9 @@ def build_from_official(
     def convert_checked(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         # timm stops being strict about every key once it leaves out the classifier
         adapted = []
+        heads = (resolved.classifier,) if isinstance(resolved.classifier, str) else resolved.classifier
         if features_only or model.num_classes != resolved.num_classes:
-            adapted += [f"{resolved.classifier}.weight", f"{resolved.classifier}.bias"]
+            adapted += [f"{head}.{part}" for head in heads for part in ("weight", "bias")]
         if resolved.input_size and model.in_chans != resolved.input_size[0]:
             adapted += [f"{resolved.first_conv}.weight"]
         state = convert(state)
