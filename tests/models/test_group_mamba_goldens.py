@@ -20,7 +20,8 @@ from vision_ssm.scan import build_routes
 
 # Published builders and the names under which we register their networks.
 OURS = {"groupmamba_t": "group_mamba_tiny", "groupmamba_s": "group_mamba_small", "groupmamba_b": "group_mamba_base"}
-# Random weights make these networks sensitive: two correct implementations differ by 1e-5 to 1e-4.
+# Random weights make these networks sensitive: two correct implementations differ by up to 2e-4. Absolute on logits,
+# which are of the order of 1; relative to the largest number of a map.
 TOLERANCE = 5e-4
 MINI_TOLERANCE = 1e-4
 EPS_TOLERANCE = 1e-5
@@ -49,10 +50,11 @@ def assert_close(found: Tensor, golden: goldens.Golden, key: str, tolerance: flo
 
 def assert_map(x: Tensor, golden: goldens.Golden, key: str) -> None:
     """Compare a map, (B, H, W, C), with the numbers kept of it."""
-    assert_close(x[0, :4, -4:, :8], golden, f"{key}_slice", TOLERANCE)
-    assert_close(x[-1, -1, -1], golden, f"{key}_last", TOLERANCE)
+    tolerance = TOLERANCE * max(np.abs(golden.arrays[f"{key}_{part}"]).max() for part in ("slice", "last"))
+    assert_close(x[0, :4, -4:, :8], golden, f"{key}_slice", tolerance)
+    assert_close(x[-1, -1, -1], golden, f"{key}_last", tolerance)
     wide = x.double()
-    assert_close(torch.stack([wide.mean(), wide.std()]), golden, f"{key}_mean_std", TOLERANCE)
+    assert_close(torch.stack([wide.mean(), wide.std()]), golden, f"{key}_mean_std", tolerance)
 
 
 @pytest.fixture(scope="module", params=OURS)
@@ -107,14 +109,15 @@ def test_agrees_with_published(built: tuple[goldens.Golden, nn.Module]) -> None:
             assert tuple(x.shape[1:3]) == tuple(golden.arrays[f"{start}stage{i}_hw"])
 
 
-def test_training_agrees(built: tuple[goldens.Golden, nn.Module]) -> None:
-    golden, model = built
-    if golden.name != "groupmamba_t":
-        pytest.skip("recorded for the smallest only")
-    model.train()
+def test_training_agrees() -> None:
+    golden = goldens.load("groupmamba_t")
+    # In float64: the batch statistics that torch computes of channels-last maps in float32 are off by some 1e-6, of
+    # which these weights make 9e-4 in the logits.
+    model = timm.create_model("group_mamba_tiny", dtype=torch.float64).train()
+    load_strict(model, convert_group_mamba(golden.state_dict()))
     model.set_distilled_training(True)
     with torch.no_grad():
-        logits, logits_dist = model(image(2, 224, 224))
+        logits, logits_dist = model(image(2, 224, 224).double())
     assert_close(logits, golden, "train/logits_head", TOLERANCE)
     assert_close(logits_dist, golden, "train/logits_dist_head", TOLERANCE)
     assert_statistics(model, golden)
@@ -232,7 +235,7 @@ def test_gradients_of_rectangles_are_not_the_published_ones(small: goldens.Golde
     model(x).square().mean().backward()
     kept = small.arrays["rect_official/input_grad_slice"]
     assert x.grad is not None
-    assert np.abs(x.grad[:, :, :8, -8:] - kept).max() > 0.2 * np.abs(kept).max()
+    assert np.abs(x.grad[:, :, :8, -8:].numpy() - kept).max() > 0.2 * np.abs(kept).max()
 
 
 def test_every_eps_is_the_published_one(small: goldens.Golden) -> None:

@@ -34,6 +34,8 @@ _EPS = 1e-6
 # Strides of the stem's first and last convolutions, by the stem's total stride.
 _STEM_STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
 
+torch.fx.wrap("scan_map")  # FX wants to know it in every module that calls it
+
 
 def _conv(in_dim: int, dim: int, size: int, stride: int = 1, bias: bool = False, **dd: Any) -> nn.Conv2d:
     # Weights lie in memory as the maps do; otherwise they would be rearranged in every call.
@@ -71,7 +73,7 @@ class Stem(nn.Module):
 
 
 class GroupLinear(nn.Module):
-    """A linear layer for each group of channels: (..., C) to (..., groups, out_dim); no bias."""
+    """A linear layer for each group of channels: (B, H, W, C) to (B, H, W, groups, out_dim); no bias."""
 
     def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
         super().__init__()
@@ -82,12 +84,13 @@ class GroupLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform every group, in one product."""
         groups, in_dim, out_dim = self.weight.shape
+        batch, height, width, _ = x.shape
         y = torch.bmm(x.reshape(-1, groups, in_dim).transpose(0, 1), self.weight)  # (groups, tokens, out_dim)
-        return y.transpose(0, 1).view(*x.shape[:-1], groups, out_dim)
+        return y.transpose(0, 1).view(batch, height, width, groups, out_dim)
 
 
 class GroupLayerNorm(nn.Module):
-    """LayerNorm over each group of channels, (..., C)."""
+    """LayerNorm over each group of channels, (B, H, W, C)."""
 
     def __init__(self, dim: int, **dd: Any) -> None:
         super().__init__()
@@ -97,7 +100,7 @@ class GroupLayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise a map."""
         # Groups of channels of single tokens: GroupNorm computes the same, but slower.
-        width = x.shape[-1] // _GROUPS
+        width = self.weight.shape[0] // _GROUPS
         y = F.layer_norm(x.unflatten(-1, (_GROUPS, width)), (width,)).flatten(-2)
         return torch.addcmul(self.bias, y, self.weight)
 
