@@ -21,9 +21,7 @@ def serves_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu") or x.numel() == 0:
         return False
-    return x.dtype == torch.float32 or (
-        x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _fused(x: Tensor, layer: nn.Linear, activation: str) -> Tensor | None:

@@ -158,8 +158,8 @@ class Backbone(nn.Module):
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
-    def get_classifier(self) -> nn.Module:
-        """Return the final linear layer."""
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """Return the final linear layer, or a tuple of them where a model has several."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -116,11 +116,11 @@ class GroupSS2D(SS2D):
         width = dim // _GROUPS
         super().__init__(width, paths=_PATHS, gated=True, conv_bias=True, **dd)
         rank, states = self.dt_weight.shape[1], self.A_log.shape[2]
-        self.in_proj = GroupLinear(dim, 2 * width, **dd)
+        self.in_proj = GroupLinear(dim, 2 * width, **dd)  # type: ignore[assignment]
         self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.x_proj = GroupLinear(dim, rank + 2 * states, **dd)
+        self.x_proj = GroupLinear(dim, rank + 2 * states, **dd)  # type: ignore[assignment]
         self.out_norm = GroupLayerNorm(dim, **dd)
-        self.out_proj = GroupLinear(dim, width, **dd)
+        self.out_proj = GroupLinear(dim, width, **dd)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map, (B, H, W, C), into one of the same shape."""
@@ -347,7 +347,7 @@ class GroupMamba(Backbone):
         """Choose what training returns: both classifiers' logits as a tuple, or as in evaluation their mean."""
         self.head.distilled_training = enable
 
-    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         """Return the final linear layers: a tuple of two, or one without the second classifier."""
         return self.head.fc if self.head.fc_dist is None else (self.head.fc, self.head.fc_dist)
 
@@ -371,7 +371,7 @@ class GroupMamba(Backbone):
 def init_weights(module: nn.Module, name: str) -> None:
     """Initialise as published."""
     if isinstance(module, nn.Linear) or name.endswith(("in_proj", "out_proj")):  # x_proj keeps nn.Linear's own
-        trunc_normal_(module.weight, std=0.02)  # type: ignore[arg-type]
+        trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
@@ -386,7 +386,7 @@ def _cfg(*args: str, **more: Any) -> dict[str, Any]:
         *args,
         **{
             "classifier": ("head.fc", "head.fc_dist"),
-            "license": "mit",
+            "license": "unknown",  # the files' metadata name MIT, two of their model cards non-commercial use
             "paper_ids": "arXiv:2407.13772",
             "paper_name": "GroupMamba: Efficient Group-Based Visual State Space Model",
             "origin_url": "https://github.com/Amshaker/GroupMamba",
@@ -435,5 +435,7 @@ def group_mamba_base(pretrained: bool = False, **kwargs: Any) -> GroupMamba:
 @register_model
 def group_mamba_atto(pretrained: bool = False, **kwargs: Any) -> GroupMamba:
     """Ours, for images of about 32x32 pixels (stem of stride 2): less than 1 M parameters."""
-    args = dict(depths=(1, 2, 3, 1), dims=(32, 48, 80, 112), mlp_ratios=(4.0, 4.0, 4.0, 4.0), stem_dim=16, stem_stride=2)
+    args = dict(
+        depths=(1, 2, 3, 1), dims=(32, 48, 80, 112), mlp_ratios=(4.0, 4.0, 4.0, 4.0), stem_dim=16, stem_stride=2
+    )
     return _create_group_mamba("group_mamba_atto", pretrained, **dict(args, **kwargs))
