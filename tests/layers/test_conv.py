@@ -18,17 +18,20 @@ CONVS = {
 }
 
 
-@pytest.mark.parametrize("act", [None, nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("act", [None, nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.ReLU()], ids=str)
 @pytest.mark.parametrize("kind", CONVS)
-def test_convolution_and_activation(kind: str, act: nn.Module | None) -> None:
-    conv = CONVS[kind]()
-    x = torch.randn(2, 9, 6, 12)
+def test_convolution_and_activation(kind: str, act: nn.Module | None, dtype: torch.dtype) -> None:
+    conv = CONVS[kind]().to(dtype)
+    x = torch.randn(2, 9, 6, 12, dtype=dtype)
     expected = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     expected = expected if act is None else act(expected)
     torch.testing.assert_close(conv_act(x, conv, act), expected, rtol=1e-5, atol=1e-6)
     with torch.inference_mode():
         y = conv_act(x, conv, act)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    assert y.is_contiguous()
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("act", [None, nn.GELU()], ids=str)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from vision_ssm.checkpoints.efficient_vmamba import convert_efficient_vmamba
+from vision_ssm.checkpoints.group_mamba import convert_group_mamba
 from vision_ssm.checkpoints.reader import CheckpointError
 from vision_ssm.checkpoints.sparx import convert_sparx
 from vision_ssm.checkpoints.vmamba import convert_vmamba
@@ -14,6 +15,7 @@ from vision_ssm.checkpoints.vmamba import convert_vmamba
 _CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "efficient_vmamba_": convert_efficient_vmamba,
     "sparx_mamba_": convert_sparx,
+    "group_mamba_": convert_group_mamba,
     "vmamba_": convert_vmamba,
 }
 

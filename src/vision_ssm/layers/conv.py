@@ -63,23 +63,18 @@ class ResidualConv(nn.Conv2d):
         return y.permute(0, 2, 3, 1)
 
 
+# What oneDNN calls them, by exact type: a subclass may compute something else.
+_ONEDNN: dict[type, str] = {type(None): "none", nn.GELU: "gelu", nn.SiLU: "swish"}
+
+
 def _fused(x: Tensor, conv: nn.Conv2d, weight: Tensor, act: nn.Module | None) -> Tensor | None:
     """Return the activated convolution, (B, C, H, W), by ``weight``; ``None`` where oneDNN does not serve."""
-    exact = type(act) is nn.GELU and act.approximate == "none" and not _hooked(act)
-    if not (act is None or exact) or conv.padding_mode != "zeros" or not onednn_serves(x, weight):
+    name = None if act is not None and _hooked(act) else _ONEDNN.get(type(act))
+    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    if name is None or getattr(act, "approximate", "none") != "none" or not plain or not onednn_serves(x, weight):
         return None
-    return torch.ops.mkldnn._convolution_pointwise(
-        x,
-        weight,
-        conv.bias,
-        conv.padding,
-        conv.stride,
-        conv.dilation,
-        conv.groups,
-        "none" if act is None else "gelu",
-        [],
-        "none",
-    )
+    sizes = conv.padding, conv.stride, conv.dilation, conv.groups
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, conv.bias, *sizes, name, [], "none")
 
 
 def _hooked(module: nn.Module) -> bool:

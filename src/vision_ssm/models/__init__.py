@@ -1,7 +1,8 @@
 """The backbones, one file per family. Importing this package registers them with timm."""
 
 from vision_ssm.models.efficient_vmamba import EfficientVMamba
+from vision_ssm.models.group_mamba import GroupMamba
 from vision_ssm.models.sparx import SparXMamba
 from vision_ssm.models.vmamba import VMamba
 
-__all__ = ["EfficientVMamba", "SparXMamba", "VMamba"]
+__all__ = ["EfficientVMamba", "GroupMamba", "SparXMamba", "VMamba"]
