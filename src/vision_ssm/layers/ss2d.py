@@ -13,6 +13,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vision_ssm.layers.conv import conv_act
 from vision_ssm.layers.mlp import Linear, Mlp
 from vision_ssm.scan import CROSS_SCAN, Path, build_routes, route_scan
 
@@ -158,8 +159,7 @@ class SS2D(nn.Module):
         z = None
         if self.gated:
             x, z = x.chunk(2, dim=-1)
-        x = self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = self.act(x)  # (B, H, W, inner)
+        x = conv_act(x, self.conv2d, self.act)  # (B, H, W, inner)
         y = scan_map(x, self.project(x), self.A_log, self.D, self.dt_weight, self.dt_bias, self.paths)
         y = self.out_norm(y)
         if z is not None:
