@@ -66,7 +66,8 @@ class ResidualConv(nn.Conv2d):
 def _fused(x: Tensor, conv: nn.Conv2d, weight: Tensor, act: nn.Module | None) -> Tensor | None:
     """Return the activated convolution, (B, C, H, W), by ``weight``; ``None`` where oneDNN does not serve."""
     exact = type(act) is nn.GELU and act.approximate == "none" and not _hooked(act)
-    if not (act is None or exact) or conv.padding_mode != "zeros" or not onednn_serves(x, weight):
+    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    if not (act is None or exact) or not plain or not onednn_serves(x, weight):
         return None
     return torch.ops.mkldnn._convolution_pointwise(
         x,
