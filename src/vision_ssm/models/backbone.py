@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -172,6 +172,14 @@ class Backbone(nn.Module):
         if global_pool is not None:
             self.global_pool = global_pool
 
+    def run_stages(self, x: Tensor, stages: Iterable[nn.Module]) -> list[Tensor]:
+        """Return the map after each of the stages, from that of the stem."""
+        maps = []
+        for stage in stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -201,16 +209,15 @@ class Backbone(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early else self.stages
-        x = self.stem(x)
+        run = self.run_stages(self.stem(x), stages)
+        x = run[-1]
         maps = []
-        for i, stage in enumerate(stages):
-            x = stage(x)
+        for i, y in enumerate(run):
             if i in take:
-                y = x
                 if self.feature_norms is not None:
-                    y = self.feature_norms[i](x)
+                    y = self.feature_norms[i](y)
                 elif norm and i == len(self.stages) - 1:
-                    y = self.norm(x)
+                    y = self.norm(y)
                 maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
         if intermediates_only:
             return maps
