@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, named_apply, register_model
-from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.layers import (
     SCAN_POOL,
+    Linear,
     QSTokenMixer,
     SelectiveChannelMixer,
     SelectiveTokenMixer,
@@ -52,8 +52,26 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed an image."""
-        x = F.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))
+        # The convolution leaves out what is more than whole patches.
+        x = F.pad(x, (0, self.patch - 1, 0, self.patch - 1))
         return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampling: (B, H, W, in_dim) to (B, ceil(H/2), ceil(W/2), dim); odd maps are padded with zeros."""
+
+    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * in_dim, **dd)
+        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve a map."""
+        # Slices, where timm's layer pads by H % 2: nested remainders keep an export with dynamic sizes busy for minutes.
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))
+        top, bottom = x[:, :-1:2], x[:, 1::2]
+        x = torch.cat([top[:, :, :-1:2], bottom[:, :, :-1:2], top[:, :, 1::2], bottom[:, :, 1::2]], dim=-1)
+        return self.reduction(self.norm(x))
 
 
 class MixerStage(nn.Module):
