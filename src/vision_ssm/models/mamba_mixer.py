@@ -67,7 +67,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve a map."""
-        # Slices, where timm's layer pads by H % 2: nested remainders keep an export with dynamic sizes busy for minutes.
+        # timm's layer pads by H % 2; such remainders, nested, keep an export with dynamic sizes busy for minutes.
         x = F.pad(x, (0, 0, 0, 1, 0, 1))
         top, bottom = x[:, :-1:2], x[:, 1::2]
         x = torch.cat([top[:, :, :-1:2], bottom[:, :, :-1:2], top[:, :, 1::2], bottom[:, :, 1::2]], dim=-1)
