@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 from PIL import Image
 

@@ -344,7 +344,7 @@ def _scan_channels(
     y = quasi_separable_scan(
         a.reshape(batch, 1, channels, tokens),  # a sequence of channels, whose features are the tokens
         dbc.reshape(batch, 1, channels, -1),
-        A_log.expand(1, tokens, bc_bias.shape[1] // 2),
+        A_log.expand(1, 1, bc_bias.shape[1] // 2),
         D.unsqueeze(-1),
         (ROWS,),
         dt_weight=A_log.new_ones(1, 1, tokens),

@@ -48,7 +48,7 @@ def quasi_separable_scan(
         dbc: Low-rank step size, B and C per token, (B, H, W, R + 2N), for all paths and directions, or
             (B, H, W, 2 * P * (R + 2N)), those of the forward directions first. With a ready-made ``delta``, B and C
             alone.
-        A_log: Logarithms of the negated decay rates, (P or 1, C, N).
+        A_log: Logarithms of the negated decay rates, (P or 1, C or 1, N).
         D: The diagonal, (C,) or anything that broadcasts to the shape of ``x``.
         paths: The P paths.
         dt_weight: Projection of the step sizes, (P or 1, R, C), shared by the directions.
@@ -78,7 +78,7 @@ def quasi_separable_scan(
     y = route_scan(
         x.reshape(batch, height * width, channels),
         dbc.reshape(batch, height * width, -1, rank + 2 * A_log.shape[2]),
-        _both_directions(-torch.exp(A_log.to(dtype))),
+        _both_directions(-torch.exp(A_log.to(dtype))).expand(-1, channels, -1),
         build_routes(directed, height, width, x.device),
         dt_weight=None if dt_weight is None else _both_directions(dt_weight.to(dtype)),
         dt_bias=None if dt_bias is None else dt_bias.to(dtype).flatten(0, 1),
