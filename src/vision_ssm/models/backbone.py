@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -178,6 +178,14 @@ class Backbone(nn.Module):
             return self.feature_norms[stage](x)
         return self.norm(x) if norm and stage == len(self.stages) - 1 else x
 
+    def run_stages(self, x: Tensor, stages: Iterable[nn.Module]) -> list[Tensor]:
+        """Return the map after each of the stages, from that of the stem."""
+        maps = []
+        for stage in stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -207,12 +215,12 @@ class Backbone(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early else self.stages
-        x = self.stem(x)
+        run = self.run_stages(self.stem(x), stages)
+        x = run[-1]
         maps = []
-        for i, stage in enumerate(stages):
-            x = stage(x)
+        for i, y in enumerate(run):
             if i in take:
-                y = self.normalise_map(x, i, norm)
+                y = self.normalise_map(y, i, norm)
                 maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
         if intermediates_only:
             return maps
