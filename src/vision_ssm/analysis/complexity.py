@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -47,11 +48,18 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), batc
     # On the meta device nothing is computed.
     ghost = copy.deepcopy(model).to("meta").eval()
     images = torch.empty(batch, *input_size, device="meta")
+    with torch.no_grad(), ExitStack() as stack:
+        # One pass serves all three: a counter hands every operator on to the next.
+        macs, paper_ops, flops = (
+            stack.enter_context(FlopCounterMode(display=False, custom_mapping=formulas))
+            for formulas in ({_SCAN: _projection_flops}, _PAPER_FORMULAS, {})
+        )
+        ghost(images)
     return Complexity(
         parameters=sum(p.numel() for p in model.parameters()),
-        macs=_count(ghost, images, {_SCAN: _projection_flops}) // 2,
-        paper_ops=_count(ghost, images, _PAPER_FORMULAS) // 2,
-        flops=_count(ghost, images, {}),
+        macs=macs.get_total_flops() // 2,
+        paper_ops=paper_ops.get_total_flops() // 2,
+        flops=flops.get_total_flops(),
     )
 
 
@@ -62,12 +70,6 @@ def feature_shapes(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) 
     with torch.no_grad():
         maps = forward(torch.empty(1, *input_size, device="meta"), intermediates_only=True)
     return [tuple(feature.shape[1:]) for feature in maps]
-
-
-def _count(model: nn.Module, images: torch.Tensor, formulas: dict[Any, Callable[..., int]]) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        model(images)
-    return counter.get_total_flops()
 
 
 def _elements(per_element: int) -> Callable[..., int]:
