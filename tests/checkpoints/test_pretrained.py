@@ -109,12 +109,42 @@ def test_features_only(address: str, source: nn.Module, out_indices: tuple[int, 
     assert all(torch.equal(a, b) for a, b in zip(model(x), expected, strict=True))
 
 
+@pytest.fixture
+def backbone(server: tuple[str, Path]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A segmenter's backbone, with output norms and neither final norm nor classifier, and its official state dict."""
+    model = timm.create_model(NAME, features_only=True, feature_norm=True)
+    for norm in model.model.feature_norms:
+        nn.init.normal_(norm.weight)
+    return model.eval(), official(model.model.state_dict())
+
+
+@pytest.mark.parametrize("form", ["official", "ours"])
+def test_backbone_of_a_segmenter(server: tuple[str, Path], backbone: Any, form: str) -> None:
+    expected, state = backbone
+    torch.save(state if form == "official" else convert_vmamba(state), server[1] / "w.pth")
+    model = create(f"{server[0]}/w.pth", features_only=True, feature_norm=True)
+    x = torch.randn(1, 3, 64, 32)
+    assert all(torch.equal(a, b) for a, b in zip(model(x), expected(x), strict=True))
+
+
+@pytest.mark.parametrize("key", ["outnorm2.weight", "layers.3.blocks.0.op.Ds"])
+def test_a_backbone_with_gaps_is_an_error(server: tuple[str, Path], backbone: Any, key: str) -> None:
+    _, state = backbone
+    torch.save({name: value for name, value in state.items() if name != key}, server[1] / "w.pth")
+    with pytest.raises(CheckpointError, match="1 missing"):
+        create(f"{server[0]}/w.pth", features_only=True, feature_norm=True, out_indices=(0,))
+
+
+def test_a_backbone_is_no_classifier(server: tuple[str, Path], backbone: Any) -> None:
+    torch.save(backbone[1], server[1] / "w.pth")
+    with pytest.raises(CheckpointError, match=r"4 missing: norm\.weight"):
+        create(f"{server[0]}/w.pth", feature_norm=True)
+
+
 def test_safetensors(server: tuple[str, Path], source: nn.Module) -> None:
     from safetensors.torch import save_file
 
-    save_file(
-        {key: value.contiguous() for key, value in official(source.state_dict()).items()}, server[1] / "w.safetensors"
-    )
+    save_file(official(source.state_dict()), server[1] / "w.safetensors")
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(create(f"{server[0]}/w.safetensors")(x), source(x))
 
