@@ -89,3 +89,13 @@ def test_whoever_watches_sees_torch_operations(fused):
     torch.export.export(mlp, (x,))
     assert not any(fused)
     assert mlp(x[:0]).shape == (0, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_batched_linear(dtype):
+    x, weight = torch.randn(4, 6, 24, dtype=dtype), torch.randn(4, 17, 24, dtype=dtype)
+    expected = torch.stack([F.linear(rows, matrix) for rows, matrix in zip(x, weight, strict=True)])
+    tolerance = 1e-5 if dtype != torch.bfloat16 else 2e-2
+    torch.testing.assert_close(module.batched_linear(x, weight), expected, rtol=tolerance, atol=tolerance)
+    with torch.inference_mode():
+        torch.testing.assert_close(module.batched_linear(x, weight), expected, rtol=tolerance, atol=tolerance)

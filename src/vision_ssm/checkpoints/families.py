@@ -7,10 +7,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from vision_ssm.checkpoints.efficient_vmamba import convert_efficient_vmamba
 from vision_ssm.checkpoints.reader import CheckpointError
 from vision_ssm.checkpoints.vmamba import convert_vmamba
 
-_CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {"vmamba_": convert_vmamba}
+_CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "efficient_vmamba_": convert_efficient_vmamba,
+    "vmamba_": convert_vmamba,
+}
 
 
 def can_convert(model: str) -> bool:

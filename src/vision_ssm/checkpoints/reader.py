@@ -20,7 +20,7 @@ from vision_ssm.errors import InputError
 
 # Where checkpoints keep their weights; the first that is there is taken.
 _WRAPPERS = ("model", "state_dict", "module", "model_state", "net")
-_EMA_WRAPPERS = ("model_ema", "ema_model", "state_dict_ema", "ema")
+_EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_model", "ema")
 _BACKBONE = "backbone."  # what OpenMMLab's detectors and segmenters put before the names of their backbone
 _PREFIXES = ("module.", "_orig_mod.", _BACKBONE)
 # How torch.save began its files before it wrote zip archives: a pickled magic number.

@@ -1,7 +1,7 @@
 // The scan over one block of channels, forward and backward. Compiled once per target; see vector.h.
 //
-// A route is walked in tiles of 16 steps: gather the tile's tokens, compute the step sizes of all 16 (one load of a
-// weight serves 16 tokens), run the recurrence from there, scatter the outputs. A vector holds neighbouring channels.
+// A route is walked in tiles of 16 steps: gather the tile's projections, compute the step sizes of all 16 (one load of
+// a weight serves 16 tokens), run the recurrence from there. A vector holds neighbouring channels.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -28,7 +28,8 @@ INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multi
 // A thread's working memory, cut into arrays of rows: kBlock channels each, or for the last two lines kTile steps.
 struct Scratch {
   float *weight, *bias, *rate, *skip, *state;  // the route's parameters (rate = A log2 e) and running state
-  float *x, *raw, *out;                        // a tile: inputs, step sizes before the softplus, outputs
+  float *x, *raw, *out;                        // a tile: inputs, step sizes before the softplus, gradients of x
+  float *zeros, *unread;                       // the input of padding tokens; where outputs of no token go
   float *sums;                                 // y or grad_x of the block: (tokens, block_size)
   float *grad_y, *grad_raw, *grad_state;       // a tile's gradients; the running gradient of the state
   float *grad_weight, *grad_rate, *grad_bias, *grad_skip;
@@ -53,7 +54,9 @@ struct Scratch {
     state = take(p.states, kBlock);
     x = take(kTile, kBlock);
     raw = take(kTile, kBlock);
-    out = take(kTile, kBlock);
+    out = take(backward ? kTile : 0, kBlock);
+    zeros = take(1, kBlock);
+    unread = take(1, kBlock);
     dbc = take(features, kTile);
     rows = take(features, kTile);
     sums = take(p.tokens, p.block_size);
@@ -131,6 +134,7 @@ struct Walk {
     }
     memset(s.state, 0, p.states * kBlock * sizeof(float));
     memset(s.rows, 0, row * kTile * sizeof(float));
+    memset(s.zeros, 0, kBlock * sizeof(float));
   }
 
   void set(float *to, const float *parameter, int64_t offset) const {
@@ -155,16 +159,24 @@ struct Walk {
     return own ? position * p.routes + route : position;
   }
 
-  void load_tile(int64_t first, int64_t count) const {
+  // Brings the inputs of `count` steps from `first` within reach: their projections into scratch, and in x[t] the
+  // address of their channels: where they lie if those are whole vectors of float32, else converted in scratch.
+  void load_tile(int64_t first, int64_t count, const float *x[kTile]) const {
+    const bool in_place = p.x_type == vision_ssm::kFloat32 && block.count % kWidth == 0;
     for (int64_t t = 0; t < kTile; ++t) {
       const int64_t token = t < count ? read[first + t] : -1;
+      x[t] = s.zeros;
       if (token < 0) {  // a padding token
-        memset(s.x + t * kBlock, 0, kBlock * sizeof(float));
         memset(s.rows + t * row, 0, features * sizeof(float));
         if (p.delta) memset(s.raw + t * kBlock, 0, kBlock * sizeof(float));
         continue;
       }
-      load_row(s.x + t * kBlock, p.x, x_of(token), block.count, p.x_type);
+      if (in_place) {
+        x[t] = (const float *)p.x + x_of(token);
+      } else {
+        load_row(s.x + t * kBlock, p.x, x_of(token), block.count, p.x_type);
+        x[t] = s.x + t * kBlock;
+      }
       load_row(s.rows + t * row, p.dbc, dbc_of(token), features, p.dbc_type);
       if (p.delta) load_row(s.raw + t * kBlock, p.delta, delta_of(token), block.count, p.delta_type);
     }
@@ -225,9 +237,9 @@ INLINE void step_sizes(const Walk &w, int64_t c, int64_t count, Vec delta[kTile]
   for (int64_t t = count; t < kTile; ++t) delta[t] = splat(0.0f);
 }
 
-// Advances the state of channels c over `count` steps; writes their outputs to s.out if asked for.
+// Advances the state of channels c over `count` steps with inputs x; adds their outputs to `sums` if asked for.
 template <int States, bool Inclusive, bool Output>
-INLINE void forward_tile(const Walk &w, int64_t c, int64_t count) {
+INLINE void forward_tile(const Walk &w, int64_t c, int64_t count, const float *const *x, float *const *sums) {
   const Scratch &s = w.s;
   const int64_t states = States ? States : w.p.states;
   Vec delta[kTile];
@@ -235,9 +247,9 @@ INLINE void forward_tile(const Walk &w, int64_t c, int64_t count) {
   for (int t = 0; t < count; t += kGroup) {
     Group driven, y;
     EACH {
-      const Vec x = load(s.x + (t + i) * kBlock + c);
-      driven[i] = delta[t + i] * x;
-      y[i] = load(s.skip + c) * x;
+      const Vec input = load(x[t + i] + c);
+      driven[i] = delta[t + i] * input;
+      y[i] = load(s.skip + c) * input;
     }
     for (int64_t n = 0; n < states; ++n) {
       const Vec rate = load(s.rate + n * kBlock + c);
@@ -253,7 +265,10 @@ INLINE void forward_tile(const Walk &w, int64_t c, int64_t count) {
       }
       store(s.state + n * kBlock + c, h);
     }
-    if (Output) EACH store(s.out + (t + i) * kBlock + c, y[i]);
+    if (Output) {
+      if (w.p.route_weight) EACH y[i] = rounded(w.weight() * y[i]);
+      EACH store(sums[t + i] + c, load(sums[t + i] + c) + y[i]);
+    }
   }
 }
 
@@ -263,12 +278,12 @@ void forward_route(const Walk &w, float *sums, int64_t sums_row) {
   for (int64_t first = 0; first < p.steps; first += kTile) {
     const int64_t count = p.steps - first < kTile ? p.steps - first : kTile;
     w.prefetch(first + kAhead, sums, sums_row);
-    w.load_tile(first, count);
-    for (int64_t c = 0; c < w.block.count; c += kWidth) forward_tile<States, Inclusive, true>(w, c, count);
-    if (p.route_weight)
-      for (int64_t i = 0; i < kTile * kBlock; i += kWidth) store(w.s.out + i, w.weight() * load(w.s.out + i));
-    for (int64_t t = 0; t < count; ++t)
-      if (w.write[first + t] >= 0) add_row(sums + w.write[first + t] * sums_row, w.s.out + t * kBlock, w.block.count);
+    const float *x[kTile];
+    float *to[kTile];
+    w.load_tile(first, count, x);
+    for (int64_t t = 0; t < kTile; ++t)
+      to[t] = t < count && w.write[first + t] >= 0 ? sums + w.write[first + t] * sums_row : w.s.unread;
+    for (int64_t c = 0; c < w.block.count; c += kWidth) forward_tile<States, Inclusive, true>(w, c, count, x, to);
   }
   float *state = p.state + ((w.image * p.taken + w.taken) * p.width + w.block.first) * p.states;
   if (p.states == 1) return store_row_as<Float32>(state, 0, w.s.state, w.block.count);
@@ -299,7 +314,7 @@ INLINE void sums_of(const Vec v[kTile], float to[kTile]) {
 
 // Adds to the gradients of channels c of a tile, going backwards through it. Returns this part of <grad_y, y>.
 template <int States, bool Inclusive>
-INLINE Vec backward_tile(const Walk &w, int64_t c, int64_t count, const float *saved) {
+INLINE Vec backward_tile(const Walk &w, int64_t c, int64_t count, const float *const *x, const float *saved) {
   const Problem &p = w.p;
   const Scratch &s = w.s;
   const int64_t states = States ? States : p.states;
@@ -330,12 +345,12 @@ INLINE Vec backward_tile(const Walk &w, int64_t c, int64_t count, const float *s
       EACH {
         decay[t + i] = of_step[i];
         decayed[t + i] = of_step[i] * h;
-        h = of_step[i] * h + delta[t + i] * load(s.x + (t + i) * kBlock + c) * B[t + i];
+        h = of_step[i] * h + delta[t + i] * load(x[t + i] + c) * B[t + i];
       }
     }
     Vec carry = load(s.grad_state + n * kBlock + c), grad_rate = load(s.grad_rate + n * kBlock + c);
     for (int t = kTile - 1; t >= 0; --t) {
-      const Vec driven = delta[t] * load(s.x + t * kBlock + c), given = load(s.grad_y + t * kBlock + c);
+      const Vec driven = delta[t] * load(x[t] + c), given = load(s.grad_y + t * kBlock + c);
       const Vec seen = Inclusive ? decayed[t] + driven * B[t] : decayed[t];
       if (p.route_weight) product += given * (seen * C[t]);
       const Vec g = given * weight;
@@ -354,13 +369,13 @@ INLINE Vec backward_tile(const Walk &w, int64_t c, int64_t count, const float *s
   }
   Vec grad_bias = load(s.grad_bias + c), grad_skip = load(s.grad_skip + c);
   for (int t = 0; t < kTile; ++t) {
-    const Vec x = load(s.x + t * kBlock + c), given = load(s.grad_y + t * kBlock + c), g = given * weight;
-    if (p.route_weight) product += given * (skip * x);
-    const Vec grad_raw = ((1 / kLog2E) * of_delta[t] + of_driven[t] * x) * slope[t];
+    const Vec input = load(x[t] + c), given = load(s.grad_y + t * kBlock + c), g = given * weight;
+    if (p.route_weight) product += given * (skip * input);
+    const Vec grad_raw = ((1 / kLog2E) * of_delta[t] + of_driven[t] * input) * slope[t];
     store(s.grad_raw + t * kBlock + c, grad_raw);
     store(s.out + t * kBlock + c, of_driven[t] * delta[t] + skip * g);
     grad_bias += grad_raw;
-    grad_skip += g * x;
+    grad_skip += g * input;
   }
   store(s.grad_bias + c, grad_bias);
   store(s.grad_skip + c, grad_skip);
@@ -412,8 +427,10 @@ void backward_route(const Walk &w, float *grad_x, int64_t grad_x_row, int64_t pa
     memcpy(s.saved + tile * states * kBlock, s.state, states * kBlock * sizeof(float));
     if (tile + 1 == tiles) break;
     w.prefetch(tile * kTile + kAhead, grad_x, grad_x_row);
-    w.load_tile(tile * kTile, kTile);
-    for (int64_t c = 0; c < w.block.count; c += kWidth) forward_tile<States, Inclusive, false>(w, c, kTile);
+    const float *x[kTile];
+    w.load_tile(tile * kTile, kTile, x);
+    for (int64_t c = 0; c < w.block.count; c += kWidth)
+      forward_tile<States, Inclusive, false>(w, c, kTile, x, nullptr);
   }
   memset(s.grad_state, 0, states * kBlock * sizeof(float));
   if (p.grad_state) {
@@ -430,7 +447,8 @@ void backward_route(const Walk &w, float *grad_x, int64_t grad_x_row, int64_t pa
   for (int64_t tile = tiles - 1; tile >= 0; --tile) {
     const int64_t first = tile * kTile, count = p.steps - first < kTile ? p.steps - first : kTile;
     w.prefetch(first - kAhead, grad_x, grad_x_row);
-    w.load_tile(first, count);
+    const float *x[kTile];
+    w.load_tile(first, count, x);
     for (int64_t t = 0; t < kTile; ++t) {
       const int64_t token = t < count ? w.write[first + t] : -1;
       if (token < 0)
@@ -440,7 +458,7 @@ void backward_route(const Walk &w, float *grad_x, int64_t grad_x_row, int64_t pa
     }
     const float *saved = s.saved + tile * states * kBlock;
     for (int64_t c = 0; c < w.block.count; c += kWidth)
-      sum += backward_tile<States, Inclusive>(w, c, count, saved);
+      sum += backward_tile<States, Inclusive>(w, c, count, x, saved);
     backward_projection(w);
     for (int64_t n = 0; n < 2 * states; ++n) {
       const float *lanes = n < states ? s.grad_B + n * kTile * kWidth : s.grad_C + (n - states) * kTile * kWidth;

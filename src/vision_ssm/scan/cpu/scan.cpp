@@ -5,6 +5,7 @@
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "target.h"
@@ -69,7 +70,8 @@ void *borrow(size_t size) {
   if (kept) kept->size = size;
 #if defined(__linux__)
   // Large pages where the system has them on request: columns of a large map touch a page per step.
-  if (kept && size > (4 << 20)) madvise((void *)(((uintptr_t)kept + 4095) / 4096 * 4096), size - 4096, MADV_HUGEPAGE);
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  if (kept && size > (4 << 20)) madvise((void *)(((uintptr_t)kept + page - 1) / page * page), size - page, MADV_HUGEPAGE);
 #endif
   return kept;
 }

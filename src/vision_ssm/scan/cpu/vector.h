@@ -54,6 +54,12 @@ INLINE void store_first(float *p, Vec v, int64_t count) {
 #endif
 }
 
+// A product that no addition may absorb: a sum would depend on what it is added to.
+INLINE Vec rounded(Vec v) {
+  __asm__("" : "+m"(v));
+  return v;
+}
+
 // Half precision in memory: bits in, bits out.
 
 INLINE Vec from_bfloat16(Half h) { return (Vec)(__builtin_convertvector(h, Bits) << 16); }

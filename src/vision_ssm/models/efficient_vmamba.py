@@ -1,0 +1,365 @@
+"""EfficientVMamba: skip-sampled scans beside convolutions in the early stages, inverted residuals in the late ones.
+
+Paper: "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba", arXiv 2403.09977 (AAAI 2025).
+Variants follow the published weights. Their S is narrower than the paper's table 1 has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, calculate_drop_path_rates
+from timm.models import generate_default_cfgs, named_apply, register_model
+from torch import Tensor, nn
+
+from vision_ssm.checkpoints import build_from_official
+from vision_ssm.checkpoints.efficient_vmamba import convert_efficient_vmamba
+from vision_ssm.layers import SS2D, Linear, Mlp
+from vision_ssm.layers.mlp import batched_linear
+from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, init_weights, make_cfg
+from vision_ssm.scan import ATROUS_SCAN
+
+__all__ = ["EfficientVMamba"]
+
+# The first stages scan, those after them convolve.
+_SCANNING_STAGES = 2
+
+
+def cells(x: Tensor) -> Tensor:
+    """View a map, (B, H, W, C), as cells of 2x2 tokens, (B, ceil(H/2), 2, ceil(W/2), 2, C).
+
+    Odd sides are padded with zeros at the bottom and the right. One leaf of an FX graph.
+    """
+    batch, height, width, channels = x.shape
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    # Padding by nothing costs a copy; a graph for any size has no choice.
+    if torch.compiler.is_compiling() or height % 2 or width % 2:
+        x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
+    return x.reshape(batch, rows, 2, columns, 2, channels)
+
+
+def project_grids(x: Tensor, weight: Tensor) -> Tensor:
+    """Project every token of a map with the weight of its sub-grid; one leaf of an FX graph.
+
+    Args:
+        x: Map, (B, H, W, C).
+        weight: One matrix per place in a cell of 2x2 tokens, (4, features, C), in the order of ``ATROUS_SCAN``:
+            column by column.
+
+    Returns:
+        The projections, (B, H, W, features).
+    """
+    height, width = x.shape[1:3]
+    grids = cells(x).permute(4, 2, 0, 1, 3, 5)  # (2, 2, B, H/2, W/2, C)
+    y = batched_linear(grids.flatten(0, 1).flatten(1, 3), weight)  # (4, B * H/2 * W/2, features)
+    y = y.reshape(*grids.shape[:5], weight.shape[1]).permute(2, 3, 1, 4, 0, 5)  # (B, H/2, 2, W/2, 2, features)
+    return y.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+
+
+torch.fx.wrap("cells")
+torch.fx.wrap("project_grids")
+
+
+class GridLinear(nn.Module):
+    """Linear layer without bias, another one for each of the four sub-grids; see :func:`project_grids`."""
+
+    def __init__(self, in_features: int, features: int, **dd: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, features, in_features, **dd))
+        bound = in_features**-0.5  # as nn.Linear
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project a map, (B, H, W, in_features) to (B, H, W, features)."""
+        return project_grids(x, self.weight)
+
+
+class ES2D(SS2D):
+    """SS2D whose four routes visit a quarter of the tokens each; section 4.1 of the paper.
+
+    All four go forwards, two of them column by column, where the paper speaks of four directions. A token belongs to
+    one route, so nothing is added up, and it needs one projection only.
+    """
+
+    def __init__(self, dim: int, d_state: int, ssm_ratio: float, **dd: Any) -> None:
+        super().__init__(dim, d_state=d_state, ssm_ratio=ssm_ratio, conv_bias=True, gated=True, paths=ATROUS_SCAN, **dd)
+        _, rank, inner = self.dt_weight.shape
+        self.x_proj = GridLinear(inner, rank + 2 * d_state, **dd)  # type: ignore[assignment]
+
+
+class ConvBranch(nn.Module):
+    """Depthwise 3x3 convolution, BatchNorm, GELU, linear layer; (B, H, W, C)."""
+
+    def __init__(self, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.conv_dw = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+        self.bn = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.GELU()
+        self.conv_pw = Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix a map."""
+        x = self.bn(self.conv_dw(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return self.conv_pw(self.act(x))
+
+
+class ChannelGate(nn.Module):
+    """Scale the channels of a map, (B, H, W, C), by two linear layers on the mean of its normalised tokens.
+
+    With a LayerNorm it is the gate of EVSS, where the paper has squeeze-and-excitation; without a norm it is that.
+    """
+
+    def __init__(self, dim: int, hidden: int, norm: nn.Module, act: nn.Module, **dd: Any) -> None:
+        super().__init__()
+        self.norm = norm
+        self.reduce = nn.Linear(dim, hidden, **dd)
+        self.act = act
+        self.expand = nn.Linear(hidden, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale a map."""
+        scale = self.norm(x).mean((1, 2), keepdim=True)
+        return x * self.expand(self.act(self.reduce(scale))).sigmoid()
+
+
+class EVSSBlock(nn.Module):
+    """A scan and a convolution of the same normalised map, gated and added; then an MLP where there is one.
+
+    Source: section 4.2 and figure 3 of the paper. The published model has one gate for both branches, applied to each,
+    and one decision of stochastic depth for their sum.
+    """
+
+    def __init__(
+        self, dim: int, d_state: int, ssm_ratio: float, mlp_ratio: float, drop_path: float = 0.0, **dd: Any
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.ss2d = ES2D(dim, d_state, ssm_ratio, **dd)
+        self.conv_branch = ConvBranch(dim, **dd)
+        self.gate = ChannelGate(dim, dim // 8, nn.LayerNorm(dim, **dd), nn.GELU(), **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.mlp = None
+        if mlp_ratio > 0:
+            self.norm2 = nn.LayerNorm(dim, **dd)
+            self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+            self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map, (B, H, W, dim), into one of the same shape."""
+        y = self.norm1(x)
+        x = x + self.drop_path1(self.gate(self.ss2d(y)) + self.gate(self.conv_branch(y)))
+        if self.mlp is not None:
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+class InvertedResidual(nn.Module):
+    """1x1 convolution to four times the width, depthwise 3x3, squeeze-and-excitation, 1x1 convolution back.
+
+    Source: section 4.3 of the paper.
+    The activation is a plain ReLU, and the squeeze is to an eighth of the inner width, as in the published model.
+    The 1x1 convolutions are linear layers on the last axis: a CPU computes those two to three times as fast.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0, **dd: Any) -> None:
+        super().__init__()
+        hidden = 4 * dim
+        self.conv_pw = Linear(dim, hidden, bias=False, **dd)
+        self.bn1 = nn.BatchNorm2d(hidden, **dd)
+        self.conv_dw = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False, **dd)
+        self.bn2 = nn.BatchNorm2d(hidden, **dd)
+        self.act = nn.ReLU(inplace=True)
+        self.se = ChannelGate(hidden, max(1, hidden // 8), nn.Identity(), nn.ReLU(), **dd)
+        self.conv_pwl = Linear(hidden, dim, bias=False, **dd)
+        self.bn3 = nn.BatchNorm2d(dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map, (B, H, W, dim), into one of the same shape."""
+        y = self.conv_pw(x).permute(0, 3, 1, 2)
+        y = self.act(self.bn1(y))
+        y = self.act(self.bn2(self.conv_dw(y))).permute(0, 2, 3, 1)  # (B, H, W, hidden)
+        y = self.conv_pwl(self.se(y))
+        y = self.bn3(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.drop_path(y)
+
+
+class Stem(nn.Module):
+    """Patches and LayerNorm: (B, in_chans, H, W) to (B, floor(H/stride), floor(W/stride), dim).
+
+    Rows and columns that do not fill a patch are left out, as in the published model.
+    """
+
+    def __init__(self, in_chans: int, dim: int, stride: int, **dd: Any) -> None:
+        super().__init__()
+        if stride < 1:
+            raise ValueError(f"stem_stride must be at least 1, got {stride}")
+        self.conv = nn.Conv2d(in_chans, dim, stride, stride=stride, **dd).to(memory_format=torch.channels_last)
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed an image."""
+        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Linear layer on the normalised 2x2 cells: (B, H, W, in_dim) to (B, ceil(H/2), ceil(W/2), dim)."""
+
+    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * in_dim, **dd)
+        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve a map."""
+        x = cells(x).permute(0, 1, 3, 4, 2, 5).flatten(3)  # column by column; padding counts in the norm
+        return self.reduction(self.norm(x))
+
+
+class EfficientVMamba(Backbone):
+    """EfficientVMamba backbone and classifier, with timm's interface. Images of any height and width.
+
+    The first two stages are of EVSS blocks, all later ones of inverted residuals.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Outputs of the classifier; 0 for none.
+        global_pool: timm's pooling type; ``""`` for none.
+        dims: Channels of each stage.
+        depths: Blocks of each stage.
+        stem_stride: Side and stride of the stem's patches: 4 as published, 2 for small images.
+        d_state: States per channel.
+        ssm_ratio: Inner channels of the scan per channel.
+        mlp_ratio: Hidden channels per channel of an MLP in every EVSS block; 0 for none, as published.
+        feature_norm: Give every stage a LayerNorm for ``forward_intermediates`` and ``features_only``, as the published
+            detection backbone has.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Largest stochastic depth rate; it grows linearly over the blocks.
+        output_stride: Only the network's own stride, for libraries that pass it.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: Sequence[int] = (48, 96, 192, 384),
+        depths: Sequence[int] = (2, 2, 4, 2),
+        stem_stride: int = 4,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        mlp_ratio: float = 0.0,
+        feature_norm: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        output_stride: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_options(dims, depths, in_chans, drop_path_rate)
+        if min(dims[:_SCANNING_STAGES]) < 8:
+            raise ValueError(f"dims of the first two stages must be at least 8, got {tuple(dims)}")
+        if mlp_ratio < 0:
+            raise ValueError(f"mlp_ratio must be at least 0, got {mlp_ratio}")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        scan: dict[str, Any] = dict(d_state=d_state, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio)
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = [
+            Stage(
+                [
+                    EVSSBlock(dim, drop_path=rate, **scan, **dd)
+                    if i < _SCANNING_STAGES
+                    else InvertedResidual(dim, rate, **dd)
+                    for rate in rates[i]
+                ],
+                PatchMerging(dims[i - 1], dim, **dd) if i else None,
+            )
+            for i, dim in enumerate(dims)
+        ]
+        super().__init__(
+            Stem(in_chans, dims[0], stem_stride, **dd),
+            stages,
+            dims,
+            stem_stride,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            norm=nn.LayerNorm(dims[-1], **dd),
+            feature_norms=[nn.LayerNorm(dim, **dd) for dim in dims] if feature_norm else None,
+            drop_rate=drop_rate,
+            output_stride=output_stride,
+            **dd,
+        )
+        named_apply(_init_weights, self)
+
+
+def _init_weights(module: nn.Module, name: str) -> None:
+    # In the published model these are convolutions, which keep torch's default.
+    if not name.endswith(("conv_pw", "conv_pwl", "se.reduce", "se.expand")):
+        init_weights(module, name)
+
+
+def _cfg(*args: str, **more: Any) -> dict[str, Any]:
+    return make_cfg(
+        *args,
+        **{
+            "license": "apache-2.0",
+            "paper_ids": "arXiv:2403.09977",
+            "paper_name": "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba",
+            "origin_url": "https://github.com/TerryPei/EfficientVMamba",
+            "first_conv": "stem.conv",
+            **more,
+        },
+    )
+
+
+_RELEASE = "https://huggingface.co/TerryPei/EfficientVMamba-{}/resolve/main/efficient_vmamba_{}.ckpt"
+
+default_cfgs = generate_default_cfgs(
+    {
+        "efficient_vmamba_tiny.in1k": _cfg(_RELEASE.format("Tiny", "tiny"), "76.5"),
+        "efficient_vmamba_small.in1k": _cfg(_RELEASE.format("Small", "small"), "78.7"),
+        "efficient_vmamba_base.in1k": _cfg(_RELEASE.format("Base", "base"), "81.8"),
+        "efficient_vmamba_atto.untrained": _cfg(**ATTO),
+    }
+)
+
+
+def _create_efficient_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    return build_from_official(EfficientVMamba, variant, pretrained, convert_efficient_vmamba, **kwargs)
+
+
+@register_model
+def efficient_vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """EfficientVMamba-T: 6.5 M parameters."""
+    args = dict(depths=(2, 2, 4, 2), dims=(48, 96, 192, 384))
+    return _create_efficient_vmamba("efficient_vmamba_tiny", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def efficient_vmamba_small(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """EfficientVMamba-S: 11.3 M parameters. The paper prints the widths of B, the weights have these."""
+    args = dict(depths=(2, 2, 4, 2), dims=(64, 128, 256, 512))
+    return _create_efficient_vmamba("efficient_vmamba_small", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def efficient_vmamba_base(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """EfficientVMamba-B: 33.7 M parameters."""
+    args = dict(depths=(2, 2, 9, 2), dims=(96, 192, 384, 768))
+    return _create_efficient_vmamba("efficient_vmamba_base", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def efficient_vmamba_atto(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    """Ours, for images of about 32x32 pixels (stem of stride 2): less than 1 M parameters."""
+    args = dict(depths=(1, 2, 2, 1), dims=(32, 64, 96, 128), stem_stride=2)
+    return _create_efficient_vmamba("efficient_vmamba_atto", pretrained, **dict(args, **kwargs))
