@@ -48,7 +48,7 @@ def test_models_fit_the_terminal(capsys, monkeypatch, columns):
     assert lines[0] == ["vmamba_atto", "0.90", "M", "0.02", "G", "0.02", "G", "32", "-", "-"]
     assert lines[1][:9] == ["vmamba_tiny", "30.25", "M", "4.81", "G", "4.91", "G", "224", "82.6"]
     assert lines[1][9:] == ["pretrained", "vssm1_tiny_0230s_ckpt_epoch_264.pth"][: 1 if columns == 80 else 2]
-    assert "MzeroMiko/VMamba, licence mit" in out
+    assert "weights: MzeroMiko/VMamba; licence: mit" in out
 
 
 def test_models_that_do_not_exist(capsys):

@@ -124,20 +124,20 @@ def _published(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
-    """Print a table per paper and source of weights; models without weights stand in the first one of their paper."""
-    groups: dict[str, dict[tuple[str, str], list[Mapping[str, Any]]]] = {}
+    """Print a table per paper and licence; models without published weights stand in the first one of their paper."""
+    papers: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in sorted(rows, key=lambda row: row["weights_by"] is None):
         paper = ", ".join(filter(None, (row["paper"], row["paper_id"]))) or "no paper"
-        sources = groups.setdefault(paper, {})
-        own = (row["weights_by"], row["weights_license"]) if row["weights_by"] else next(iter(sources), ("", ""))
-        sources.setdefault(own, []).append(row)
+        licences = papers.setdefault(paper, {})
+        own = (row["weights_license"] or "not stated") if row["weights_by"] else next(iter(licences), "")
+        licences.setdefault(own, []).append(row)
     width = max(len(row["model"]) for row in rows)
-    for paper in sorted(groups):
-        for (author, license_name), group in groups[paper].items():
+    for paper in sorted(papers):
+        for licence, group in papers[paper].items():
+            authors = ", ".join(sorted({row["weights_by"] for row in group if row["weights_by"]}))
             console.print(f"[bold]{paper}[/]", highlight=False)
-            weights = f"weights: {author}, licence {license_name or 'not stated'}" if author else "no published weights"
-            console.print(weights, highlight=False)
-            table = make_table("model", ">params", ">MACs", ">paper ops", ">at", ">top-1", "official weights")
+            console.print(f"weights: {authors}; licence: {licence}" if authors else "no weights", highlight=False)
+            table = make_table("model", ">params", ">MACs", ">paper ops", ">at", ">top-1", "weights")
             for column, least in zip(table.columns, (width, 8, 7, 9, 3, 5), strict=False):
                 column.min_width = least  # the tables' columns stand below one another
             for row in sorted(group, key=lambda row: row["model"]):
@@ -157,7 +157,7 @@ def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
     console.print(
         "MACs: multiply-accumulates; paper ops: these, and 5 per element of a norm, 9 L D N + L D per scan.\n"
         "top-1: on ImageNet-1K in %, of the published weights named above the table, not of this package's training.\n"
-        "official weights: pretrained=True fetches them; 'convert': vision-ssm convert takes a file that you have.",
+        "weights: pretrained=True fetches them; 'convert': vision-ssm convert takes a file that you have.",
         style="dim",
         highlight=False,
     )
