@@ -28,12 +28,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the options of every benchmark, and errors of one line."""
+    """argparse with the options of every benchmark, and errors of one line.
 
-    def __init__(self, description: str, seconds: float) -> None:
+    Args:
+        description: What the benchmark does.
+        seconds: Time per measurement; ``None`` where no time is given, but something else.
+    """
+
+    def __init__(self, description: str, seconds: float | None) -> None:
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self.add_argument("--threads", type=count, default=2, metavar="N", help="threads of torch")
-        self.add_argument("--seconds", type=duration, default=seconds, metavar="S", help="time per measurement")
+        if seconds is not None:
+            self.add_argument("--seconds", type=duration, default=seconds, metavar="S", help="time per measurement")
         self.add_argument("--csv", type=output_file, metavar="PATH", help="also write the rows to this file")
         self.add_argument("--quick", action="store_true", help="tiny sizes and times: does it run at all?")
 
@@ -183,7 +189,7 @@ def machine() -> dict[str, str]:
     """Return what measurements on this machine depend on."""
     settings = machine_settings(torch.device("cpu"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    names = ("device", "threads", "torch", "timm", "python")
+    names = ("device", "threads", "vision_ssm", "torch", "timm", "python")
     return {"cores": str(cores), **{name: settings[name] for name in names}}
 
 

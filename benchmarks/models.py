@@ -2,11 +2,13 @@
 
 python benchmarks/models.py --csv inference.csv
 python benchmarks/models.py --training --csv training.csv
+python benchmarks/models.py --set tiny --size 224 512
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import itertools
 import multiprocessing
 import sys
@@ -22,11 +24,27 @@ from kinds import time_by_kind
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import vision_ssm  # noqa: F401 - registers its models with timm
-from vision_ssm.scan import last_backend
+from vision_ssm.analysis import has_scan, scan_backend
+from vision_ssm.models.registry import registered_models
 
 SWIN = "swin_tiny_patch4_window7_224"
+# Patterns of this package's names, and timm's names of their peers. Swin-T is what all are compared to.
+SETS = {
+    "vmamba": (["vmamba_tiny"], [SWIN, "convnext_tiny"]),
+    "tiny": (["*_tiny"], [SWIN, "convnext_tiny"]),
+    "light": (["efficient_vmamba_tiny", "efficient_vmamba_small"], [SWIN, "mobilevitv2_100", "efficientvit_b1"]),
+}
 Setting = tuple[int, str, int]  # size, dtype, batch
+
+
+def names_of(name: str, quick: bool) -> list[str]:
+    """Return the models of a set that are there; with ``quick`` the smallest of their families."""
+    patterns, peers = SETS[name]
+    ours = [model for pattern in patterns for model in fnmatch.filter(registered_models(), pattern)]
+    if not quick:
+        return [*ours, *peers]
+    attos = dict.fromkeys(f"{model.rsplit('_', 1)[0]}_atto" for model in ours)
+    return [*(model for model in attos if timm.is_model(model)), "convnext_atto"]
 
 
 def build(name: str, size: int, dtype: str) -> nn.Module:
@@ -100,7 +118,8 @@ def measure(models: dict[str, nn.Module], setting: Setting, options: argparse.Na
         steps[name, False] = make_step(model, images, options.training)
         if options.training and can_checkpoint(model):
             steps[name, True] = make_step(model, images, True, checkpointing=True)
-    backends = {name: backend_of(model, steps[name, False]) for name, model in models.items()}
+    gmacs = {name: batch * macs_per_image(model, images) / 1e9 for name, model in models.items()}
+    backends = {name: backend_of(model, steps[name, False], size) for name, model in models.items()}
     others = (
         {} if options.training else common.products(common.DTYPES[dtype], (256,) if options.quick else (1024, 2048))
     )
@@ -117,15 +136,18 @@ def measure(models: dict[str, nn.Module], setting: Setting, options: argparse.Na
             milliseconds=timing.median * 1e3,
             best_milliseconds=timing.best * 1e3,
             images_per_second=batch / timing.median,
+            gmacs=gmacs[name],
             ratio=timing.median / base.median if base else None,
+            ratio_per_mac=timing.median / base.median * gmacs[first] / gmacs[name] if base else None,
             backend=backends[name],
         )
         if options.training:
             row = dict(table="training", **row, checkpointing=checkpointing)
         else:
-            rate, macs = common.product_rate(timings), batch * macs_per_image(models[name], images)
-            row = dict(table="inference", **row, gmacs=macs / 1e9, product_gflops=rate / 1e9)
-            row |= dict(floor_milliseconds=2e3 * macs / rate, ratio_to_floor=timing.median * rate / (2 * macs))
+            rate = common.product_rate(timings) / 1e9
+            floor = 2e3 * gmacs[name] / rate
+            row = dict(table="inference", **row, product_gflops=rate)
+            row |= dict(floor_milliseconds=floor, ratio_to_floor=timing.median * 1e3 / floor)
         rows.append(row)
     if not options.no_memory:
         add_memory(rows, options.training, options.threads)
@@ -144,6 +166,18 @@ def add_memory(rows: list[dict[str, Any]], training: bool, threads: int) -> None
         row["memory_ratio"] = row["peak_mib"] / base if row["peak_mib"] is not None and base else None
 
 
+def add_bfloat16_gain(rows: list[dict[str, Any]]) -> None:
+    """Tell how many times as fast as in float32 every row in bfloat16 is, where both were measured."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["model"], row["size"], row["batch"], row.get("checkpointing")
+
+    float32 = {key(row): row["milliseconds"] for row in rows if row["dtype"] == "float32"}
+    for row in rows:
+        both = row["dtype"] == "bfloat16" and key(row) in float32
+        row["bfloat16_gain"] = float32[key(row)] / row["milliseconds"] if both else None
+
+
 def can_checkpoint(model: nn.Module) -> bool:
     """Tell whether a model recomputes its activations on request."""
     try:
@@ -158,10 +192,10 @@ def is_ours(model: nn.Module) -> bool:
     return type(model).__module__.startswith("vision_ssm")
 
 
-def backend_of(model: nn.Module, step: Callable[[], Any]) -> str:
-    """Run a step and return the scan's backend, empty for a model of others."""
+def backend_of(model: nn.Module, step: Callable[[], Any], size: int) -> str:
+    """Run a step and return the scan's backend, empty for a model without a scan."""
     step()
-    return (last_backend() or "") if is_ours(model) else ""
+    return (scan_backend() or "") if has_scan(model, (3, size, size)) else ""
 
 
 def reference(models: dict[str, Any]) -> str:
@@ -171,16 +205,18 @@ def reference(models: dict[str, Any]) -> str:
 
 def macs_per_image(model: nn.Module, images: torch.Tensor) -> int:
     """Count multiply-accumulates as torch does, half of its FLOPs; the scan operator has a formula there."""
+    training = model.training
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images[:1])
+    model.train(training)
     return counter.get_total_flops() // 2
 
 
-def measure_kinds(model: nn.Module, setting: Setting) -> list[dict[str, Any]]:
-    """Return where a forward pass spends its time."""
+def measure_kinds(model: nn.Module, setting: Setting, training: bool) -> list[dict[str, Any]]:
+    """Return where a step spends its time."""
     size, dtype, batch = setting
-    spent = time_by_kind(make_step(model, random_images(setting), training=False))
+    spent = time_by_kind(make_step(model, random_images(setting), training))
     whole = sum(spent.values())
     shared = dict(table="kinds", size=size, dtype=dtype, batch=batch)
     return [{**shared, "kind": kind, "milliseconds": ms, "share": ms / whole} for kind, ms in spent.items()]
@@ -194,7 +230,11 @@ def show_rows(rows: list[dict[str, Any]], training: bool) -> None:
         columns += [("checkpointing", "{checkpointing}")]
     columns += [(">median", "{milliseconds:.1f}"), (">best", "{best_milliseconds:.1f}")]
     columns += [(">images/s", "{images_per_second:.1f}"), (">ratio", "{ratio:.2f}")]
-    notes = [f"ratio: to {first} in the same turns, of the medians."]
+    columns += [(">per MAC", "{ratio_per_mac:.2f}")]
+    notes = [f"ratio: to {first} in the same turns, of the medians; per MAC: that ratio of the times per MAC."]
+    if any(row["bfloat16_gain"] for row in rows):
+        columns += [(">gain", "{bfloat16_gain:.2f}")]
+        notes.append("gain: how many times as fast as in float32 (not in the same turns).")
     if not training:
         columns += [(">floor", "{floor_milliseconds:.1f}"), (">times floor", "{ratio_to_floor:.2f}")]
         best: dict[str, float] = {}
@@ -210,7 +250,7 @@ def show_rows(rows: list[dict[str, Any]], training: bool) -> None:
     common.show(title, rows, columns, notes)
 
 
-def show_kinds(rows: list[dict[str, Any]]) -> None:
+def show_kinds(rows: list[dict[str, Any]], step: str) -> None:
     """Print where the time of one model goes, one column per setting."""
     settings = list(dict.fromkeys((row["size"], row["dtype"], row["batch"]) for row in rows))
     lines: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -218,7 +258,7 @@ def show_kinds(rows: list[dict[str, Any]]) -> None:
         cell = f"{row['milliseconds']:.1f} {row['share']:4.0%}"
         lines[row["kind"]][f"s{settings.index((row['size'], row['dtype'], row['batch']))}"] = cell
     common.show(
-        f"{rows[0]['model']}: where the time of a forward pass goes (ms and share)",
+        f"{rows[0]['model']}: where the time of a {step} goes (ms and share)",
         [{"kind": kind, **cells} for kind, cells in lines.items()],
         [("kind", "{kind}"), *((f">{s} {d} batch {b}", f"{{s{i}}}") for i, (s, d, b) in enumerate(settings))],
         [
@@ -232,8 +272,8 @@ def show_kinds(rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     """Run the command line."""
     parser = common.Parser("Speed and memory of models on a CPU beside their peers.", seconds=5.0)
-    models = ["vmamba_tiny", SWIN, "convnext_tiny"]
-    parser.add_argument("--models", nargs="+", default=models, metavar="NAME", help="timm names, ours included")
+    parser.add_argument("--set", choices=SETS, default="vmamba", help="which models, and which peers beside them")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="these timm names instead, ours included")
     parser.add_argument(
         "--size", nargs="+", type=common.count, default=[224], metavar="N", help="sides of images in pixels"
     )
@@ -245,8 +285,8 @@ def main() -> int:
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process for every row)")
     options = parser.parse_args()
     if options.quick:
-        options.models = ["vmamba_atto", "convnext_atto"] if options.models == models else options.models
         options.size, options.batch, options.dtype, options.seconds = [32], [2], ["float32"], 0.02
+    options.models = options.models or names_of(options.set, options.quick)
     unknown = [name for name in options.models if not timm.is_model(name)]
     if unknown:
         parser.error(f"timm knows no model named {', '.join(unknown)}")
@@ -260,11 +300,14 @@ def main() -> int:
         rows += measured
         for row in measured:
             model = built[setting[:2]][row["model"]]
-            if is_ours(model) and not options.training:
-                kinds += [{"model": row["model"], **k} for k in measure_kinds(model, setting)]
+            if is_ours(model) and not row.get("checkpointing"):
+                kinds += [{"model": row["model"], **k} for k in measure_kinds(model, setting, options.training)]
+    add_bfloat16_gain(rows)
     show_rows(rows, options.training)
     for name in dict.fromkeys(row["model"] for row in kinds):
-        show_kinds([row for row in kinds if row["model"] == name])
+        show_kinds(
+            [row for row in kinds if row["model"] == name], "training step" if options.training else "forward pass"
+        )
     if options.csv:
         common.write_csv(options.csv, rows + kinds)
     return 0

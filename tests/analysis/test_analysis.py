@@ -8,7 +8,7 @@ import timm
 import torch
 
 from vision_ssm.analysis import complexity, draw_routes, feature_shapes, machine_settings, measure_speed
-from vision_ssm.scan import ATROUS_SCAN, CROSS_SCAN, Diagonal, Shifted, Snake
+from vision_ssm.scan import ATROUS_SCAN, CROSS_SCAN, Diagonal, Shifted, Snake, available_backends
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PUBLISHED = {
@@ -74,6 +74,8 @@ def test_draw_routes_refuses(paths, height):
 def test_measure_speed(training):
     speed = measure_speed(timm.create_model("vmamba_atto"), 2, 32, 32, training=training, seconds=0.05)
     assert speed.images_per_second == pytest.approx(2 / speed.milliseconds * 1e3)
-    assert (speed.backend, speed.peak_memory_mib) == ("cpu", None)
+    assert speed.peak_memory_mib is None
+    assert speed.backend in available_backends()
+    assert speed.backend != "cpu"  # but with its instruction set
     assert measure_speed(timm.create_model("test_vit"), 1, 160, 160, seconds=0.01).backend is None
-    assert {"device", "threads", "torch"} <= set(machine_settings(torch.device("cpu")))
+    assert {"device", "threads", "torch", "vision_ssm"} <= set(machine_settings(torch.device("cpu")))

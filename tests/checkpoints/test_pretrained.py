@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,47 +12,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import vision_ssm  # noqa: F401  (registers the models)
+from official_names import official
 from vision_ssm.checkpoints import CheckpointError
 from vision_ssm.checkpoints.vmamba import convert_vmamba
 
 NAME = "vmamba_atto"
-
-
-def official(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Write our weights under the published names; the inverse of ``convert_vmamba``."""
-    theirs = {}
-    rules = (
-        (r"^stem\.conv1", "patch_embed.0"),
-        (r"^stem\.norm1", "patch_embed.2"),
-        (r"^stem\.conv2", "patch_embed.5"),
-        (r"^stem\.norm2", "patch_embed.7"),
-        (r"^stages\.(\d)\.downsample\.conv", lambda m: f"layers.{int(m[1]) - 1}.downsample.1"),
-        (r"^stages\.(\d)\.downsample\.norm", lambda m: f"layers.{int(m[1]) - 1}.downsample.3"),
-        (r"^stages", "layers"),
-        (r"\.norm1", ".norm"),
-        (r"\.ss2d", ".op"),
-        (r"\.A_log", ".A_logs"),
-        (r"\.D$", ".Ds"),
-        (r"\.x_proj\.weight", ".x_proj_weight"),
-        (r"\.dt_weight", ".dt_projs_weight"),
-        (r"\.dt_bias", ".dt_projs_bias"),
-        (r"^norm", "classifier.norm"),
-        (r"^head\.fc", "classifier.head"),
-    )
-    for key, value in ours.items():
-        if key.endswith("x_proj.weight"):
-            value = value.unflatten(0, (4, -1))
-        elif key.endswith("dt_weight"):
-            value = value.transpose(1, 2)
-        elif key.endswith((".A_log", ".D")):
-            value = value.flatten(0, 1)
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        theirs[key] = value
-    return theirs
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +109,42 @@ def test_features_only(address: str, source: nn.Module, out_indices: tuple[int, 
     assert all(torch.equal(a, b) for a, b in zip(model(x), expected, strict=True))
 
 
+@pytest.fixture
+def backbone(server: tuple[str, Path]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A segmenter's backbone, with output norms and neither final norm nor classifier, and its official state dict."""
+    model = timm.create_model(NAME, features_only=True, feature_norm=True)
+    for norm in model.model.feature_norms:
+        nn.init.normal_(norm.weight)
+    return model.eval(), official(model.model.state_dict())
+
+
+@pytest.mark.parametrize("form", ["official", "ours"])
+def test_backbone_of_a_segmenter(server: tuple[str, Path], backbone: Any, form: str) -> None:
+    expected, state = backbone
+    torch.save(state if form == "official" else convert_vmamba(state), server[1] / "w.pth")
+    model = create(f"{server[0]}/w.pth", features_only=True, feature_norm=True)
+    x = torch.randn(1, 3, 64, 32)
+    assert all(torch.equal(a, b) for a, b in zip(model(x), expected(x), strict=True))
+
+
+@pytest.mark.parametrize("key", ["outnorm2.weight", "layers.3.blocks.0.op.Ds"])
+def test_a_backbone_with_gaps_is_an_error(server: tuple[str, Path], backbone: Any, key: str) -> None:
+    _, state = backbone
+    torch.save({name: value for name, value in state.items() if name != key}, server[1] / "w.pth")
+    with pytest.raises(CheckpointError, match="1 missing"):
+        create(f"{server[0]}/w.pth", features_only=True, feature_norm=True, out_indices=(0,))
+
+
+def test_a_backbone_is_no_classifier(server: tuple[str, Path], backbone: Any) -> None:
+    torch.save(backbone[1], server[1] / "w.pth")
+    with pytest.raises(CheckpointError, match=r"4 missing: norm\.weight"):
+        create(f"{server[0]}/w.pth", feature_norm=True)
+
+
 def test_safetensors(server: tuple[str, Path], source: nn.Module) -> None:
     from safetensors.torch import save_file
 
-    save_file(
-        {key: value.contiguous() for key, value in official(source.state_dict()).items()}, server[1] / "w.safetensors"
-    )
+    save_file(official(source.state_dict()), server[1] / "w.safetensors")
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(create(f"{server[0]}/w.safetensors")(x), source(x))
 

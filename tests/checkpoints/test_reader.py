@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vision_ssm.checkpoints import CheckpointError, load_checkpoint_file, read_checkpoint
+from vision_ssm.checkpoints import CheckpointError, load_checkpoint_file, read_checkpoint, take_backbone
 
 STATE = {"patch_embed.0.weight": torch.randn(4, 3, 3, 3), "layers.0.blocks.0.op.A_logs": torch.randn(8, 1)}
 
@@ -51,6 +51,8 @@ def prefixed(prefix: str) -> dict[str, Tensor]:
         ({"model": prefixed("module._orig_mod.")}, "model"),
         ({"model": {}, "state_dict": STATE}, "state_dict"),
         ({"model_ema": STATE}, "model_ema"),
+        ({"ema_model": prefixed("module.module.")}, "ema_model"),
+        ({"state_dict": prefixed("backbone."), "meta": {"epoch": 12}}, "state_dict"),
         (STATE | {"epoch": 7}, ""),
     ],
     ids=[
@@ -64,6 +66,8 @@ def prefixed(prefix: str) -> dict[str, Tensor]:
         "compiled",
         "empty-first",
         "ema-only",
+        "ema-of-data-parallel",
+        "backbone",
         "loose-epoch",
     ],
 )
@@ -74,13 +78,37 @@ def test_wrappings(tmp_path: Path, content: Any, source: str) -> None:
     assert checkpoint.placeholders == ()
 
 
-def test_averaged_weights_on_request(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model_ema", "ema_model", "state_dict_ema", "ema"])
+def test_averaged_weights_on_request(tmp_path: Path, name: str) -> None:
     averaged = {key: value + 1 for key, value in STATE.items()}
-    path = saved(tmp_path, {"model": STATE, "model_ema": averaged})
-    assert_state(read_checkpoint(path).state)
+    path = saved(tmp_path, {"model": STATE, name: {f"module.{key}": value for key, value in averaged.items()}})
+    plain = read_checkpoint(path)
+    assert_state(plain.state)
+    assert (plain.source, plain.other, plain.averaged, plain.prefix) == ("model", name, False, "")
     found = read_checkpoint(path, ema=True)
     assert_state(found.state, averaged)
-    assert found.source == "model_ema"
+    assert (found.source, found.other, found.averaged, found.prefix) == (name, "model", True, "module.")
+
+
+def test_the_only_weights(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"model": STATE})
+    for ema in (False, True):
+        checkpoint = read_checkpoint(path, ema=ema)
+        assert (checkpoint.source, checkpoint.other, checkpoint.averaged) == ("model", None, False)
+
+
+def test_backbone_of_a_detector() -> None:
+    heads = {
+        "neck.convs.0.weight": torch.ones(1),
+        "roi_head.fc.weight": torch.ones(1),
+        "roi_head.fc.bias": torch.ones(1),
+    }
+    backbone, others = take_backbone(prefixed("backbone.") | heads)
+    assert_state(backbone)
+    assert others == {"neck": 1, "roi_head": 2}
+    whole, others = take_backbone(STATE)
+    assert_state(whole)
+    assert others == {}
 
 
 def test_safetensors(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ import csv
 import json
 
 import pytest
-import safetensors.torch
-import timm
 import torch
 
 from vision_ssm.cli import main
@@ -23,8 +21,37 @@ def test_models(capsys):
     rows = {row["model"]: row for row in json.loads(out)}
     assert code == 0
     assert set(rows) == {"vmamba_tiny", "vmamba_tiny_s2l5"}
-    assert rows["vmamba_tiny"]["parameters"] == 30_249_064
-    assert run(capsys, "models")[1].count("vmamba_") >= 7
+    tiny = rows["vmamba_tiny"]
+    assert (tiny["parameters"], tiny["macs"], tiny["paper_ops"]) == (30_249_064, 4_812_621_312, 4_905_609_984)
+    assert (tiny["published_top1"], tiny["weights_by"], tiny["weights_license"]) == (82.6, "MzeroMiko/VMamba", "mit")
+    assert tiny["weights"].endswith(f"/{tiny['weights_file']}")
+    assert tiny["weights_file"] == "vssm1_tiny_0230s_ckpt_epoch_264.pth"
+    assert tiny["pretrained"]
+    assert tiny["convertible"]
+
+
+def test_models_of_which_nothing_is_published(capsys):
+    (row,) = json.loads(run(capsys, "models", "vmamba_atto", "--json")[1])
+    empty = ("published_top1", "weights_by", "weights_file", "weights_license", "weights")
+    assert [row[key] for key in empty] == [None] * len(empty)
+    assert not row["pretrained"]
+    assert not row["convertible"]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_models_fit_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = run(capsys, "models", "vmamba_*t*")
+    assert code == 0
+    assert max(len(line) for line in out.splitlines()) <= columns
+    lines = [line.split() for line in out.splitlines() if line.startswith("vmamba_")]
+    assert lines[0] == ["vmamba_atto", "0.90", "M", "0.02", "G", "0.02", "G", "32", "-", "-"]
+    assert lines[1][:9] == ["vmamba_tiny", "30.25", "M", "4.81", "G", "4.91", "G", "224", "82.6"]
+    assert lines[1][9:] == ["pretrained", "vssm1_tiny_0230s_ckpt_epoch_264.pth"][: 1 if columns == 80 else 2]
+    assert "weights: MzeroMiko/VMamba; licence: mit" in out
+
+
+def test_models_that_do_not_exist(capsys):
     code, _, err = run(capsys, "models", "resnet*")
     assert code == 2
     assert "no model matches resnet*; there are " in err
@@ -45,70 +72,12 @@ def test_bench(capsys, tmp_path):
         capsys, "bench", "vmamba_atto", "--batch", "1", "2", "--seconds", "0.01", "--csv", str(tmp_path / "b.csv")
     )
     assert code == 0
-    for setting in ("threads:", "precision: 32-true", "torch.compile: off", " cpu "):
+    for setting in ("threads:", "precision: 32-true", "torch.compile: off", "vision_ssm: 0.", "scan backend: "):
         assert setting in out
     with (tmp_path / "b.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["batch"] for row in rows] == ["1", "2"]
     assert rows[0]["torch"] == torch.__version__
-
-
-def official_atto():
-    """A checkpoint of vmamba_atto under the official names, with a pickled wrapper."""
-    ours = timm.create_model("vmamba_atto", num_classes=10).state_dict()
-    stem = {"conv1": "0", "norm1": "2", "conv2": "5", "norm2": "7"}
-    official = {}
-    for key, value in ours.items():
-        parts = key.split(".")
-        if parts[0] == "stem":
-            key = f"patch_embed.{stem[parts[1]]}.{parts[2]}"
-        elif parts[0] == "stages" and parts[2] == "downsample":
-            key = f"layers.{int(parts[1]) - 1}.downsample.{ {'conv': 1, 'norm': 3}[parts[3]] }.{parts[4]}"
-        elif parts[0] == "stages":
-            key = ".".join(["layers", *parts[1:]]).replace("norm1", "norm").replace("ss2d", "op")
-            if key.endswith("dt_weight"):
-                key, value = key.replace("dt_weight", "dt_projs_weight"), value.transpose(1, 2)
-            elif key.endswith("dt_bias"):
-                key = key.replace("dt_bias", "dt_projs_bias")
-            elif key.endswith("x_proj.weight"):
-                key, value = key.replace("x_proj.weight", "x_proj_weight"), value.unflatten(0, (4, -1))
-            elif key.endswith(("A_log", ".D")):
-                key, value = key + "s", value.flatten(0, 1)
-        elif parts[0] == "head":
-            key = f"classifier.head.{parts[2]}"
-        else:
-            key = f"classifier.norm.{parts[1]}"
-        official[key] = value.contiguous()
-    return ours, official
-
-
-def test_convert(capsys, tmp_path):
-    ours, official = official_atto()
-    torch.save({"model": official, "epoch": 3}, tmp_path / "official.pth")
-    out_file = tmp_path / "ours.safetensors"
-    words = ("convert", str(tmp_path / "official.pth"), str(out_file), "--model", "vmamba_atto")
-    code, out, _ = run(capsys, *words)
-    assert code == 0
-    assert f"{len(ours)} tensors" in out
-    assert "under 'model'" in out
-    converted = safetensors.torch.load_file(out_file)
-    assert converted.keys() == ours.keys()
-    assert all(torch.equal(value, ours[key]) for key, value in converted.items())
-    code, _, err = run(capsys, *words)
-    assert (code, "exists; --overwrite replaces it" in err) == (2, True)
-
-
-def test_convert_refuses_another_models_file(capsys, tmp_path):
-    _, official = official_atto()
-    torch.save(official, tmp_path / "official.pth")
-    code, _, err = run(
-        capsys, "convert", str(tmp_path / "official.pth"), str(tmp_path / "o.safetensors"), "--model", "vmamba_tiny"
-    )
-    assert code == 2
-    assert "missing" in err
-    assert "of another shape" in err
-    assert len(err.strip().splitlines()) == 1
-    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -121,10 +90,6 @@ def test_convert_refuses_another_models_file(capsys, tmp_path):
         (("bench", "vmamba_atto", "--batch", "0"), "--batch must be at least 1, got 0"),
         (("bench", "vmamba_atto", "--seconds", "-1"), "--seconds must be positive"),
         (("bench", "vmamba_atto", "--device", "cuda:77"), "no device cuda:77"),
-        (("convert", "none.pth", "o.safetensors", "--model", "vmamba_tiny"), "no such checkpoint file: none.pth"),
-        (("convert", "none.pth", "o.bin", "--model", "vmamba_tiny"), "must end in .safetensors, got o.bin"),
-        (("convert", "none.pth", "no/o.safetensors", "--model", "vmamba_tiny"), "no such folder: no"),
-        (("convert", __file__, "o.safetensors", "--model", "vmamba_tiny"), "not a readable PyTorch checkpoint"),
         (("frobnicate",), "no command frobnicate; there are train"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, tuple) else "",

@@ -74,8 +74,13 @@ def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | No
         assert torch.equal(found[key], value), key
 
 
-def test_small_models_are_registered() -> None:
-    assert set(SMALL) <= set(REGISTERED)
+def test_no_family_is_forgotten() -> None:
+    assert set(SMALL) == {name for name in REGISTERED if name.endswith("_atto")}
+    assert {family(name) for name in SMALL} == {family(name) for name in REGISTERED}
+
+
+def family(name: str) -> str:
+    return model_entrypoint(name).__module__
 
 
 # Shapes and metadata, of every registered model
@@ -207,6 +212,16 @@ def test_optimizer_groups(name: str) -> None:
     assert set(model.group_matcher(coarse=True)) == set(model.group_matcher()) == {"stem", "blocks"}
 
 
+@registered
+def test_what_the_published_training_does_not_decay(name: str) -> None:
+    model = on_meta(name)
+    spared = model.published_no_weight_decay()
+    assert spared
+    assert spared <= {key for key, _ in model.named_parameters()}
+    matrices = {f"{key}.weight" for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert not spared & matrices
+
+
 # Numbers, of the small models
 
 
@@ -218,6 +233,17 @@ def test_any_size(name: str, size: tuple[int, int]) -> None:
     with torch.inference_mode():
         y = model(torch.randn(1, 3, *size))
     assert y.shape == (1, 1000)
+    assert y.isfinite().all()
+
+
+@small
+@settings(max_examples=8, deadline=None)
+@given(height=st.integers(32, 100), width=st.integers(32, 100))
+def test_one_image_of_any_size(name: str, height: int, width: int) -> None:
+    model = timm.create_model(name, num_classes=5).eval()
+    with torch.inference_mode():
+        y = model(torch.randn(1, 3, height, width))
+    assert y.shape == (1, 5)
     assert y.isfinite().all()
 
 
@@ -345,6 +371,30 @@ def test_gradient_checkpointing(name: str) -> None:
 
 
 @small
+def test_gradient_checkpointing_keeps_less(name: str) -> None:
+    model = timm.create_model(name, num_classes=42).train()
+    x = torch.randn(2, 3, 64, 64)
+    expected = bytes_kept(model, x)
+    model.set_grad_checkpointing()
+    assert bytes_kept(model, x) < 0.7 * expected
+
+
+def bytes_kept(model: nn.Module, x: Tensor) -> int:
+    """What the forward pass keeps for the backward pass, besides parameters."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no other storage gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    y.sum().backward()
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in parameters)
+
+
+@small
 def test_fx_tracing_is_exact(name: str) -> None:
     model = timm.create_model(name, num_classes=42).train()
     x = torch.randn(2, 3, 40, 56)
@@ -451,6 +501,22 @@ def test_compile(name: str) -> None:
         torch.testing.assert_close(p.grad, expected[key], rtol=1e-4, atol=1e-6, msg=key)
 
 
+@pytest.mark.slow
+def test_inductor() -> None:
+    cpp_builder = pytest.importorskip("torch._inductor.cpp_builder")
+    try:
+        cpp_builder.get_cpp_compiler()
+    except RuntimeError:
+        pytest.skip("inductor needs a C++ compiler, and finds none")
+    torch.compiler.reset()
+    # Every kind of layer once: that takes a third of the time.
+    model = timm.create_model("vmamba_atto", num_classes=42, depths=(1, 1), dims=(16, 32)).eval()
+    x = torch.randn(2, 3, 32, 48)
+    with torch.inference_mode():
+        found = torch.compile(model, fullgraph=True)(x)
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+
+
 @small
 def test_export_with_any_batch_and_size(name: str) -> None:
     model = timm.create_model(name).eval()
@@ -477,3 +543,17 @@ def test_training_lowers_the_loss(name: str) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@small
+def test_ten_steps_in_bfloat16_autocast_stay_finite(name: str) -> None:
+    model = timm.create_model(name, num_classes=10, drop_path_rate=0.1).train()
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)
+    for _ in range(10):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.randint(10, (4,)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert loss.isfinite()
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -49,11 +50,18 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), batc
     # On the meta device nothing is computed.
     ghost = copy.deepcopy(model).to("meta").eval()
     images = torch.empty(batch, *input_size, device="meta")
+    with torch.no_grad(), ExitStack() as stack:
+        # One pass serves all three: a counter hands every operator on to the next.
+        macs, paper_ops, flops = (
+            stack.enter_context(FlopCounterMode(display=False, custom_mapping=formulas))
+            for formulas in ({_SCAN: _projection_flops}, _PAPER_FORMULAS, {})
+        )
+        ghost(images)
     return Complexity(
         parameters=sum(p.numel() for p in model.parameters()),
-        macs=_count(ghost, images, {_SCAN: _projection_flops}) // 2,
-        paper_ops=_count(ghost, images, _PAPER_FORMULAS, left_out=ChannelAttention) // 2,
-        flops=_count(ghost, images, {}),
+        macs=macs.get_total_flops() // 2,
+        paper_ops=(paper_ops.get_total_flops() - _inside(paper_ops, ghost, ChannelAttention)) // 2,
+        flops=flops.get_total_flops(),
     )
 
 
@@ -66,13 +74,11 @@ def feature_shapes(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) 
     return [tuple(feature.shape[1:]) for feature in maps]
 
 
-def _count(model: nn.Module, images: torch.Tensor, formulas: dict[Any, Callable[..., int]], left_out: Any = ()) -> int:
-    """Count a forward pass, without what modules of the types ``left_out`` compute."""
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        model(images)
+def _inside(counter: FlopCounterMode, model: nn.Module, kind: type[nn.Module]) -> int:
+    """Return what modules of a type have counted."""
     counts = counter.get_flop_counts()
-    names = [f"{type(model).__name__}.{name}" for name, m in model.named_modules() if isinstance(m, left_out)]
-    return counter.get_total_flops() - sum(sum(counts[name].values()) for name in names if name in counts)
+    names = [f"{type(model).__name__}.{name}" for name, module in model.named_modules() if isinstance(module, kind)]
+    return sum(sum(counts[name].values()) for name in names if name in counts)
 
 
 def _elements(per_element: int) -> Callable[..., int]:

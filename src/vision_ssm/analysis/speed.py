@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from vision_ssm import __version__
 from vision_ssm.scan import last_backend
+from vision_ssm.scan.cpu.library import load_library
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,32 @@ def measure_speed(
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
     times = timer.blocked_autorange(min_run_time=seconds)
     memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    scans = any(type(module).__module__.startswith("vision_ssm") for module in model.modules())
     return Speed(
         batch=batch,
         milliseconds=times.median * 1e3,
         spread=times.iqr / times.median,
         images_per_second=batch / times.median,
         peak_memory_mib=memory,
-        backend=last_backend() if scans else None,
+        backend=scan_backend() if has_scan(model, (images.shape[1], height, width)) else None,
     )
+
+
+def has_scan(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> bool:
+    """Tell whether a model scans, by a pass in which nothing is computed."""
+    if not any(type(module).__module__.startswith("vision_ssm") for module in model.modules()):
+        return False
+    ghost = copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta").eval()  # what torch.compile has wrapped
+    dtype = next(ghost.parameters()).dtype
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ghost(torch.empty(1, *input_size, device="meta", dtype=dtype))
+    return torch.ops.vision_ssm.route_scan in counter.get_flop_counts()["Global"]
+
+
+def scan_backend() -> str | None:
+    """Return the backend of this thread's latest scan, the C++ one with its instruction set, such as ``cpu-avx512``."""
+    name = last_backend()
+    library = load_library() if name == "cpu" else None
+    return f"cpu-{library.levels[-1]}" if library else name
 
 
 def machine_settings(device: torch.device) -> dict[str, str]:
@@ -97,6 +119,7 @@ def machine_settings(device: torch.device) -> dict[str, str]:
     settings = {
         "device": f"{device.type} ({hardware})",
         "threads": str(torch.get_num_threads()),
+        "vision_ssm": __version__,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "triton": _version("triton"),

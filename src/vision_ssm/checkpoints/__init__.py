@@ -1,16 +1,27 @@
 """Official checkpoints: safe reading, and the mapping of their keys to ours."""
 
-from vision_ssm.checkpoints.families import convert_official
-from vision_ssm.checkpoints.pretrained import build_from_official, check_fit, load_strict
-from vision_ssm.checkpoints.reader import Checkpoint, CheckpointError, load_checkpoint_file, read_checkpoint
+from vision_ssm.checkpoints.families import can_convert, convert_official, same_family, trace_official
+from vision_ssm.checkpoints.pretrained import build_from_official, check_fit, classifier_names, load_strict
+from vision_ssm.checkpoints.reader import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint_file,
+    read_checkpoint,
+    take_backbone,
+)
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "build_from_official",
+    "can_convert",
     "check_fit",
+    "classifier_names",
     "convert_official",
     "load_checkpoint_file",
     "load_strict",
     "read_checkpoint",
+    "same_family",
+    "take_backbone",
+    "trace_official",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
@@ -58,6 +59,18 @@ def load_strict(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
+def classifier_names(configured: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of a model's classifiers from the entry in timm's configuration: one, several, or none."""
+    return (configured,) if isinstance(configured, str) else tuple(configured or ())
+
+
+def _left_out_of_features(model: nn.Module) -> list[str]:
+    features: Any = copy.deepcopy(model).to("meta")
+    features.prune_intermediate_layers(len(features.feature_info), prune_norm=True)
+    kept = features.state_dict()
+    return [key for key in model.state_dict() if key not in kept]
+
+
 def build_from_official(
     cls: type[Model],
     variant: str,
@@ -69,7 +82,8 @@ def build_from_official(
 ) -> Model:
     """Build a model with timm; official weights pass through our reader and ``convert``.
 
-    timm adapts them to other ``in_chans`` and ``num_classes``. Loading is strict otherwise.
+    timm adapts them to other ``in_chans`` and ``num_classes``. With ``features_only``, final norm and classifier may be
+    missing, as they are in the files of detection and segmentation backbones. Loading is strict otherwise.
 
     Raises:
         CheckpointError: If the fetched or given file is damaged or does not fit.
@@ -83,9 +97,10 @@ def build_from_official(
     def convert_checked(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         # timm stops being strict about every key once it leaves out the classifier
         adapted = []
-        classifiers = (resolved.classifier,) if isinstance(resolved.classifier, str) else resolved.classifier
-        heads = [f"{name}.{part}" for name in classifiers for part in ("weight", "bias")]
-        if features_only or model.num_classes != resolved.num_classes:
+        heads = [f"{name}.{part}" for name in classifier_names(resolved.classifier) for part in ("weight", "bias")]
+        if features_only:
+            adapted += _left_out_of_features(model)
+        elif model.num_classes != resolved.num_classes:
             adapted += heads
         if resolved.input_size and model.in_chans != resolved.input_size[0]:
             adapted += [f"{resolved.first_conv}.weight"]

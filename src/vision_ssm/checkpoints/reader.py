@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from vision_ssm.errors import InputError
 # Where checkpoints keep their weights; the first that is there is taken.
 _WRAPPERS = ("model", "state_dict", "module", "model_state", "net")
 _EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_model", "ema")
-_PREFIXES = ("module.", "_orig_mod.")
+_BACKBONE = "backbone."  # what OpenMMLab's detectors and segmenters put before the names of their backbone
+_PREFIXES = ("module.", "_orig_mod.", _BACKBONE)
 # How torch.save began its files before it wrote zip archives: a pickled magic number.
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
@@ -47,11 +48,20 @@ class Checkpoint:
         state: The weights by name.
         source: The key under which they were found; empty at the top level.
         placeholders: Names of the pickled classes that were not loaded; inert objects stood in for them.
+        prefix: What stood before every name and was removed.
+        other: The key of the weights that were left: the averaged ones, or with ``ema`` the plain ones.
     """
 
     state: dict[str, Tensor]
     source: str = ""
     placeholders: tuple[str, ...] = ()
+    prefix: str = ""
+    other: str | None = None
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the weights were found where averaged ones are kept."""
+        return not set(_EMA_WRAPPERS).isdisjoint(self.source.split("."))
 
 
 class _Inert(dict):
@@ -104,9 +114,9 @@ class _InertUnpickler(pickle.Unpickler):
 def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     """Read the weights from a ``.safetensors`` file or a PyTorch checkpoint.
 
-    Wrapping keys (``model``, ``state_dict``, ...) and prefixes (``module.``, ``_orig_mod.``) are removed.
-    Nothing in the file is executed: objects of unknown classes, such as a pickled configuration, are read as inert
-    placeholders and reported.
+    Wrapping keys (``model``, ``state_dict``, ...) are removed, and what stands before all names (``module.``,
+    ``_orig_mod.``, ``backbone.``). Nothing in the file is executed: objects of unknown classes, such as a pickled
+    configuration, are read as inert placeholders and reported.
 
     Args:
         path: The file.
@@ -121,7 +131,8 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
         raise FileNotFoundError(f"no such checkpoint file: {path}")
     if path.suffix == ".safetensors":
         try:
-            return Checkpoint(_strip(load_file(path)))
+            state, prefix = _strip(load_file(path))
+            return Checkpoint(state, prefix=prefix)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
     content, placeholders = _load_inert(path)
@@ -131,12 +142,27 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
         raise CheckpointError(
             f"{path} holds no weights; looked under {', '.join(_WRAPPERS)}, found {found or 'nothing'}"
         )
-    return Checkpoint(_strip(state), source, placeholders)
+    other, where = _unwrap(content, not ema)
+    state, prefix = _strip(state)
+    return Checkpoint(state, source, placeholders, prefix, where if other and where != source else None)
 
 
 def load_checkpoint_file(path: str | Path) -> dict[str, Tensor]:
     """Return the weights of a file as :func:`read_checkpoint` finds them."""
     return read_checkpoint(path).state
+
+
+def take_backbone(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Split the weights of a detector or segmenter of OpenMMLab, whose backbone's names begin with ``backbone.``.
+
+    Returns:
+        The weights of the backbone without that prefix, and the number of all others by the first part of their names.
+        A state dict without the prefix is returned whole.
+    """
+    ours = {key[len(_BACKBONE) :]: value for key, value in state.items() if key.startswith(_BACKBONE)}
+    if not ours:
+        return dict(state), {}
+    return ours, dict(Counter(key.split(".")[0] for key in state if not key.startswith(_BACKBONE)))
 
 
 def _load_inert(path: Path) -> tuple[Any, tuple[str, ...]]:
@@ -173,8 +199,9 @@ def _unwrap(content: Any, ema: bool) -> tuple[dict[str, Tensor], str]:
     return state, ""
 
 
-def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    stripped = dict(state)
+def _strip(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    stripped, removed = dict(state), ""
     while stripped and (prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in stripped)), None)):
         stripped = {key[len(prefix) :]: value for key, value in stripped.items()}
-    return stripped
+        removed += prefix
+    return stripped, removed

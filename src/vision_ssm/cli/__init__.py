@@ -15,7 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("vision_ssm.cli.models:models", "list the models of this package"),
     "info": ("vision_ssm.cli.models:info", "show what a model costs and the maps it gives"),
     "bench": ("vision_ssm.cli.models:bench", "time models, with every setting that matters"),
-    "convert": ("vision_ssm.cli.models:convert", "turn an official checkpoint into safetensors"),
+    "convert": ("vision_ssm.cli.convert:convert", "turn an official checkpoint into safetensors"),
 }
 """Name of each command: where its function is, and what it does."""
 

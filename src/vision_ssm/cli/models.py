@@ -2,8 +2,7 @@ import csv
 import dataclasses
 import fnmatch
 import io
-import json
-import sys
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from vision_ssm.cli.options import parse_options
+from vision_ssm.cli.output import make_table, print_json
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision
 
@@ -73,71 +73,94 @@ class BenchOptions:
     """Print JSON instead of a table."""
 
 
-@dataclass(frozen=True)
-class ConvertOptions:
-    """Turn an official checkpoint into safetensors with this package's names; all keys must fit."""
-
-    source: Annotated[Positional[Path], tyro.conf.arg(metavar="FILE")]
-    """The official file, .pth or .safetensors; nothing in it is executed."""
-    out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT.safetensors")]
-    """The .safetensors file to write."""
-    model: str
-    """The model it belongs to, such as vmamba_tiny."""
-    ema: bool = False
-    """Take the averaged weights where the file has both."""
-    overwrite: bool = False
-    """Replace the output file if it is there."""
-
-
 def models(words: Sequence[str]) -> int:
     """List the package's models; `words` follow `vision-ssm models`."""
     options = parse_options(ModelsOptions, words, "models")
-    from vision_ssm.analysis import complexity
-    from vision_ssm.tasks.spec import create_model
-
-    rows: list[dict[str, Any]] = []
-    for name in fnmatch.filter(_own_models(), options.pattern):
-        model = create_model(name, {"device": "meta"}, 1000)
-        cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-        cost = complexity(model, cfg["input_size"])
-        rows.append(
-            {
-                "model": name,
-                "parameters": cost.parameters,
-                "macs": cost.macs,
-                "paper_ops": cost.paper_ops,
-                "input_size": list(cfg["input_size"]),
-                "published": cfg.get("description"),
-                "weights_license": cfg.get("license") if cfg.get("url") else None,
-                "weights": cfg.get("url") or None,
-            }
-        )
-    if not rows:
-        raise InputError(f"no model matches {options.pattern}; there are {', '.join(_own_models())}")
-    if options.json:
-        _print_json(rows)
-        return 0
+    import timm
     from rich.console import Console
 
-    table = _table("model", ">parameters", ">MACs", ">papers' ops", "at", "published top-1 *")
-    for row in rows:
-        size = "x".join(map(str, row["input_size"][1:]))
-        table.add_row(
-            str(row["model"]),
-            _millions(row["parameters"]),
-            _giga(row["macs"]),
-            _giga(row["paper_ops"]),
-            size,
-            str(row["published"] or "-"),
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        "MACs: multiply-accumulates. Papers' ops: these, and 5 per element of a norm, 9 L D N + L D per scan.\n"
-        "* of the weights that the authors published, not of this package's training.",
-        style="dim",
-    )
+    from vision_ssm.analysis import complexity
+    from vision_ssm.models.registry import registered_models
+
+    names = fnmatch.filter(registered_models(), options.pattern)
+    if not names:
+        raise InputError(f"no model matches {options.pattern}; there are {', '.join(registered_models())}")
+    rows: list[dict[str, Any]] = []
+    with Console(stderr=True).status("counting"):
+        for name in names:
+            model = timm.create_model(name, device="meta")
+            cost = complexity(model, model.pretrained_cfg["input_size"])
+            counts = dict(parameters=cost.parameters, macs=cost.macs, paper_ops=cost.paper_ops)
+            rows.append({"model": name, **counts, **_published(name, model.pretrained_cfg)})
+    if options.json:
+        print_json(rows)
+        return 0
+    _show_models(rows, Console())
     return 0
+
+
+def _published(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Say what a model's authors published."""
+    from vision_ssm.checkpoints import can_convert
+
+    hub = cfg.get("hf_hub_id")
+    url = cfg.get("url") or (f"https://huggingface.co/{hub}/{cfg.get('hf_hub_filename') or ''}" if hub else None)
+    top1 = re.search(r"([\d.]+) ?%", cfg.get("description") or "")
+    known = bool(url or top1)
+    # .../OWNER/REPOSITORY/... on GitHub and on Hugging Face alike
+    source = url or cfg.get("origin_url") or ""
+    return {
+        "input_size": list(cfg["input_size"]),
+        "paper": cfg.get("paper_name"),
+        "paper_id": cfg.get("paper_ids"),
+        "published_top1": float(top1[1]) if top1 else None,
+        "weights_by": "/".join(source.split("/")[3:5]) or None if known else None,
+        "weights_file": url.rsplit("/", 1)[-1] or None if url else None,
+        "weights_license": cfg.get("license") if known else None,
+        "weights": url,
+        "pretrained": url is not None,
+        "convertible": known and can_convert(name),
+    }
+
+
+def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
+    """Print a table per paper and licence; models without published weights stand in the first one of their paper."""
+    papers: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for row in sorted(rows, key=lambda row: row["weights_by"] is None):
+        paper = ", ".join(filter(None, (row["paper"], row["paper_id"]))) or "no paper"
+        licences = papers.setdefault(paper, {})
+        own = (row["weights_license"] or "not stated") if row["weights_by"] else next(iter(licences), "")
+        licences.setdefault(own, []).append(row)
+    width = max(len(row["model"]) for row in rows)
+    for paper in sorted(papers):
+        for licence, group in papers[paper].items():
+            authors = ", ".join(sorted({row["weights_by"] for row in group if row["weights_by"]}))
+            console.print(f"[bold]{paper}[/]", highlight=False)
+            console.print(f"weights: {authors}; licence: {licence}" if authors else "no weights", highlight=False)
+            table = make_table("model", ">params", ">MACs", ">paper ops", ">at", ">top-1", "weights")
+            for column, least in zip(table.columns, (width, 8, 7, 9, 3, 5), strict=False):
+                column.min_width = least  # the tables' columns stand below one another
+            for row in sorted(group, key=lambda row: row["model"]):
+                way = "pretrained" if row["pretrained"] else "convert" if row["convertible"] else "-"
+                file = f" {row['weights_file'] or ''}" if console.width >= 118 else ""
+                table.add_row(
+                    row["model"],
+                    f"{row['parameters'] / 1e6:.2f} M",
+                    f"{row['macs'] / 1e9:.2f} G",
+                    f"{row['paper_ops'] / 1e9:.2f} G",
+                    "x".join(map(str, dict.fromkeys(row["input_size"][1:]))),
+                    f"{row['published_top1']:.1f}" if row["published_top1"] else "-",
+                    way + file,
+                )
+            console.print(table)
+            console.print()
+    console.print(
+        "MACs: multiply-accumulates; paper ops: these, and 5 per element of a norm, 9 L D N + L D per scan.\n"
+        "top-1: on ImageNet-1K in %, of the published weights named above the table, not of this package's training.\n"
+        "weights: pretrained=True fetches them; 'convert': vision-ssm convert takes a file that you have.",
+        style="dim",
+        highlight=False,
+    )
 
 
 def info(words: Sequence[str]) -> int:
@@ -178,10 +201,10 @@ def info(words: Sequence[str]) -> int:
         "torch": torch.__version__,
     }
     if options.json:
-        _print_json(values)
+        print_json(values)
         return 0
     console = Console()
-    table = _table("", "", "", header=False)
+    table = make_table("", "", "", header=False)
     table.add_row("model", options.model)
     table.add_row("input", f"{size[0]} x {size[1]} x {size[2]}")
     table.add_row("parameters", f"{cost.parameters:,}")
@@ -192,7 +215,7 @@ def info(words: Sequence[str]) -> int:
     console.print(f"published weights: {values['weights'] or 'none'}", highlight=False, soft_wrap=True)
     if stages:
         console.print()
-        table = _table(">stage", ">blocks", ">channels", ">height", ">width", ">stride")
+        table = make_table(">stage", ">blocks", ">channels", ">height", ">width", ">stride")
         for stage in stages:
             table.add_row(*("-" if value is None else str(value) for value in stage.values()))
         console.print(table)
@@ -256,6 +279,7 @@ def bench(words: Sequence[str]) -> int:
         **machine_settings(device),
         "pass": "forward and backward" if options.train else "forward",
         "precision": options.precision,
+        "dtype of the weights": str(dtype).removeprefix("torch."),
         "torch.compile": "on" if options.compile else "off",
         "layout of images": "channels first, contiguous",
         "spread": "interquartile range of the times over their median",
@@ -264,11 +288,11 @@ def bench(words: Sequence[str]) -> int:
     if options.csv is not None:
         _write_csv(options.csv, [{**row, **settings} for row in rows])
     if options.json:
-        _print_json({"settings": settings, "rows": rows})
+        print_json({"settings": settings, "rows": rows})
         return 0
     console = Console()
     on_accelerator = rows[0]["peak_memory_mib"] is not None
-    table = _table(
+    table = make_table(
         "model", ">input", ">batch", ">ms", ">spread", ">images/s", *([">peak MiB"] if on_accelerator else [])
     )
     for row in rows:
@@ -286,69 +310,6 @@ def bench(words: Sequence[str]) -> int:
     return 0
 
 
-def convert(words: Sequence[str]) -> int:
-    """Convert an official checkpoint; `words` follow `vision-ssm convert`."""
-    options = parse_options(ConvertOptions, words, "convert")
-    if options.out.suffix != ".safetensors":
-        raise InputError(f"the output must end in .safetensors, got {options.out.name}")
-    if options.out.exists() and not options.overwrite:
-        raise InputError(f"{options.out} exists; --overwrite replaces it")
-    if not options.out.parent.is_dir():
-        raise InputError(f"no such folder: {options.out.parent}")
-    import safetensors.torch
-    from rich.console import Console
-
-    from vision_ssm.checkpoints import CheckpointError, check_fit, convert_official, read_checkpoint
-    from vision_ssm.tasks.files import atomic_write
-    from vision_ssm.tasks.spec import create_model
-
-    if not options.source.is_file():
-        raise InputError(f"no such checkpoint file: {options.source}")
-    checkpoint = read_checkpoint(options.source, ema=options.ema)
-    ours = convert_official(options.model, checkpoint.state)
-    model = create_model(options.model, {"device": "meta"}, _classes(ours))
-    console = Console()
-    try:
-        check_fit(model, ours)
-    except CheckpointError as error:
-        for what, keys in error.keys.items():
-            console.print(f"{what}:", *(f"  {key}" for key in keys), sep="\n", highlight=False, soft_wrap=True)
-        raise
-    tensors = {name: tensor.contiguous() for name, tensor in ours.items()}
-    metadata = {"model": options.model, "source": options.source.name, "format": "pt"}
-    with atomic_write(options.out) as file:
-        file.write(safetensors.torch.save(tensors, metadata))
-
-    where = f" under {checkpoint.source!r}" if checkpoint.source else ""
-    console.print(f"{len(checkpoint.state)} tensors in {options.source}{where}", highlight=False, soft_wrap=True)
-    table = _table("goes to", ">tensors", ">numbers")
-    groups: dict[str, list[int]] = {}
-    for name, tensor in ours.items():
-        parts = name.split(".")
-        groups.setdefault(".".join(parts[:2]) if parts[0] == "stages" else parts[0], []).append(tensor.numel())
-    # as images pass through: the stem, the stages, what follows them
-    for group in sorted(groups, key=lambda name: (name != "stem", not name.startswith("stages."), name)):
-        table.add_row(group, str(len(groups[group])), f"{sum(groups[group]):,}")
-    console.print(table)
-    if checkpoint.placeholders:
-        console.print(
-            f"the file also names code, none of which was run or loaded: {', '.join(checkpoint.placeholders)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(f"wrote {options.out}; every key of {options.model} is there", highlight=False, soft_wrap=True)
-    return 0
-
-
-def _own_models() -> list[str]:
-    import timm
-
-    from vision_ssm import models as package
-
-    modules = {value.__module__.rsplit(".", 1)[-1] for name in package.__all__ for value in [getattr(package, name)]}
-    return sorted(name for module in modules for name in timm.list_models(module=module))
-
-
 def _size(given: tuple[int, ...], cfg: Mapping[str, Any]) -> tuple[int, int]:
     if len(given) > 2 or any(n < 1 for n in given):
         raise InputError(f"--size takes one or two positive numbers, got {' '.join(map(str, given))}")
@@ -362,37 +323,6 @@ def _blocks(model: Any, stage: int) -> int | None:
         return len(model.stages[stage].blocks)
     except (AttributeError, IndexError, TypeError):
         return None
-
-
-def _classes(state: Mapping[str, Any]) -> int:
-    weight = state.get("head.fc.weight")
-    return 0 if weight is None else weight.shape[0]
-
-
-def _table(*columns: str, header: bool = True) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=header, header_style="dim")
-    for column in columns:
-        table.add_column(
-            column.removeprefix(">"),
-            justify="right" if column.startswith(">") else "left",
-            overflow="fold",
-            no_wrap=column.startswith(">") or column == "model",
-        )
-    return table
-
-
-def _millions(count: Any) -> str:
-    return f"{count / 1e6:.2f} M"
-
-
-def _giga(count: Any) -> str:
-    return f"{count / 1e9:.2f} G"
-
-
-def _print_json(values: Any) -> None:
-    sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

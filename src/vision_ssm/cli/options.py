@@ -1,23 +1,31 @@
+import ast
 import contextlib
 import io
 import re
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from vision_ssm.errors import InputError
 
 
-def parse_options(kind: Any, words: Sequence[str], command: str, **options: Any) -> Any:
+def parse_options(
+    kind: Any, words: Sequence[str], command: str, registry: ConstructorRegistry | None = None, **options: Any
+) -> Any:
     """Turn words into an instance of a dataclass; `--help` prints the help and exits.
+
+    A field that is a mapping takes KEY=VALUE words; a value is a Python literal, or else a string.
 
     Args:
         kind: The dataclass.
         words: What follows the command.
         command: Its name, such as `eval`.
+        registry: Rules for further types.
         options: Further arguments of `tyro.cli`.
 
     Raises:
@@ -25,9 +33,12 @@ def parse_options(kind: Any, words: Sequence[str], command: str, **options: Any)
     """
     program = f"vision-ssm {command}"
     printed = io.StringIO()
+    registry = registry or ConstructorRegistry()
+    registry.primitive_rule(_key_values)
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, args=list(words), prog=program, config=(FlagCreatePairsOff,), **options)
+            config = (FlagCreatePairsOff,)
+            return tyro.cli(kind, args=list(words), prog=program, config=config, registry=registry, **options)
     except SystemExit as leave:
         if leave.code in (0, None):
             sys.stderr.write(printed.getvalue())
@@ -53,3 +64,29 @@ def _complaint(frame: str) -> str:
         if line.startswith("--")
     ]
     return " ".join(first) + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def _key_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Mapping[str, Any]] | None:
+    if typing.get_origin(info.type) is not Mapping:
+        return None
+
+    def parse(words: list[str]) -> Mapping[str, Any]:
+        pairs = [word.partition("=") for word in words]
+        if wrong := [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]:
+            raise ValueError(f"expected KEY=VALUE, not {wrong[0]}")
+        return {key: _literal(value) for key, _, value in pairs}
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[KEY=VALUE ...]",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [f"{k}={v}" for k, v in value.items()] or ["none"],
+    )
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)

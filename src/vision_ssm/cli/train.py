@@ -1,13 +1,12 @@
 import argparse
-import ast
 import dataclasses
 import sys
 import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -91,7 +90,6 @@ def train(words: Sequence[str]) -> int:
 
 def _parse(kind: str, words: Sequence[str], saved: recipes.TrainConfig | None, recipe: str) -> _Digits | _Folder:
     registry = ConstructorRegistry()
-    registry.primitive_rule(_key_values)
     registry.primitive_rule(_flag_or_path)
     command, options = f"train {kind}", {"registry": registry}
     if kind == "digits":
@@ -138,26 +136,6 @@ def _absolute(config: recipes.TrainConfig) -> recipes.TrainConfig:
     return config
 
 
-def _key_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Mapping[str, Any]] | None:
-    """KEY=VALUE words for a mapping; a value is a Python literal, or else a string."""
-    if typing.get_origin(info.type) is not Mapping:
-        return None
-
-    def parse(words: list[str]) -> Mapping[str, Any]:
-        pairs = [word.partition("=") for word in words]
-        if wrong := [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]:
-            raise ValueError(f"expected KEY=VALUE, not {wrong[0]}")
-        return {key: _literal(value) for key, _, value in pairs}
-
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[KEY=VALUE ...]",
-        instance_from_str=parse,
-        is_instance=lambda value: isinstance(value, Mapping),
-        str_from_instance=lambda value: [f"{k}={v}" for k, v in value.items()],
-    )
-
-
 def _flag_or_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | Path] | None:
     """A flag that may be followed by a path."""
     if set(typing.get_args(info.type)) != {bool, Path}:
@@ -173,12 +151,5 @@ def _flag_or_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | Pa
         metavar="[PATH]",
         instance_from_str=parse,
         is_instance=lambda value: isinstance(value, (bool, Path)),
-        str_from_instance=lambda value: [str(value)] if isinstance(value, Path) else [],
+        str_from_instance=lambda value: [str(value) if isinstance(value, Path) else "off"],
     )
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "none": None}.get(text.lower(), text)

@@ -1,15 +1,14 @@
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from vision_ssm.cli import fail
 from vision_ssm.cli.options import parse_options
+from vision_ssm.cli.output import print_json
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision
 from vision_ssm.tasks.run_folder import RunFolder
@@ -92,7 +91,7 @@ def evaluate(words: Sequence[str]) -> int:
         draw_confusion(evaluation, options.pictures / "confusion.png")
         draw_predictions(evaluation, images, options.pictures / "predictions.png")
     if options.json:
-        _print_json({"weights": str(path), **evaluation.summary(), "per_class": evaluation.per_class()})
+        print_json({"weights": str(path), **evaluation.summary(), "per_class": evaluation.per_class()})
     else:
         report_evaluation(evaluation, console, per_class=True)
     return 0
@@ -130,7 +129,7 @@ def predict(words: Sequence[str]) -> int:
     ]
     if options.json:
         named = [[{"class": name, "probability": p} for name, p in row] for row in rows]
-        _print_json([{"image": str(i), "predictions": row} for i, row in zip(images, named, strict=True)])
+        print_json([{"image": str(i), "predictions": row} for i, row in zip(images, named, strict=True)])
         return _report(broken)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("image", overflow="fold")
@@ -169,7 +168,3 @@ def _weights_file(run: Path, which: str) -> Path:
     if not path.is_file():
         raise InputError(f"{run} has no {path.name}; its first epoch was never finished")
     return path
-
-
-def _print_json(values: Any) -> None:
-    sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")

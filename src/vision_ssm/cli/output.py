@@ -1,0 +1,28 @@
+import json
+import sys
+from typing import Any
+
+
+def make_table(*columns: str, header: bool = True) -> Any:
+    """A rich table without lines.
+
+    Args:
+        columns: The headings; what starts with `>` is aligned to the right and not broken.
+        header: Show the headings.
+    """
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=header, header_style="dim")
+    for column in columns:
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if column.startswith(">") else "left",
+            overflow="fold",
+            no_wrap=column.startswith(">") or column == "model",
+        )
+    return table
+
+
+def print_json(values: Any) -> None:
+    """Print indented JSON on standard output."""
+    sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
