@@ -7,6 +7,7 @@ json) in float32 on a CPU. Weights and images are not stored: they follow from t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,3 +74,20 @@ def published_names(convert: Callable[[dict[str, Tensor]], dict[str, Tensor]], g
     found = convert(tags)
     assert all(bool((tag == tag.flatten()[0]).all()) for tag in found.values()), "a tensor of ours mixes several"
     return {ours: keys[int(tag.flatten()[0])] for ours, tag in found.items()}
+
+
+def in_published_layout(
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]], golden: Golden, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Bring tensors with our names and shapes, such as gradients, to the published ones.
+
+    Also where a tensor of ours holds several of theirs: ``convert`` is given tensors that number their elements.
+    """
+    shapes = {key: tuple(shape) for key, shape in golden.facts["state_dict"]}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    numbers = torch.arange(sum(sizes), dtype=torch.float64)
+    places = convert({k: part.view(shapes[k]) for k, part in zip(shapes, numbers.split(sizes), strict=True)})
+    flat = torch.full_like(numbers, math.nan)
+    for name, tensor in tensors.items():
+        flat[places[name].long()] = tensor.detach().double()
+    return {key: part.view(shapes[key]) for key, part in zip(shapes, flat.split(sizes), strict=True)}

@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 from PIL import Image
 
@@ -137,6 +138,19 @@ def test_auxiliary_loss_is_added(config):
     loss = task.training_step(batch, 0)
     plain = task.loss(torch.nn.Linear.forward(model, batch[0].mean((2, 3))), batch[1])
     assert loss.item() == pytest.approx((plain + model.aux_loss).item())
+
+
+def test_balance_loss_of_a_model_is_added():
+    model = timm.create_model("vim2_atto", num_classes=3)
+    task = training.ClassificationTask(model, 3, augment=Augmentation(), optim=Optimisation(ema=0.9)).train()
+    logits = []
+    model.register_forward_hook(lambda module, args, output: logits.append(output))
+    batch = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    loss = task.training_step(batch, 0)
+    assert model.aux_loss.item() == pytest.approx(0.01)
+    assert loss.item() == pytest.approx((task.loss(logits[0], batch[1]) + model.aux_loss).item())
+    task.validation_step(batch, 0)
+    assert task.evaluated_model.aux_loss is None
 
 
 def test_weight_decay_spares_what_the_model_exempts(config, tmp_path, monkeypatch):

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from vision_ssm.checkpoints.efficient_vmamba import convert_efficient_vmamba
+from vision_ssm.checkpoints.group_mamba import convert_group_mamba
 from vision_ssm.checkpoints.reader import CheckpointError
+from vision_ssm.checkpoints.sparx import convert_sparx
 from vision_ssm.checkpoints.vmamba import convert_vmamba
 
 _CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "efficient_vmamba_": convert_efficient_vmamba,
+    "sparx_mamba_": convert_sparx,
+    "group_mamba_": convert_group_mamba,
     "vmamba_": convert_vmamba,
 }
 # Tensors that a model has with an option only.

@@ -97,15 +97,16 @@ def build_from_official(
     def convert_checked(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         # timm stops being strict about every key once it leaves out the classifier
         adapted = []
+        heads = [f"{name}.{part}" for name in classifier_names(resolved.classifier) for part in ("weight", "bias")]
         if features_only:
             adapted += _left_out_of_features(model)
         elif model.num_classes != resolved.num_classes:
-            adapted += [
-                f"{name}.{kind}" for name in classifier_names(resolved.classifier) for kind in ("weight", "bias")
-            ]
+            adapted += heads
         if resolved.input_size and model.in_chans != resolved.input_size[0]:
             adapted += [f"{resolved.first_conv}.weight"]
-        state = convert(state)
+        # a model of one classifier may start from weights with two
+        own = model.state_dict()
+        state = {key: value for key, value in convert(state).items() if key in own or key not in heads}
         check_fit(model, state, adapted)
         return state
 

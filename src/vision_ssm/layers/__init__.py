@@ -1,7 +1,39 @@
 """Building blocks that the models share and that work in anybody's network."""
 
+from vision_ssm.layers.conv import ResidualConv, conv_act
+from vision_ssm.layers.mamba_mixer import (
+    MultiResolutionConv,
+    QSTokenMixer,
+    SelectiveChannelMixer,
+    SelectiveTokenMixer,
+    WeightedAverage,
+)
 from vision_ssm.layers.mlp import Linear, Mlp
 from vision_ssm.layers.norm import GroupNorm1
+from vision_ssm.layers.quasi_separable import quasi_separable_scan
+from vision_ssm.layers.sparx import DMCA, ChannelAttention, Connections, sparx_connections
 from vision_ssm.layers.ss2d import SS2D, VSSBlock, scan_map
+from vision_ssm.layers.switch_of_scans import SCAN_POOL, SwitchOfScans
 
-__all__ = ["SS2D", "GroupNorm1", "Linear", "Mlp", "VSSBlock", "scan_map"]
+__all__ = [
+    "DMCA",
+    "SCAN_POOL",
+    "SS2D",
+    "ChannelAttention",
+    "Connections",
+    "GroupNorm1",
+    "Linear",
+    "Mlp",
+    "MultiResolutionConv",
+    "QSTokenMixer",
+    "ResidualConv",
+    "SelectiveChannelMixer",
+    "SelectiveTokenMixer",
+    "SwitchOfScans",
+    "VSSBlock",
+    "WeightedAverage",
+    "conv_act",
+    "quasi_separable_scan",
+    "scan_map",
+    "sparx_connections",
+]

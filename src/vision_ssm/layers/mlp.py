@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from vision_ssm.eager import unobserved
 
 
-def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
+def onednn_serves(x: Tensor, weight: Tensor) -> bool:
+    """Return whether oneDNN's fused kernels may take this input and weight: only inference, on a CPU that has them."""
     if not unobserved(x) or x.device.type != "cpu" or x.dtype != weight.dtype:
         return False
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu") or x.numel() == 0:
@@ -25,14 +26,14 @@ def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
 
 def _fused(x: Tensor, layer: nn.Linear, activation: str) -> Tensor | None:
     """Return the layer's output after an activation ("none" or "gelu"), or ``None`` where oneDNN does not serve."""
-    if not _onednn_serves(x, layer.weight):
+    if not onednn_serves(x, layer.weight):
         return None
     return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, activation, [], "none")
 
 
 def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply batches of rows with a matrix each: (K, rows, in) with (K, out, in) to (K, rows, out)."""
-    if _onednn_serves(x, weight):  # one matrix after the other, in a third to a half of MKL's time for the batch
+    if onednn_serves(x, weight):  # one matrix after the other, in a third to a half of MKL's time for the batch
         pairs = zip(x, weight, strict=True)
         return torch.stack([torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "none") for a, b in pairs])
     return x @ weight.mT

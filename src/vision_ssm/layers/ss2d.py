@@ -13,8 +13,17 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vision_ssm.layers.conv import conv_act
 from vision_ssm.layers.mlp import Linear, Mlp
 from vision_ssm.scan import CROSS_SCAN, Path, build_routes, route_scan
+
+
+@torch.no_grad()
+def init_step_bias(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4) -> None:
+    """Fill the bias of the step size so that the step, its softplus, is log-uniform in dt_min..dt_max."""
+    low, high = math.log(dt_min), math.log(dt_max)
+    step = torch.exp(torch.rand_like(bias) * (high - low) + low).clamp(min=dt_floor)
+    bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 
 def scan_map(
@@ -141,9 +150,7 @@ class SS2D(nn.Module):
         """Set the scan's parameters as Mamba does: A = -(1..N), D = 1, step sizes log-uniform in dt_min..dt_max."""
         bound = self.dt_weight.shape[1] ** -0.5
         nn.init.uniform_(self.dt_weight, -bound, bound)
-        low, high = math.log(dt_min), math.log(dt_max)
-        step = torch.exp(torch.rand_like(self.dt_bias) * (high - low) + low).clamp(min=dt_floor)
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        init_step_bias(self.dt_bias, dt_min, dt_max, dt_floor)
         states = torch.arange(1, self.A_log.shape[2] + 1, dtype=torch.float32, device=self.A_log.device)
         self.A_log.copy_(states.log().expand_as(self.A_log))
         nn.init.ones_(self.D)
@@ -158,8 +165,7 @@ class SS2D(nn.Module):
         z = None
         if self.gated:
             x, z = x.chunk(2, dim=-1)
-        x = self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = self.act(x)  # (B, H, W, inner)
+        x = conv_act(x, self.conv2d, self.act)  # (B, H, W, inner)
         y = scan_map(x, self.project(x), self.A_log, self.D, self.dt_weight, self.dt_bias, self.paths)
         y = self.out_norm(y)
         if z is not None:

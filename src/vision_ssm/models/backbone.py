@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -158,8 +158,8 @@ class Backbone(nn.Module):
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
-    def get_classifier(self) -> nn.Module:
-        """Return the final linear layer."""
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """Return the final linear layer, or a tuple of them where a model has several."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -171,6 +171,20 @@ class Backbone(nn.Module):
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         if global_pool is not None:
             self.global_pool = global_pool
+
+    def normalise_map(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+        """Return a stage's map, (B, H, W, C), as :meth:`forward_intermediates` gives it."""
+        if self.feature_norms is not None:
+            return self.feature_norms[stage](x)
+        return self.norm(x) if norm and stage == len(self.stages) - 1 else x
+
+    def run_stages(self, x: Tensor, stages: Iterable[nn.Module]) -> list[Tensor]:
+        """Return the map after each of the stages, from that of the stem."""
+        maps = []
+        for stage in stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
 
     def forward_intermediates(
         self,
@@ -201,16 +215,12 @@ class Backbone(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early else self.stages
-        x = self.stem(x)
+        run = self.run_stages(self.stem(x), stages)
+        x = run[-1]
         maps = []
-        for i, stage in enumerate(stages):
-            x = stage(x)
+        for i, y in enumerate(run):
             if i in take:
-                y = x
-                if self.feature_norms is not None:
-                    y = self.feature_norms[i](x)
-                elif norm and i == len(self.stages) - 1:
-                    y = self.norm(x)
+                y = self.normalise_map(y, i, norm)
                 maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
         if intermediates_only:
             return maps

@@ -1,0 +1,103 @@
+"""Official GroupMamba checkpoints: their keys, and ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2", "6": "conv3", "7": "norm3"}
+_HEADS = {"head": "fc", "dist_head": "fc_dist"}
+_MIXER = r"(block\d+\.\d+|post_network\.0)\.attn"
+
+
+def _transposed(groups: list[Tensor]) -> Tensor:
+    return torch.stack([value.mT for value in groups])
+
+
+def _transposed_first(groups: list[Tensor]) -> Tensor:
+    return torch.cat([value.mT for value in groups])
+
+
+# Four modules of one group each there, one of four groups here: our names, and how the four become one.
+_GROUPED: dict[str, tuple[str, Callable[[list[Tensor]], Tensor]]] = {
+    "in_proj.weight": ("in_proj.weight", _transposed),  # (2d, d)
+    "conv2d.weight": ("conv2d.weight", torch.cat),  # (d, 1, 3, 3)
+    "conv2d.bias": ("conv2d.bias", torch.cat),  # (d,)
+    "x_proj_weight": ("x_proj.weight", _transposed_first),  # (1, R + 2N, d)
+    "dt_projs_weight": ("dt_weight", _transposed_first),  # (1, d, R)
+    "dt_projs_bias": ("dt_bias", torch.cat),  # (1, d)
+    "A_logs": ("A_log", torch.stack),  # (d, N)
+    "Ds": ("D", torch.stack),  # (d,)
+    "out_norm.weight": ("out_norm.weight", torch.cat),  # (d,)
+    "out_norm.bias": ("out_norm.bias", torch.cat),  # (d,)
+    "out_proj.weight": ("out_proj.weight", _transposed),  # (d, d)
+}
+
+
+def convert_group_mamba(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Map the state dict of an official GroupMamba to the names and shapes of :class:`vision_ssm.models.GroupMamba`.
+
+    Keys it does not know pass through unchanged, so that strict loading lists them. A state dict that already has
+    our keys is returned as it is.
+    """
+    if not any(re.match(r"patch_embed\d+\.|block\d+\.", key) for key in state):
+        return dict(state)
+    ours: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if match := re.fullmatch(_MIXER + r"\.mamba_g([1-4])\.(.+)", key):
+            prefix, group, name = match.groups()
+            groups = [state.get(f"{prefix}.attn.mamba_g{k}.{name}") for k in (1, 2, 3, 4)]
+            joined = _join(name, groups)
+            if joined is None:
+                ours[key] = value
+            elif group == "1":
+                ours[f"{_module(prefix)}.mixer.ss2d.{joined[0]}"] = joined[1]
+        else:
+            ours[_name(key)] = value
+    return ours
+
+
+def _join(name: str, groups: list[Tensor | None]) -> tuple[str, Tensor] | None:
+    """Return our name and weight of the four groups', or ``None`` where they are not such."""
+    present = [value for value in groups if value is not None]
+    if name not in _GROUPED or len(present) < len(groups):
+        return None
+    ours, join = _GROUPED[name]
+    try:
+        return ours, join(present)
+    except RuntimeError:  # shapes that do not fit one another: strict loading will name them
+        return None
+
+
+def _module(prefix: str) -> str:
+    # stages count from 1 there; the class block is a list of one
+    match = re.fullmatch(r"block(\d+)\.(\d+)", prefix)
+    return f"stages.{int(match[1]) - 1}.blocks.{match[2]}" if match else "head.block"
+
+
+def _name(key: str) -> str:
+    if match := re.fullmatch(r"patch_embed1\.conv\.([013467])\.(.+)", key):
+        # a Sequential there; 2, 5 and 8 hold no weights
+        return f"stem.{_STEM[match[1]]}.{match[2]}"
+    if match := re.fullmatch(r"patch_embed1\.(proj|norm)\.(.+)", key):
+        return f"stem.{'conv4' if match[1] == 'proj' else 'norm4'}.{match[2]}"
+    if match := re.fullmatch(r"patch_embed(\d+)\.(proj|norm)\.(.+)", key):
+        # modules of the network there, of a stage here
+        return f"stages.{int(match[1]) - 1}.downsample.{'conv' if match[2] == 'proj' else 'norm'}.{match[3]}"
+    if match := re.fullmatch(r"norm(\d+)\.(.+)", key):
+        # the last norm follows the pooling
+        return f"head.norm.{match[2]}" if match[1] == "4" else f"stages.{int(match[1]) - 1}.norm.{match[2]}"
+    if match := re.fullmatch(r"(head|dist_head)\.(.+)", key):
+        return f"head.{_HEADS[match[1]]}.{match[2]}"
+    if match := re.fullmatch(_MIXER + r"\.(.+)", key):
+        return f"{_module(match[1])}.mixer.{match[2]}"
+    if match := re.fullmatch(r"(block\d+\.\d+)\.(?:norm2|mlp(?:\.dwconv)?)\.(.+)", key):
+        # a block's only norm is numbered 2 there; dwconv is a module within a module
+        rest = key[len(match[1]) + 1 :].replace("norm2.", "norm.").replace("dwconv.dwconv.", "dwconv.")
+        return f"{_module(match[1])}.{rest}"
+    if match := re.fullmatch(r"(post_network\.0)\.(.+)", key):
+        return f"{_module(match[1])}.{match[2]}"
+    return key

@@ -1,0 +1,96 @@
+"""Quasi-separable scans: sequence mixing whose matrix is free on the diagonal and of rank N on both sides of it.
+
+Source: Hydra, arXiv 2407.09941, for the shift form. MambaMixer's second version (arXiv 2403.19888v2) names
+quasi-separable kernels; its definition was not available.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vision_ssm.scan import Path, Reversed, Shifted, build_routes, route_scan
+
+
+def quasi_separable_scan(
+    x: Tensor,
+    dbc: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    paths: Sequence[Path],
+    *,
+    dt_weight: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    delta: Tensor | None = None,
+    path_index: Tensor | None = None,
+    path_weight: Tensor | None = None,
+    aligned: bool = False,
+) -> Tensor:
+    """Scan a map along both directions of every path and add the diagonal.
+
+    Along one path, with step sizes s that differ between the directions, the output at step i is the sum over j of
+    ``M_ij x_j``, where for one channel::
+
+        M_ij = C_(i-1) exp(A (s_(j+1) + ... + s_(i-1))) s_j B_j      j < i      (forward)
+        M_ij = C_(i+1) exp(A (s_(i+1) + ... + s_(j-1))) s_j B_j      j > i      (backward)
+        M_ii = D
+
+    This is the shift form. In the aligned form C has index i, and the exponents run over j+1..i and i..j-1. Outputs of
+    several paths are added, weighted by ``path_weight``; the diagonal is added once.
+
+    Sizes: B images, H x W tokens, C channels, P paths, N states, R the rank of the step size. Directions are the two
+    senses in which a path is walked, forward first. A size of 1 in place of P means shared by all paths.
+
+    Args:
+        x: Map, (B, H, W, C).
+        dbc: Low-rank step size, B and C per token, (B, H, W, R + 2N), for all paths and directions, or
+            (B, H, W, 2 * P * (R + 2N)), those of the forward directions first. With a ready-made ``delta``, B and C
+            alone.
+        A_log: Logarithms of the negated decay rates, (P or 1, C or 1, N).
+        D: The diagonal, (C,) or anything that broadcasts to the shape of ``x``.
+        paths: The P paths.
+        dt_weight: Projection of the step sizes, (P or 1, R, C), shared by the directions.
+        dt_bias: Bias of the step sizes, (2, P, C), one per direction and path.
+        delta: Ready-made step sizes instead of ``dt_weight``, before bias and softplus, (B, H, W, C).
+        path_index: Which P' of the paths each image takes, (B, P') integers.
+        path_weight: Weight of each of these paths, (B, P').
+        aligned: The aligned form instead of the shift form.
+
+    Returns:
+        The mixed map, (B, H, W, C), in the dtype of ``x``; under autocast in float32.
+
+    Raises:
+        ValueError: If shapes do not fit.
+    """
+    batch, height, width, channels = x.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # asking for "meta" is an error
+    backward = [Reversed(path) for path in paths]
+    directed = [*paths, *backward] if aligned else [Shifted(path) for path in (*paths, *backward)]
+    rank = 0 if dt_weight is None else dt_weight.shape[1]
+    if path_index is not None:
+        path_index = torch.cat([path_index, path_index + len(paths)], dim=1)
+    if path_weight is not None:
+        path_weight = torch.cat([path_weight, path_weight], dim=1).to(dtype)
+    y = route_scan(
+        x.reshape(batch, height * width, channels),
+        dbc.reshape(batch, height * width, -1, rank + 2 * A_log.shape[2]),
+        _both_directions(-torch.exp(A_log.to(dtype))).expand(-1, channels, -1),
+        build_routes(directed, height, width, x.device),
+        dt_weight=None if dt_weight is None else _both_directions(dt_weight.to(dtype)),
+        dt_bias=None if dt_bias is None else dt_bias.to(dtype).flatten(0, 1),
+        delta=None if delta is None else delta.reshape(batch, height * width, 1, channels),
+        inclusive=not aligned,
+        route_index=path_index,
+        route_weight=path_weight,
+        float_output=autocast,
+    )
+    assert isinstance(y, Tensor)
+    return torch.addcmul(y.reshape(batch, height, width, channels), x, D.to(x.dtype))
+
+
+def _both_directions(parameter: Tensor) -> Tensor:
+    return parameter if parameter.shape[0] == 1 else torch.cat([parameter, parameter])

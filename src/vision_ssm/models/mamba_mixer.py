@@ -1,0 +1,339 @@
+"""ViM2 and ViQS: backbones of MambaMixer and QSMixer blocks, which select tokens and channels.
+
+Paper: "MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection", arXiv 2403.19888.
+
+These models are ViM2- and ViQS-style, after the text of the paper's first version and the abstract of its second. No
+code or weights were published, and the second version's definitions could not be read: the quasi-separable scan, Switch
+of Scans, the gate, and ViQS follow our design. Widths, the pattern of two token mixers per channel mixer, and the
+averaging of earlier outputs are those of the first version (tables 7 and 8, section 3.2); the channel mixers' widths
+are chosen to meet its parameter counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.models import checkpoint, generate_default_cfgs, named_apply, register_model
+from torch import Tensor, nn
+
+from vision_ssm.checkpoints import build_from_official
+from vision_ssm.layers import (
+    SCAN_POOL,
+    Linear,
+    QSTokenMixer,
+    SelectiveChannelMixer,
+    SelectiveTokenMixer,
+    SwitchOfScans,
+    WeightedAverage,
+)
+from vision_ssm.models.backbone import ATTO, Backbone, check_options, make_cfg
+from vision_ssm.scan import Path
+
+__all__ = ["MambaMixer"]
+
+
+class PatchStem(nn.Module):
+    """Convolution of non-overlapping patches and LayerNorm: (B, in_chans, H, W) to (B, H', W', dim), H' = ceil(H / p).
+
+    Images are padded with zeros to whole patches.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch: int, **dd: Any) -> None:
+        super().__init__()
+        self.patch = patch
+        conv = nn.Conv2d(in_chans, dim, patch, stride=patch, **dd)
+        # Weights lie in memory as the maps do; otherwise they would be rearranged in every call.
+        self.conv = conv.to(memory_format=torch.channels_last)
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed an image."""
+        # The convolution leaves out what is more than whole patches.
+        x = F.pad(x, (0, self.patch - 1, 0, self.patch - 1))
+        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampling: (B, H, W, in_dim) to (B, ceil(H/2), ceil(W/2), dim); odd maps are padded with zeros."""
+
+    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * in_dim, **dd)
+        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve a map."""
+        # timm's layer pads by H % 2; such remainders, nested, keep an export with dynamic sizes busy for minutes.
+        x = F.pad(x, (0, 0, 0, 1, 0, 1))
+        top, bottom = x[:, :-1:2], x[:, 1::2]
+        x = torch.cat([top[:, :, :-1:2], bottom[:, :, :-1:2], top[:, :, 1::2], bottom[:, :, 1::2]], dim=-1)
+        return self.reduction(self.norm(x))
+
+
+class MixerStage(nn.Module):
+    """Downsampling, then mixers, each of which reads a weighted average of all earlier outputs; maps are (B, H, W, C).
+
+    Args:
+        dim: Channels.
+        blocks: Token mixers, which return a map and a balance term, and channel mixers, which return a map.
+        downsample: What the stage begins with; in the first stage nothing.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None, **dd: Any) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = nn.Identity() if downsample is None else downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.averages = nn.ModuleList(WeightedAverage(n + 1, **dd) for n in range(len(blocks)))
+        self.out_average = WeightedAverage(len(blocks) + 1, **dd)
+
+    def forward(self, x: Tensor, return_balance: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Transform a map, (B, H, W, in_dim).
+
+        Returns:
+            The map, and with ``return_balance`` the balance terms of those token mixers that gave one.
+        """
+        maps, terms = [self.downsample(x)], []
+        for average, block in zip(self.averages, self.blocks, strict=True):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                y, balance = checkpoint(_mix, average, block, *maps)
+            else:
+                y, balance = _mix(average, block, *maps)
+            maps.append(y)
+            if balance is not None:
+                terms.append(balance)
+        y = self.out_average(maps)
+        return (y, terms) if return_balance else y
+
+
+def _mix(average: nn.Module, block: nn.Module, *maps: Tensor) -> tuple[Tensor, Tensor | None]:
+    result = block(average(maps))
+    return result if isinstance(result, tuple) else (result, None)
+
+
+class MambaMixer(Backbone):
+    """ViM2 or ViQS backbone and classifier, with timm's interface. Images of any height and width.
+
+    A unit is two token mixers and a channel mixer. After a forward pass in training, ``aux_loss`` is the weighted mean
+    of the token mixers' balance terms, to be added to the loss; after one in evaluation it is ``None``. Graphs of
+    ``torch.fx`` and ``torch.export`` do not carry it.
+
+    Training is random: token mixers draw scan paths, see :class:`vision_ssm.layers.SwitchOfScans`.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Outputs of the classifier; 0 for none.
+        global_pool: timm's pooling type; ``""`` for none.
+        dims: Channels of each stage.
+        depths: Units of each stage.
+        stem_stride: Side of the stem's patches: 4 as published, less for small images.
+        qs_mixer: QSMixer blocks: token mixers with one decay rate per head, channel mixers without a gate.
+        d_state: States of every scan.
+        expand: Inner channels of the token mixers per channel.
+        channel_expand: Inner channels of the channel mixers per channel.
+        paths: The pool of scan paths of every token mixer.
+        scans: How many of them an image takes.
+        aligned: The aligned form of the quasi-separable scan instead of the shift form.
+        aux_loss_weight: Factor in ``aux_loss``.
+        feature_norm: Give every stage a LayerNorm for ``forward_intermediates`` and ``features_only``.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Largest stochastic depth rate; it grows linearly over the mixers.
+        output_stride: Only the network's own stride, for libraries that pass it.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (1, 1, 3, 1),
+        stem_stride: int = 4,
+        qs_mixer: bool = False,
+        d_state: int = 16,
+        expand: float = 2.0,
+        channel_expand: float = 1.0,
+        paths: Sequence[Path] = SCAN_POOL,
+        scans: int = 2,
+        aligned: bool = False,
+        aux_loss_weight: float = 0.01,
+        feature_norm: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        output_stride: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_options(dims, depths, in_chans, drop_path_rate)
+        if stem_stride < 1:
+            raise ValueError(f"stem_stride must be at least 1, got {stem_stride}")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        shared: dict[str, Any] = dict(d_state=d_state, aligned=aligned, **dd)
+        token: dict[str, Any] = dict(expand=expand, paths=paths, scans=scans, **shared)
+        channel: dict[str, Any] = dict(expand=channel_expand, gated=not qs_mixer, **shared)
+        token_mixer = QSTokenMixer if qs_mixer else SelectiveTokenMixer
+        rates = calculate_drop_path_rates(drop_path_rate, [3 * depth for depth in depths], stagewise=True)
+        stages = [
+            MixerStage(
+                [
+                    SelectiveChannelMixer(dim, drop_path=rate, **channel)
+                    if n % 3 == 2
+                    else token_mixer(dim, drop_path=rate, **token)
+                    for n, rate in enumerate(rates[i])
+                ],
+                PatchMerging(dims[i - 1], dim, **dd) if i else None,
+                **dd,
+            )
+            for i, dim in enumerate(dims)
+        ]
+        super().__init__(
+            PatchStem(in_chans, dims[0], stem_stride, **dd),
+            stages,
+            dims,
+            stem_stride,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            norm=nn.LayerNorm(dims[-1], **dd),
+            feature_norms=[nn.LayerNorm(dim, **dd) for dim in dims] if feature_norm else None,
+            drop_rate=drop_rate,
+            output_stride=output_stride,
+            **dd,
+        )
+        self.aux_loss_weight = aux_loss_weight
+        self.aux_loss: Tensor | None = None
+        named_apply(_init_weights, self)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that weight decay must spare."""
+        spared = ("scalars", "level_weight", "bc_bias")
+        more = {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in spared}
+        return super().no_weight_decay() | more
+
+    def run_stages(self, x: Tensor, stages: Iterable[nn.Module]) -> list[Tensor]:
+        """See :meth:`Backbone.run_stages`; also sets ``aux_loss``."""
+        if not self.training:
+            self.aux_loss = None
+            return super().run_stages(x, stages)
+        maps, terms = [], []
+        for stage in stages:
+            x, balance = stage(x, return_balance=True)
+            maps.append(x)
+            terms += balance
+        aux_loss = self.aux_loss_weight * torch.stack(terms).mean() if terms else None
+        # The proxies of an FX trace must not stay behind, nor an exported graph change the module.
+        keep = isinstance(aux_loss, Tensor) and not torch.compiler.is_exporting()
+        self.aux_loss = aux_loss if keep else None
+        return maps
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the normalised map of the last stage, (B, H', W', num_features), from (B, in_chans, H, W)."""
+        return self.norm(self.run_stages(self.stem(x), self.stages)[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out ``aux_loss``, whose graph can be neither copied nor stored."""
+        return self.__dict__ | {"aux_loss": None}
+
+
+def _init_weights(module: nn.Module, name: str) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, SwitchOfScans):
+        module.reset_parameters()  # after its linear layer
+
+
+def _cfg(**more: Any) -> dict[str, Any]:
+    return make_cfg(
+        **{
+            "first_conv": "stem.conv",
+            "license": "apache-2.0",
+            "paper_ids": "arXiv:2403.19888",
+            "paper_name": "MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection",
+            "origin_url": "https://github.com/MambaMixer/M2",
+            **more,
+        }
+    )
+
+
+# Neither the authors nor we have published weights.
+default_cfgs = generate_default_cfgs(
+    {
+        f"{family}_{size}.untrained": _cfg(**(ATTO if size == "atto" else {}))
+        for family in ("vim2", "viqs")
+        for size in ("tiny", "small", "base", "atto")
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, defaults: dict[str, Any], options: dict[str, Any]) -> MambaMixer:
+    # There is nothing to convert: a file of weights has our names.
+    return build_from_official(MambaMixer, variant, pretrained, dict, **defaults | options)
+
+
+@register_model
+def vim2_tiny(pretrained: bool = False, **kwargs: Any) -> MambaMixer:
+    """ViM2-T: 20.3 M parameters (the paper's: 20 M)."""
+    args = dict(depths=(1, 1, 3, 1), dims=(96, 192, 384, 768))
+    return _create("vim2_tiny", pretrained, args, kwargs)
+
+
+@register_model
+def vim2_small(pretrained: bool = False, **kwargs: Any) -> MambaMixer:
+    """ViM2-S: 43.0 M parameters (the paper's: 43 M)."""
+    args = dict(depths=(1, 1, 9, 1), dims=(96, 192, 384, 768), channel_expand=2.25)
+    return _create("vim2_small", pretrained, args, kwargs)
+
+
+@register_model
+def vim2_base(pretrained: bool = False, **kwargs: Any) -> MambaMixer:
+    """ViM2-B: 74.8 M parameters (the paper's: 74 M)."""
+    args = dict(depths=(1, 1, 9, 1), dims=(128, 256, 512, 1024), channel_expand=2.25)
+    return _create("vim2_base", pretrained, args, kwargs)
+
+
+@register_model
+def vim2_atto(pretrained: bool = False, **kwargs: Any) -> MambaMixer:
+    """Ours, for images of about 32x32 pixels (stem of stride 2): less than 1 M parameters."""
+    args = dict(depths=(1, 1, 1, 1), dims=(32, 64, 96, 128), stem_stride=2, d_state=8)
+    return _create("vim2_atto", pretrained, args, kwargs)
+
+
+@register_model
+def viqs_tiny(pretrained: bool = False, **kwargs: Any) -> MambaMixer:
+    """ViQS-T: 18.1 M parameters; the paper's sizes are not known."""
+    args = dict(depths=(1, 1, 3, 1), dims=(96, 192, 384, 768), qs_mixer=True)
+    return _create("viqs_tiny", pretrained, args, kwargs)
+
+
+@register_model
+def viqs_small(pretrained: bool = False, **kwargs: Any) -> MambaMixer:
+    """ViQS-S: 31.1 M parameters; the paper's sizes are not known."""
+    args = dict(depths=(1, 1, 9, 1), dims=(96, 192, 384, 768), qs_mixer=True)
+    return _create("viqs_small", pretrained, args, kwargs)
+
+
+@register_model
+def viqs_base(pretrained: bool = False, **kwargs: Any) -> MambaMixer:
+    """ViQS-B: 54.5 M parameters; the paper's sizes are not known."""
+    args = dict(depths=(1, 1, 9, 1), dims=(128, 256, 512, 1024), qs_mixer=True)
+    return _create("viqs_base", pretrained, args, kwargs)
+
+
+@register_model
+def viqs_atto(pretrained: bool = False, **kwargs: Any) -> MambaMixer:
+    """Ours, for images of about 32x32 pixels (stem of stride 2): less than 1 M parameters."""
+    args = dict(depths=(1, 1, 1, 1), dims=(32, 64, 96, 128), stem_stride=2, d_state=8, qs_mixer=True)
+    return _create("viqs_atto", pretrained, args, kwargs)
