@@ -7,7 +7,14 @@ import timm
 import torch
 
 from official_names import official
-from vision_ssm.checkpoints import CheckpointError, can_convert, convert_official, same_family, trace_official
+from vision_ssm.checkpoints import (
+    CheckpointError,
+    can_convert,
+    convert_official,
+    options_of,
+    same_family,
+    trace_official,
+)
 from vision_ssm.models.registry import registered_models
 
 
@@ -16,7 +23,7 @@ def test_conversions() -> None:
     assert same_family("vmamba_tiny", "vmamba_base_s1l20")
     assert not can_convert("resnet18")
     assert not same_family("resnet18", "resnet18")
-    with pytest.raises(CheckpointError, match=r"no conversion .* for resnet18; there is one for vmamba_\*"):
+    with pytest.raises(CheckpointError, match=r"no conversion .* for resnet18; there is one for .*, vmamba_\*"):
         convert_official("resnet18", {})
 
 
@@ -24,6 +31,18 @@ def test_conversions() -> None:
 def test_what_is_published_can_be_converted(name: str) -> None:
     cfg = timm.get_pretrained_cfg(name)
     assert can_convert(name) or not (cfg.url or cfg.hf_hub_id)
+
+
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("feature_norms.0.weight", {"feature_norm": True}),
+        ("stages.1.blocks.1.dmca.attention.scale", {"learnable_scale": True}),
+        ("stages.1.blocks.1.norm1.weight", {}),
+    ],
+)
+def test_options_that_tensors_tell_of(key: str, options: dict[str, bool]) -> None:
+    assert options_of({"stem.conv1.weight": torch.ones(1), key: torch.ones(1)}) == options
 
 
 def test_tracing() -> None:

@@ -205,5 +205,6 @@ def test_help_is_quick_and_complete(capsys):
     shown = capsys.readouterr().out
     for option in ("--model", "--model-args", "--pretrained", "--device", "--precision", "--workers", "--optim.lr"):
         assert option in shown
+    assert "(default: )" not in " ".join(shown.split())
     assert main(["--help"]) == 0
     assert "predict" in capsys.readouterr().out

@@ -131,7 +131,7 @@ def test_the_backbone_of_a_segmenter(convert):
     model, content = backbone_of_a_segmenter()
     code, out, _ = convert(content, "--backbone")
     assert code == 0
-    assert "left out, not of the backbone: 3 others (decode_head 2, neck 1)" in out
+    assert "left out, not of the backbone: 3 besides (decode_head 2, neck 1)" in out
     assert "outnorm3 2 feature_norms 2 256" in out
     x = torch.randn(1, 3, 64, 40)
     again = load_as_printed(out)
@@ -182,7 +182,7 @@ def without(state, key):
         (lambda state: state, ("--model-args", "depth=3"), "cannot make vmamba_atto with depth=3"),
         (lambda state: state, ("--ema",), "theirs.pth keeps no averaged weights apart; leave --ema out"),
         (lambda state: state, ("--backbone",), "has no names that begin with backbone.; leave --backbone out"),
-        (lambda state: backbone_of_a_segmenter()[1], (), "3 others (decode_head 2, neck 1); --backbone takes"),
+        (lambda state: backbone_of_a_segmenter()[1], (), "3 besides (decode_head 2, neck 1); --backbone takes"),
         (lambda state: state, ("--verify", __file__), "cannot read image"),
         (lambda state: state, ("--verify", "none.png"), "cannot read image none.png: No such file"),
     ],

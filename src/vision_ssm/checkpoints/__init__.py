@@ -1,6 +1,6 @@
 """Official checkpoints: safe reading, and the mapping of their keys to ours."""
 
-from vision_ssm.checkpoints.families import can_convert, convert_official, same_family, trace_official
+from vision_ssm.checkpoints.families import can_convert, convert_official, options_of, same_family, trace_official
 from vision_ssm.checkpoints.pretrained import build_from_official, check_fit, classifier_names, load_strict
 from vision_ssm.checkpoints.reader import (
     Checkpoint,
@@ -20,6 +20,7 @@ __all__ = [
     "convert_official",
     "load_checkpoint_file",
     "load_strict",
+    "options_of",
     "read_checkpoint",
     "same_family",
     "take_backbone",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,18 @@ _CONVERSIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "group_mamba_": convert_group_mamba,
     "vmamba_": convert_vmamba,
 }
+# Tensors that a model has with an option only.
+_OPTIONS = {
+    # output norms, of detection and segmentation backbones
+    r"feature_norms\.": "feature_norm",
+    # SparX's detection backbone
+    r".*\.attention\.scale$": "learnable_scale",
+}
+
+
+def options_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the options that a model needs to have these weights, which have our names."""
+    return {option: True for pattern, option in _OPTIONS.items() if any(re.match(pattern, key) for key in state)}
 
 
 def can_convert(model: str) -> bool:

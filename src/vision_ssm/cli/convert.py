@@ -92,7 +92,7 @@ def _read(options: ConvertOptions) -> tuple["Checkpoint", State, dict[str, int]]
     taken, others = take_backbone(checkpoint.state)
     if others and not options.backbone:
         raise InputError(
-            f"{options.source} is of a whole detector or segmenter: {len(taken)} tensors of a backbone, and "
+            f"{options.source} is of a whole detector or segmenter: {len(taken)} tensors of a backbone and "
             f"{_listed(others)}; --backbone takes the backbone alone"
         )
     if options.backbone and not others and "backbone." not in checkpoint.prefix:
@@ -102,13 +102,11 @@ def _read(options: ConvertOptions) -> tuple["Checkpoint", State, dict[str, int]]
 
 def _arguments(options: ConvertOptions, ours: State, cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the model that has such tensors."""
-    from vision_ssm.checkpoints import classifier_names
+    from vision_ssm.checkpoints import classifier_names, options_of
 
     weights = [ours.get(f"{name}.weight") for name in classifier_names(cfg["classifier"])]
     classes = next((weight.shape[0] for weight in weights if weight is not None and weight.dim()), 0)
-    args = {**options.model_args, "num_classes": classes}
-    if any(key.startswith("feature_norms.") for key in ours):
-        args["feature_norm"] = True
+    args = {**options_of(ours), **options.model_args, "num_classes": classes}
     if not classes and (options.backbone or args.get("feature_norm")):
         args["features_only"] = True
     return args
@@ -196,7 +194,7 @@ def _group(name: str) -> str:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    return f"{sum(counts.values())} others ({', '.join(f'{name} {count}' for name, count in counts.items())})"
+    return f"{sum(counts.values())} besides ({', '.join(f'{name} {count}' for name, count in counts.items())})"
 
 
 def _call(options: ConvertOptions, args: Mapping[str, Any], cfg: Mapping[str, Any]) -> str:
