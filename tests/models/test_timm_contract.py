@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import vision_ssm  # noqa: F401  (registers the models)
 
-SMALL = ["vmamba_atto", "sparx_mamba_atto"]
+SMALL = ["vmamba_atto", "sparx_mamba_atto", "sparx_swin_atto"]
 REGISTERED = [n for n in timm.list_models() if model_entrypoint(n).__module__.startswith("vision_ssm.models")]
 
 small = pytest.mark.parametrize("name", SMALL)

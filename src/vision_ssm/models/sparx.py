@@ -291,8 +291,8 @@ class SparXMamba(Backbone):
     ) -> None:
         check_options(dims, depths, in_chans, drop_path_rate)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        rules = _per_stage(len(dims), depth=depths, step=steps, start=starts, window=windows, cross_stage=cross_stage)
-        options = _per_stage(
+        rules = per_stage(len(dims), depth=depths, step=steps, start=starts, window=windows, cross_stage=cross_stage)
+        options = per_stage(
             len(dims), reduction=reductions, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio, layer_scale=layer_scale
         )
         scale = _ATTENTION_SCALE if learnable_scale else None
@@ -345,7 +345,7 @@ class SparXMamba(Backbone):
         return super().published_no_weight_decay() - scales
 
 
-def _per_stage(stages: int, **options: Any) -> list[dict[str, Any]]:
+def per_stage(stages: int, **options: Any) -> list[dict[str, Any]]:
     """Return the options of every stage; those that are no sequences hold for all."""
     found: list[dict[str, Any]] = [{} for _ in range(stages)]
     for name, value in options.items():
