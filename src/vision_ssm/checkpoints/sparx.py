@@ -95,8 +95,8 @@ def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _flat(name: str, value: Tensor) -> Tensor:
-    # 1x1 convolutions are linear layers here, and layer scales (depthwise there) have one axis
-    pointwise = r"(^mlp\.fc[12]|^kv|^[qkv]\.proj|^layer_scale[12])\.weight$"
-    if re.search(pointwise, name) and value.dim() == 4:
-        return value.flatten(1) if "layer_scale" not in name else value.flatten()
-    return value
+    # 1x1 convolutions are linear layers here
+    if re.search(r"^(mlp\.fc[12]|kv|[qkv]\.proj)\.weight$", name) and value.dim() == 4:
+        return value.flatten(1)
+    # layer scales, depthwise 1x1 convolutions there, have one axis
+    return value.flatten() if re.search(r"^layer_scale[12]\.weight$", name) else value

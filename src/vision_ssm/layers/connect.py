@@ -127,7 +127,7 @@ class Ganglion(nn.Module):
         self.scale = nn.Parameter(torch.zeros(dim, **dd))
         self.block = block
 
-    def forward(self, x: Tensor, shortcut: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, shortcut: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
         """Transform ``x``, which like the earlier maps in ``shortcut`` has the block's layout."""
         maps = [self.layout.to_map(y) for y in shortcut]
         y = self.proj(self.dmca(self.norm(self.layout.to_map(x)), maps))

@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from vision_ssm.eager import unobserved
 
 
+def onednn_serves(x: Tensor, weight: Tensor) -> bool:
+    """Return whether oneDNN's fused kernels may take this input and weight: only inference, on a CPU that has them."""
+    if not unobserved(x) or x.device.type != "cpu" or x.dtype != weight.dtype:
+        return False
+    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu") or x.numel() == 0:
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _fused(x: Tensor, layer: nn.Linear, activation: str) -> Tensor | None:
     """Return the layer's output after an activation ("none" or "gelu"), or ``None`` where oneDNN does not serve."""
-    if not unobserved(x) or x.device.type != "cpu" or x.dtype != layer.weight.dtype:
-        return None
-    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu") or x.numel() == 0:
-        return None
-    if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not onednn_serves(x, layer.weight):
         return None
     return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, activation, [], "none")
 

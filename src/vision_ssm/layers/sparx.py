@@ -8,13 +8,14 @@ Source: SparX, arXiv 2409.09649 (AAAI 2025).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vision_ssm.layers.conv import conv_act
 from vision_ssm.layers.mlp import Linear
 from vision_ssm.layers.norm import GroupNorm1
 
@@ -126,7 +127,7 @@ class _Projection(nn.Module):
 
     def __init__(self, dim: int, reduction: int, **dd: Any) -> None:
         super().__init__()
-        self.reduce = nn.Identity()
+        self.reduce: nn.Module = nn.Identity()
         if reduction > 1:
             side = reduction + 1
             conv = nn.Conv2d(dim, dim, side, stride=reduction, padding=side // 2, groups=dim, bias=False, **dd)
@@ -159,7 +160,7 @@ class ChannelAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.scale = None if scale is None else nn.Parameter(torch.full((1,), scale, device=device, dtype=dtype))
+        self.scale = None if scale is None else nn.Parameter(torch.full((1,), float(scale), device=device, dtype=dtype))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mix the channels of ``v``, (B, H, W, C), by the products of ``q`` and ``k``, both (B, H', W', C)."""
@@ -231,9 +232,9 @@ class DMCA(nn.Module):
         self.join_conv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, **dd)
         self.join_proj = nn.Conv2d(3 * dim, out_dim - self.missing, 1, groups=3, **dd)
 
-    def forward(self, x: Tensor, shortcut: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, shortcut: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
         """Aggregate a layer's normalised map, (B, H, W, dim), and the earlier maps, to (B, H, W, out_dim)."""
-        s = self.norm(torch.cat(list(shortcut), -1))
+        s = self.norm(torch.cat(shortcut, -1))
         s = self.act(self.conv_norm(self.conv(s.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
         k, v = self.act(self.kv(s)).chunk(2, dim=-1)  # GELU also after the projection
         q, k, v = self.q(x), self.k(k), self.v(v)
@@ -244,7 +245,7 @@ class DMCA(nn.Module):
         x = (
             x.unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(-2)
         )  # channel shuffle: all channels i, i + 3, ... together
-        x = self.join_proj(self.act(self.join_conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+        x = conv_act(conv_act(x, self.join_conv, self.act), self.join_proj)
         if self.missing:
             # Three groups make a multiple of 3; the last one or two channels are means over all channels, or over
             # their first and second half.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.sparx import convert_sparx
-from vision_ssm.layers import DMCA, SS2D, Connections, GroupNorm1, Linear, sparx_connections
+from vision_ssm.layers import DMCA, SS2D, Connections, GroupNorm1, Linear, ResidualConv, sparx_connections
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, make_cfg
 from vision_ssm.scan import CROSS_SCAN, Path
 
@@ -78,30 +78,18 @@ class Downsample(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
 
 
-class ResidualConv(nn.Conv2d):
-    """Depthwise 3x3 convolution of a map, (B, H, W, C), added to the map."""
-
-    def __init__(self, dim: int, **dd: Any) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform a map."""
-        return x + super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class ConvMlp(nn.Module):
     """Linear, residual depthwise convolution, GELU, linear."""
 
     def __init__(self, dim: int, hidden: int, **dd: Any) -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden, **dd)
-        self.conv = ResidualConv(hidden, **dd)
-        self.act = nn.GELU()
+        self.conv = ResidualConv(hidden, nn.GELU(), **dd)
         self.fc2 = Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map, (B, H, W, dim)."""
-        return self.fc2(self.act(self.conv(self.fc1(x))))
+        return self.fc2(self.conv(self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -109,7 +97,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, value: float, **dd: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), value, **dd))
+        self.weight = nn.Parameter(torch.full((dim,), float(value), **dd))
         self.bias = nn.Parameter(torch.zeros(dim, **dd))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,7 +178,7 @@ class SparXBlock(nn.Module):
         self.layer_scale2 = identity_path()
         self.drop_path2 = branch_path()
 
-    def forward(self, x: Tensor, shortcut: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, x: Tensor, shortcut: list[Tensor] | tuple[Tensor, ...] = ()) -> Tensor:
         """Transform a map, (B, H, W, C); ``shortcut`` holds the earlier maps that a ganglion layer reads."""
         x = self.pos_embed(x)
         y = self.norm1(x)
@@ -221,7 +209,7 @@ class ConnectedStage(Stage):
         blocks: list[Callable[..., Tensor]] = list(self.blocks)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             blocks = [partial(checkpoint, block) for block in blocks]
-        return self.connections.run(blocks, self.downsample(x))
+        return self.norm(self.connections.run(blocks, self.downsample(x)))
 
 
 class SparXMamba(Backbone):
@@ -271,8 +259,8 @@ class SparXMamba(Backbone):
         stem_stride: int = 4,
         stem_convs: int = 2,
         steps: int | Sequence[int] = (1, 1, 2, 1),
-        starts: int | None | Sequence[int | None] = (None, 1, 0, 0),
-        windows: int | None | Sequence[int | None] = (None, None, 3, None),
+        starts: int | Sequence[int | None] | None = (None, 1, 0, 0),
+        windows: int | Sequence[int | None] | None = (None, None, 3, None),
         cross_stage: bool | Sequence[bool] = False,
         dense: bool = False,
         reductions: int | Sequence[int] = (8, 4, 2, 1),
@@ -280,7 +268,7 @@ class SparXMamba(Backbone):
         d_state: int = 1,
         ssm_ratio: float | Sequence[float] = 2.0,
         mlp_ratio: float | Sequence[float] = 4.0,
-        layer_scale: float | None | Sequence[float | None] = (None, None, 1.0, 1.0),
+        layer_scale: float | Sequence[float | None] | None = (None, None, 1.0, 1.0),
         paths: Sequence[Path] = CROSS_SCAN,
         feature_norm: bool = False,
         drop_rate: float = 0.0,

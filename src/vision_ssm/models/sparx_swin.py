@@ -290,7 +290,7 @@ class SparXSwinBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, shortcut: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, x: Tensor, shortcut: list[Tensor] | tuple[Tensor, ...] = ()) -> Tensor:
         """Transform a map, (B, H, W, C); ``shortcut`` holds the earlier maps that a ganglion layer reads."""
         y = self.norm1(x)
         if self.dmca is not None:
