@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 
+import goldens
 import vision_ssm  # noqa: F401  (registers the models)
 from official_names import official
 from vision_ssm.cli import main
@@ -156,6 +157,44 @@ def test_sizes_of_no_named_variant(convert):
     code, out, _ = convert(state, "--model-args", "depths=(1,1,1,1)", "stem_stride=4")
     assert code == 0
     assert torch.equal(load_as_printed(out)(x := torch.randn(1, 3, 32, 32)), model(x))
+
+
+def in_ema_wrapper(state):
+    return {"epoch": 300, "state_dict": {f"module.module.{key}": value for key, value in state.items()}}
+
+
+def in_segmenter(state):
+    return {
+        "meta": {},
+        "state_dict": {
+            **{f"backbone.{key}": value for key, value in state.items()},
+            "head.w": state[next(iter(state))],
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("golden", "model", "wrapped", "words"),
+    [
+        ("vmamba_tiny_s1l8", "vmamba_tiny", lambda state: {"model": state}, ()),
+        ("efficientvmamba_tiny", "efficient_vmamba_tiny", in_ema_wrapper, ()),
+        ("groupmamba_t", "group_mamba_tiny", dict, ()),
+        ("sparx_mamba_t", "sparx_mamba_tiny", dict, ()),
+        ("sparx_mamba_t_detection", "sparx_mamba_tiny", in_segmenter, ("--backbone",)),
+        ("sparx_mamba_t_segmentation", "sparx_mamba_tiny", in_segmenter, ("--backbone",)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_family_in_its_published_form(convert, tmp_path, golden, model, wrapped, words):
+    official_state = goldens.load(golden).state_dict()
+    code, out, _ = convert(wrapped(official_state), *words, model=model)
+    assert code == 0
+    found = safetensors.torch.load_file(tmp_path / "ours.safetensors")
+    loaded = load_as_printed(out)
+    state = loaded.model.state_dict() if words else loaded.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(state[key], value) for key, value in found.items())
+    assert sum(value.numel() for value in found.values()) == sum(value.numel() for value in official_state.values())
 
 
 def without(state, key):
