@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 import vision_ssm  # noqa: F401  (registers the models)
 
-SMALL = ["efficient_vmamba_atto", "group_mamba_atto", "sparx_mamba_atto", "vim2_atto", "viqs_atto", "vmamba_atto"]
+SMALL = [
+    "efficient_vmamba_atto",
+    "group_mamba_atto",
+    "sparx_mamba_atto",
+    "sparx_swin_atto",
+    "vim2_atto",
+    "viqs_atto",
+    "vmamba_atto",
+]
 # Stems of patches, by the side of one: as published, they leave out what does not fill a patch.
 PATCHES = {"efficient_vmamba_atto": 2}
 REGISTERED = [n for n in timm.list_models() if model_entrypoint(n).__module__.startswith("vision_ssm.models")]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import Case
 
-from vision_ssm.scan import available_backends, backend_for, use_backend
+from vision_ssm.scan import ROWS, available_backends, backend_for, build_routes, route_scan, use_backend
 from vision_ssm.scan.cpu import build, library
 
 LEVELS = [level for level in library.LEVELS if f"cpu-{level}" in available_backends()]
@@ -66,6 +66,29 @@ def test_a_channel_that_forgets_everything_stays_finite(level):
     torch.testing.assert_close(y, expected_y)
     torch.testing.assert_close(state, expected_state)
     assert torch.isfinite(grads["x"]).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_states_that_decay_alike_give_the_same_bits(level):
+    # One exponential serves them all; another channel of the block, whose states differ, prevents that.
+    channels, states, tokens = 20, 5, 37
+    x, bc, delta = (
+        torch.randn(2, tokens, channels),
+        torch.randn(2, tokens, 1, 2 * states),
+        torch.randn(2, tokens, 1, channels),
+    )
+    alike = -torch.rand(1, channels, 1).expand(-1, -1, states).contiguous()
+    other = alike.clone()
+    other[:, -1] *= torch.arange(1, states + 1)
+    found = []
+    for A in (alike, other):
+        arguments = [t.clone().requires_grad_() for t in (x, A, delta)]
+        with use_backend(f"cpu-{level}"):
+            y = route_scan(arguments[0], bc, arguments[1], build_routes((ROWS,), 1, tokens), delta=arguments[2])
+            assert isinstance(y, torch.Tensor)
+            grads = torch.autograd.grad(y.square().sum(), arguments)
+        found.append([y[..., :-1], grads[0][..., :-1], grads[1][:, :-1], grads[2][..., :-1]])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -1,5 +1,6 @@
 """Building blocks that the models share and that work in anybody's network."""
 
+from vision_ssm.layers.connect import NCHW, NHWC, Connected, Layout, Tokens, connect
 from vision_ssm.layers.conv import ResidualConv, conv_act
 from vision_ssm.layers.mamba_mixer import (
     MultiResolutionConv,
@@ -17,11 +18,15 @@ from vision_ssm.layers.switch_of_scans import SCAN_POOL, SwitchOfScans
 
 __all__ = [
     "DMCA",
+    "NCHW",
+    "NHWC",
     "SCAN_POOL",
     "SS2D",
     "ChannelAttention",
+    "Connected",
     "Connections",
     "GroupNorm1",
+    "Layout",
     "Linear",
     "Mlp",
     "MultiResolutionConv",
@@ -30,8 +35,10 @@ __all__ = [
     "SelectiveChannelMixer",
     "SelectiveTokenMixer",
     "SwitchOfScans",
+    "Tokens",
     "VSSBlock",
     "WeightedAverage",
+    "connect",
     "conv_act",
     "quasi_separable_scan",
     "scan_map",

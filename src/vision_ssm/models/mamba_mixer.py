@@ -5,7 +5,7 @@ Paper: "MambaMixer: Efficient Selective State Space Models with Dual Token and C
 These models are ViM2- and ViQS-style, after the text of the paper's first version and the abstract of its second. No
 code or weights were published, and the second version's definitions could not be read: the quasi-separable scan, Switch
 of Scans, the gate, and ViQS follow our design. Widths, the pattern of two token mixers per channel mixer, and the
-averaging of earlier outputs are those of the first version (tables 7 and 8, section 3.2); the channel mixers' widths
+averaging of earlier outputs are those of the first version (table 8, section 3.2); the channel mixers' widths
 are chosen to meet its parameter counts.
 """
 

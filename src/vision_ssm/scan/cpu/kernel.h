@@ -114,6 +114,7 @@ struct Walk {
   const Block block;
   const int64_t image, taken, route, features, row;
   const int32_t *const read, *const write;
+  bool one_rate;  // all states of a channel decay alike, so that one exponential serves them
 
   Walk(const Problem &problem, const Scratch &scratch, Block of, int64_t b, int64_t j, int64_t k)
       : p(problem), s(scratch), block(of), image(b), taken(j), route(k), features(p.rank + 2 * p.states),
@@ -132,6 +133,9 @@ struct Walk {
       // Finite, because the step sizes of no steps are 0, and 0 times infinity is no number.
       store(s.rate + i, max_of(splat(-3e38f), load(s.rate + i) * kLog2E));
     }
+    one_rate = true;
+    for (int64_t n = 1; n < p.states && one_rate; ++n)
+      one_rate = !memcmp(s.rate, s.rate + n * kBlock, kBlock * sizeof(float));
     memset(s.state, 0, p.states * kBlock * sizeof(float));
     memset(s.rows, 0, row * kTile * sizeof(float));
     memset(s.zeros, 0, kBlock * sizeof(float));
@@ -245,7 +249,7 @@ INLINE void forward_tile(const Walk &w, int64_t c, int64_t count, const float *c
   Vec delta[kTile];
   step_sizes(w, c, count, delta);
   for (int t = 0; t < count; t += kGroup) {
-    Group driven, y;
+    Group driven, y, decay;
     EACH {
       const Vec input = load(x[t + i] + c);
       driven[i] = delta[t + i] * input;
@@ -255,9 +259,10 @@ INLINE void forward_tile(const Walk &w, int64_t c, int64_t count, const float *c
       const Vec rate = load(s.rate + n * kBlock + c);
       const float *B = s.dbc + (w.p.rank + n) * kTile + t, *C = B + states * kTile;
       Vec h = load(s.state + n * kBlock + c);
-      Group decay;
-      EACH decay[i] = delta[t + i] * rate;
-      exp2_of(decay);
+      if (n == 0 || !w.one_rate) {
+        EACH decay[i] = delta[t + i] * rate;
+        exp2_of(decay);
+      }
       EACH {
         const Vec decayed = decay[i] * h;
         h = decay[i] * h + driven[i] * B[i];
@@ -318,7 +323,7 @@ INLINE Vec backward_tile(const Walk &w, int64_t c, int64_t count, const float *c
   const Problem &p = w.p;
   const Scratch &s = w.s;
   const int64_t states = States ? States : p.states;
-  Vec slope[kTile], delta[kTile], of_delta[kTile], of_driven[kTile];
+  Vec slope[kTile], delta[kTile], decay[kTile], of_delta[kTile], of_driven[kTile];
   raw_steps(w, c, kTile, delta);
   for (int t = 0; t < kTile; t += kGroup) {
     if (p.softplus) {
@@ -337,15 +342,15 @@ INLINE Vec backward_tile(const Walk &w, int64_t c, int64_t count, const float *c
     const Vec rate = load(s.rate + n * kBlock + c);
     const float *B = s.dbc + (p.rank + n) * kTile, *C = B + states * kTile;
     float *grad_B = s.grad_B + n * kTile * kWidth, *grad_C = s.grad_C + n * kTile * kWidth;
-    Vec h = load(saved + n * kBlock + c), decay[kTile], decayed[kTile];
+    Vec h = load(saved + n * kBlock + c), decayed[kTile];
     for (int t = 0; t < kTile; t += kGroup) {
-      Group of_step;
-      EACH of_step[i] = delta[t + i] * rate;
-      exp2_of(of_step);
+      if (n == 0 || !w.one_rate) {
+        EACH decay[t + i] = delta[t + i] * rate;
+        exp2_of(decay + t);
+      }
       EACH {
-        decay[t + i] = of_step[i];
-        decayed[t + i] = of_step[i] * h;
-        h = of_step[i] * h + delta[t + i] * load(x[t + i] + c) * B[t + i];
+        decayed[t + i] = decay[t + i] * h;
+        h = decay[t + i] * h + delta[t + i] * load(x[t + i] + c) * B[t + i];
       }
     }
     Vec carry = load(s.grad_state + n * kBlock + c), grad_rate = load(s.grad_rate + n * kBlock + c);
