@@ -44,8 +44,9 @@ def train(name: str, steps: int, batch: int, lr: float) -> dict[str, Any]:
     data = batches(model.pretrained_cfg["input_size"][-1], batch, seed=0)
     losses: list[float] = []
     largest = 0.0
+    screen = common.console()
     start = time.perf_counter()
-    for _ in track(range(steps), name, console=common.console(), transient=True):
+    for _ in track(range(steps), name, console=screen, transient=True, disable=not screen.is_terminal):
         pictures, classes = next(data)
         with torch.autocast("cpu", torch.bfloat16):
             loss = nn.functional.cross_entropy(model(pictures), classes)

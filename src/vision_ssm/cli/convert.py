@@ -53,6 +53,7 @@ def convert(words: Sequence[str]) -> int:
     if not options.source.is_file():
         raise InputError(f"no such checkpoint file: {options.source}")
     import safetensors.torch
+    import torch
     from rich.console import Console
 
     from vision_ssm.checkpoints import convert_official
@@ -60,7 +61,7 @@ def convert(words: Sequence[str]) -> int:
     from vision_ssm.tasks.files import atomic_write
     from vision_ssm.tasks.spec import create_model
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     cfg: Any = create_model(options.model, {"device": "meta"}, 1000).pretrained_cfg
     image = None if options.verify is None else open_image(options.verify)
     checkpoint, theirs, left_out = _read(options)
@@ -69,7 +70,8 @@ def convert(words: Sequence[str]) -> int:
     if image is not None and not args["num_classes"]:
         raise InputError(f"{options.source} holds no classifier; there is nothing to verify an image with")
     _check(options, args, ours, console)
-    tensors = {name: tensor.contiguous() for name, tensor in ours.items()}
+    # Cloned, because safetensors refuses tensors that share memory.
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in ours.items()}
     metadata = {"model": options.model, "source": options.source.name, "format": "pt"}
     with atomic_write(options.out) as file:
         file.write(safetensors.torch.save(tensors, metadata))

@@ -155,7 +155,7 @@ def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
             console.print(table)
             console.print()
     console.print(
-        "MACs: multiply-accumulates; paper ops: these, and 5 per element of a norm, 9 L D N + L D per scan.\n"
+        "MACs: multiply-accumulates; paper ops: these but attention's, 5 per element normed, 9 L D N + L D per scan.\n"
         "top-1: on ImageNet-1K in %, of the published weights named above the table, not of this package's training.\n"
         "weights: pretrained=True fetches them; 'convert': vision-ssm convert takes a file that you have.",
         style="dim",
