@@ -135,6 +135,18 @@ def test_one_exported_graph_serves_every_map(shifted: bool) -> None:
             torch.testing.assert_close(exported.module()(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
+def test_compiled_for_maps_of_any_size() -> None:
+    torch.compiler.reset()
+    layer = attention(True).double()
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend="aot_eager")
+    for size in ((9, 7), (3, 8), (13, 2)):
+        x = torch.randn(2, *size, 6, dtype=torch.float64, requires_grad=True)
+        found, expected = compiled(x), layer(x)
+        torch.testing.assert_close(found, expected)
+        grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
+        torch.testing.assert_close(*grads)
+
+
 def test_shifted_windows_reach_over_their_borders() -> None:
     x = torch.randn(1, 8, 8, 6, requires_grad=True)
     attention(True)(x)[0, 3, 3].sum().backward()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.layers import DMCA, Linear, Mlp, sparx_connections
@@ -29,7 +30,9 @@ _APART = -100.0
 
 
 def _symbolic(height: int, width: int) -> bool:
-    return type(height) is not int or type(width) is not int
+    """Return whether a graph for many sizes is being made."""
+    # torch.compile lets its symbols pass for int; torch.jit.trace has tensors here, and takes a graph for one size.
+    return not all(isinstance(length, Tensor) or has_static_value(length) for length in (height, width))
 
 
 def _pad(x: Tensor, height: int, width: int) -> Tensor:
@@ -104,6 +107,9 @@ def _pad_and_roll(x: Tensor, size: int, shifted: bool) -> Tensor:
     return x.roll((-down, -right), (1, 2)) if down or right else x
 
 
+torch.fx.wrap("_pad_and_roll")
+
+
 def _position_bias(table: Tensor, size: int, h: int, w: int) -> Tensor:
     """Return the bias between the tokens of an h x w window, (heads, h * w, h * w)."""
     y, x = torch.arange(h, device=table.device), torch.arange(w, device=table.device)
@@ -163,8 +169,8 @@ def _attend(qkv: Tensor, table: Tensor, height: int, width: int, size: int, shif
 def _attend_by_index(qkv: Tensor, table: Tensor, height: int, width: int, size: int, shifted: bool) -> Tensor:
     """As :func:`_attend`, for symbolic sizes; ``qkv`` is (B, H + 1, W + 1, 3 * heads * D), padded by one token.
 
-    Axes of windows would tie an exported graph to one window along an axis, or to several; so the tokens of the windows
-    are picked one by one. A window longer than the map stays whole, and none of its tokens outside the map is read.
+    Axes of windows would tie the graph to one window along an axis, or to several; so the tokens of the windows are
+    picked one by one. A window longer than the map stays whole, and none of its tokens outside the map is read.
     """
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     heads, area = table.shape[1], size * size
@@ -193,7 +199,6 @@ def _attend_by_index(qkv: Tensor, table: Tensor, height: int, width: int, size: 
     return out[:, group, y % size * size + x % size].flatten(3)
 
 
-torch.fx.wrap("_pad_and_roll")
 torch.fx.wrap("_attend")
 
 
