@@ -149,7 +149,7 @@ def test_balance_loss_of_a_model_is_added():
     loss = task.training_step(batch, 0)
     assert model.aux_loss.item() == pytest.approx(0.01)
     assert loss.item() == pytest.approx((task.loss(logits[0], batch[1]) + model.aux_loss).item())
-    task.validation_step(batch, 0)
+    task.eval().validation_step(batch, 0)
     assert task.evaluated_model.aux_loss is None
 
 
