@@ -10,6 +10,7 @@ from torch import nn
 
 from vision_ssm.layers import ResidualConv, conv_act
 from vision_ssm.layers import conv as module
+from vision_ssm.layers.conv import group_linear
 
 CONVS = {
     "depthwise": lambda: nn.Conv2d(12, 12, 3, padding=1, groups=12),
@@ -50,6 +51,17 @@ def test_residual_convolution(dtype: torch.dtype, act: nn.Module | None) -> None
     with torch.inference_mode():
         y = conv(x)
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_group_linear(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(2, 5, 3, 12, dtype=dtype), torch.randn(3, 7, 4, dtype=dtype)
+    expected = torch.cat([part @ w.T for part, w in zip(x.double().chunk(3, -1), weight.double(), strict=True)], -1)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(group_linear(x, weight).double(), expected, rtol=tolerance, atol=tolerance)
+    with torch.inference_mode():
+        y = group_linear(x[:, :, ::2], weight)
+    torch.testing.assert_close(y.double(), expected[:, :, ::2], rtol=tolerance, atol=tolerance)
 
 
 def test_hooks_see_what_modules_take_and_give() -> None:

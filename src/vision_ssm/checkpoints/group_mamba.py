@@ -14,27 +14,32 @@ _MIXER = r"(block\d+\.\d+|post_network\.0)\.attn"
 
 
 def _transposed(groups: list[Tensor]) -> Tensor:
-    return torch.stack([value.mT for value in groups])
-
-
-def _transposed_first(groups: list[Tensor]) -> Tensor:
     return torch.cat([value.mT for value in groups])
+
+
+def _first_half(groups: list[Tensor]) -> Tensor:
+    return torch.stack([value[: value.shape[1]] for value in groups])
+
+
+def _second_half(groups: list[Tensor]) -> Tensor:
+    return torch.stack([value[value.shape[1] :] for value in groups])
 
 
 # Four modules of one group each there, one of four groups here: our names, and how the four become one.
 _GROUPED: dict[str, tuple[str, Callable[[list[Tensor]], Tensor]]] = {
-    "in_proj.weight": ("in_proj.weight", _transposed),  # (2d, d)
     "conv2d.weight": ("conv2d.weight", torch.cat),  # (d, 1, 3, 3)
     "conv2d.bias": ("conv2d.bias", torch.cat),  # (d,)
-    "x_proj_weight": ("x_proj.weight", _transposed_first),  # (1, R + 2N, d)
-    "dt_projs_weight": ("dt_weight", _transposed_first),  # (1, d, R)
+    "x_proj_weight": ("x_proj.weight", torch.cat),  # (1, R + 2N, d)
+    "dt_projs_weight": ("dt_weight", _transposed),  # (1, d, R)
     "dt_projs_bias": ("dt_bias", torch.cat),  # (1, d)
     "A_logs": ("A_log", torch.stack),  # (d, N)
     "Ds": ("D", torch.stack),  # (d,)
     "out_norm.weight": ("out_norm.weight", torch.cat),  # (d,)
     "out_norm.bias": ("out_norm.bias", torch.cat),  # (d,)
-    "out_proj.weight": ("out_proj.weight", _transposed),  # (d, d)
+    "out_proj.weight": ("out_proj.weight", torch.stack),  # (d, d)
 }
+# Input and gate have one projection there, of their channels in this order.
+_HALVES = {"in_proj.weight": _first_half, "gate_proj.weight": _second_half}  # (2d, d)
 
 
 def convert_group_mamba(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -51,25 +56,25 @@ def convert_group_mamba(state: dict[str, Tensor]) -> dict[str, Tensor]:
             prefix, group, name = match.groups()
             groups = [state.get(f"{prefix}.attn.mamba_g{k}.{name}") for k in (1, 2, 3, 4)]
             joined = _join(name, groups)
-            if joined is None:
+            if not joined:
                 ours[key] = value
             elif group == "1":
-                ours[f"{_module(prefix)}.mixer.ss2d.{joined[0]}"] = joined[1]
+                ours |= {f"{_module(prefix)}.mixer.ss2d.{own}": tensor for own, tensor in joined.items()}
         else:
             ours[_name(key)] = value
     return ours
 
 
-def _join(name: str, groups: list[Tensor | None]) -> tuple[str, Tensor] | None:
-    """Return our name and weight of the four groups', or ``None`` where they are not such."""
+def _join(name: str, groups: list[Tensor | None]) -> dict[str, Tensor]:
+    """Return our weights made of the four groups' by our names; none where they are not such."""
+    rules = _HALVES if name == "in_proj.weight" else dict([_GROUPED[name]] if name in _GROUPED else [])
     present = [value for value in groups if value is not None]
-    if name not in _GROUPED or len(present) < len(groups):
-        return None
-    ours, join = _GROUPED[name]
+    if len(present) < len(groups):
+        return {}
     try:
-        return ours, join(present)
-    except RuntimeError:  # shapes that do not fit one another: strict loading will name them
-        return None
+        return {ours: join(present) for ours, join in rules.items()}
+    except (RuntimeError, IndexError):  # shapes that do not fit one another: strict loading will name them
+        return {}
 
 
 def _module(prefix: str) -> str:

@@ -30,6 +30,27 @@ def conv_act(x: Tensor, conv: nn.Conv2d, act: nn.Module | None = None) -> Tensor
     return y.permute(0, 2, 3, 1)
 
 
+def group_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply each group of channels with a matrix of its own.
+
+    Args:
+        x: Map, (B, H, W, groups * in_dim).
+        weight: (groups, out_dim, in_dim).
+
+    Returns:
+        Map, (B, H, W, groups * out_dim).
+    """
+    groups, out_dim, in_dim = weight.shape
+    if onednn_serves(x, weight):  # as a convolution, in half of the time
+        kernel = weight.view(groups * out_dim, in_dim, 1, 1)
+        sizes = [0, 0], [1, 1], [1, 1], groups
+        x = x.permute(0, 3, 1, 2)
+        return torch.ops.mkldnn._convolution_pointwise(x, kernel, None, *sizes, "none", [], "none").permute(0, 2, 3, 1)
+    batch, height, width, _ = x.shape
+    y = torch.bmm(x.reshape(-1, groups, in_dim).transpose(0, 1), weight.mT)  # (groups, tokens, out_dim)
+    return y.transpose(0, 1).reshape(batch, height, width, groups * out_dim)
+
+
 class ResidualConv(nn.Conv2d):
     """Depthwise 3x3 convolution of a map, (B, H, W, C), added to the map, and an activation.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.group_mamba import convert_group_mamba
 from vision_ssm.layers import SS2D, Linear, Mlp, conv_act, scan_map
+from vision_ssm.layers.conv import group_linear
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, make_cfg
 from vision_ssm.models.vmamba import Downsample
 from vision_ssm.scan import CROSS_SCAN
@@ -73,20 +74,17 @@ class Stem(nn.Module):
 
 
 class GroupLinear(nn.Module):
-    """A linear layer for each group of channels: (B, H, W, C) to (B, H, W, groups, out_dim); no bias."""
+    """A linear layer for each group of channels: (B, H, W, C) to (B, H, W, groups * out_dim); no bias."""
 
     def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(_GROUPS, dim // _GROUPS, out_dim, **dd))
+        self.weight = nn.Parameter(torch.empty(_GROUPS, out_dim, dim // _GROUPS, **dd))
         bound = (dim // _GROUPS) ** -0.5  # as in nn.Linear
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform every group, in one product."""
-        groups, in_dim, out_dim = self.weight.shape
-        batch, height, width, _ = x.shape
-        y = torch.bmm(x.reshape(-1, groups, in_dim).transpose(0, 1), self.weight)  # (groups, tokens, out_dim)
-        return y.transpose(0, 1).view(batch, height, width, groups, out_dim)
+        return group_linear(x, self.weight)
 
 
 class GroupLayerNorm(nn.Module):
@@ -116,7 +114,8 @@ class GroupSS2D(SS2D):
         width = dim // _GROUPS
         super().__init__(width, paths=_PATHS, gated=True, conv_bias=True, **dd)
         rank, states = self.dt_weight.shape[1], self.A_log.shape[2]
-        self.in_proj = GroupLinear(dim, 2 * width, **dd)  # type: ignore[assignment]
+        self.in_proj = GroupLinear(dim, width, **dd)  # type: ignore[assignment]
+        self.gate_proj = GroupLinear(dim, width, **dd)
         self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.x_proj = GroupLinear(dim, rank + 2 * states, **dd)  # type: ignore[assignment]
         self.out_norm = GroupLayerNorm(dim, **dd)
@@ -124,12 +123,10 @@ class GroupSS2D(SS2D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map, (B, H, W, C), into one of the same shape."""
-        x = self.in_proj(x).unflatten(-1, (2, -1))  # (B, H, W, groups, 2, C / groups)
-        x, z = x.movedim(-2, 0).flatten(-2).unbind(0)  # (B, H, W, C)
-        x = conv_act(x, self.conv2d, self.act)
-        dbc = self.x_proj(x).flatten(-2)  # (B, H, W, groups * (R + 2N))
-        y = scan_map(x, dbc, self.A_log, self.D, self.dt_weight, self.dt_bias, self.paths)
-        return self.out_proj(self.out_norm(y) * self.act(z)).flatten(-2)
+        z = self.act(self.gate_proj(x))
+        x = conv_act(self.in_proj(x), self.conv2d, self.act)
+        y = scan_map(x, self.x_proj(x), self.A_log, self.D, self.dt_weight, self.dt_bias, self.paths)
+        return self.out_proj(self.out_norm(y) * z)
 
 
 class ModulatedGroupMamba(nn.Module):
@@ -370,7 +367,9 @@ class GroupMamba(Backbone):
 
 def init_weights(module: nn.Module, name: str) -> None:
     """Initialise as published."""
-    if isinstance(module, nn.Linear) or name.endswith(("in_proj", "out_proj")):  # x_proj keeps nn.Linear's own
+    if isinstance(module, nn.Linear) or name.endswith(
+        ("in_proj", "gate_proj", "out_proj")
+    ):  # x_proj keeps nn.Linear's own
         trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
