@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from vision_ssm.layers import NCHW, NHWC, Tokens, connect
@@ -87,7 +88,7 @@ def test_gradient_checkpointing(build: Callable[[], Pair]) -> None:
             nn.init.constant_(module.scale, 0.3)
     expected = gradients(model)
     ran = []
-    connected.blocks[0].register_forward_pre_hook(lambda *_: ran.append(0))
+    connected[0].register_forward_pre_hook(lambda *_: ran.append(0))
     connected.set_grad_checkpointing()
     found = gradients(model)
     assert len(ran) == 2
@@ -96,18 +97,18 @@ def test_gradient_checkpointing(build: Callable[[], Pair]) -> None:
 
 def test_which_blocks_are_connected() -> None:
     model = connect([nn.Identity() for _ in range(7)], 8, NHWC(), step=2, start=1, window=2)
-    assert [type(block).__name__ for block in model.blocks] == ["Identity", *["Identity", "Ganglion"] * 3]
-    assert [model.blocks[i].dmca.norm.num_channels // 8 for i in (2, 4, 6)] == [3, 2, 3]
+    assert [type(block).__name__ for block in model] == ["Identity", *["Identity", "Ganglion"] * 3]
+    assert [model[i].dmca.norm.num_channels // 8 for i in (2, 4, 6)] == [3, 2, 3]
 
 
 def test_blocks_of_ones_own() -> None:
     blocks = [nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float64) for _ in range(3)]
     model = connect(blocks, 8, NCHW(), reduction=2)
-    assert model.blocks[2].block is blocks[2]
+    assert model[2].block is blocks[2]
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     x = torch.randn(2, 8, 9, 14, dtype=torch.float64)
     assert torch.equal(model(x), blocks[2](blocks[1](blocks[0](x))))
-    for block in model.blocks:
+    for block in model:
         nn.init.ones_(block.scale)
     traced = torch.fx.symbolic_trace(model.eval())
     assert torch.equal(traced(x), model(x))
@@ -116,7 +117,7 @@ def test_blocks_of_ones_own() -> None:
 
 def test_tokens_before_the_grid_are_not_connected() -> None:
     model = connect([nn.Identity()], 8, Tokens(2, 3, prefix=2)).eval()
-    nn.init.ones_(model.blocks[0].scale)
+    nn.init.ones_(model[0].scale)
     x = torch.randn(2, 8, 8)
     y = model(x)
     assert torch.equal(y[:, :2], x[:, :2])
@@ -129,7 +130,7 @@ def test_tokens_before_the_grid_are_not_connected() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(blocks=[]), "depth must be at least 1, got 0"),
+        (dict(blocks=[]), "blocks must hold at least one block, got none"),
         (dict(dim=10), "dim must be divisible by 4, got 10"),
         (dict(step=0), "step must be at least 1, got 0"),
         (dict(window=0), "window must be at least 1, got 0"),
@@ -140,6 +141,30 @@ def test_tokens_before_the_grid_are_not_connected() -> None:
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         connect(**dict(blocks=[nn.Identity()], dim=8, layout=NHWC()) | options)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", NCHW], ids=str)
+def test_no_layout(layout: Any) -> None:
+    with pytest.raises(TypeError, match="layout must be NCHW"):
+        connect([nn.Identity()], 8, layout)
+
+
+@foreign
+def test_layer_decay_is_as_before(build: Callable[[], Pair]) -> None:
+    plain, model = build()
+    options = dict(opt="sgd", lr=1.0, weight_decay=0.0, layer_decay=0.5)
+    scales = []
+    for each in (plain, model):
+        groups = create_optimizer_v2(each, **options).param_groups
+        names = {id(p): name.replace(".block.", ".") for name, p in each.named_parameters()}
+        scales.append({names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]})
+    assert {name: scales[1][name] for name in scales[0]} == scales[0]
+
+
+def test_blocks_run_as_a_whole() -> None:
+    _, model = vit()
+    with pytest.raises(RuntimeError, match="set_grad_checkpointing"):
+        model.forward_intermediates(IMAGES)
 
 
 @pytest.mark.parametrize("grid", [(0, 2, 0), (2, 0, 0), (2, 2, -1)], ids=str)

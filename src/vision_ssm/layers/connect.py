@@ -127,15 +127,26 @@ class Ganglion(nn.Module):
         self.scale = nn.Parameter(torch.zeros(dim, **dd))
         self.block = block
 
-    def forward(self, x: Tensor, shortcut: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-        """Transform ``x``, which like the earlier maps in ``shortcut`` has the block's layout."""
+    def forward(self, x: Tensor, shortcut: list[Tensor] | tuple[Tensor, ...] | None = None) -> Tensor:
+        """Transform ``x``, which like the earlier maps in ``shortcut`` has the block's layout.
+
+        Raises:
+            RuntimeError: If there is no ``shortcut``: the network runs its blocks one by one.
+        """
+        if shortcut is None:
+            raise RuntimeError(
+                "connected blocks run as a whole, not one by one; for gradient checkpointing call "
+                "set_grad_checkpointing() of what connect() returned, not the network's own"
+            )
         maps = [self.layout.to_map(y) for y in shortcut]
         y = self.proj(self.dmca(self.norm(self.layout.to_map(x)), maps))
         return self.block(x + self.layout.from_map(self.scale * y))
 
 
-class Connected(nn.Module):
+class Connected(nn.Sequential):
     """Blocks run one after the other, connected by SparX's rule; made by :func:`connect`.
+
+    The blocks keep their numbers, by which timm's layer decay knows them.
 
     Args:
         blocks: The blocks, each a :class:`Ganglion` where it reads any map.
@@ -143,21 +154,20 @@ class Connected(nn.Module):
     """
 
     def __init__(self, blocks: Sequence[nn.Module], connections: Connections) -> None:
-        super().__init__()
+        super().__init__(*blocks)
         self.grad_checkpointing = False
-        self.blocks = nn.ModuleList(blocks)
         self.connections = connections
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Run the blocks; input and output have the blocks' layout."""
-        blocks: list[Callable[..., Tensor]] = list(self.blocks)
+        blocks: list[Callable[..., Tensor]] = list(self)
         if self.grad_checkpointing:
             blocks = [partial(checkpoint, block) for block in blocks]
-        return self.connections.run(blocks, x)
+        return self.connections.run(blocks, input)
 
 
 def connect(
@@ -188,9 +198,14 @@ def connect(
         One module in place of the blocks; its new parameters have device and dtype of the blocks'.
 
     Raises:
+        TypeError: If ``layout`` is none.
         ValueError: If there is no block, or a number is out of range.
     """
     blocks = list(blocks)
+    if not blocks:
+        raise ValueError("blocks must hold at least one block, got none")
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be NCHW(), NHWC(), Tokens(height, width) or another Layout, got {layout!r}")
     connections = sparx_connections(len(blocks), step, start, window)
     parameter = next((p for block in blocks for p in block.parameters()), torch.empty(0))
     options: dict[str, Any] = dict(reduction=reduction, device=parameter.device, dtype=parameter.dtype)
