@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vision_ssm.layers.conv import conv_act
 from vision_ssm.layers.mlp import Linear
 from vision_ssm.layers.quasi_separable import quasi_separable_scan
 from vision_ssm.layers.ss2d import init_step_bias
@@ -27,11 +28,6 @@ _DESCRIPTOR = 7  # side of the pooled map that describes a channel
 
 
 torch.fx.wrap("quasi_separable_scan")  # one leaf of an FX graph
-
-
-def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """Convolve a map, (B, H, W, C)."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _per_channel(x: Tensor) -> Tensor:
@@ -175,7 +171,7 @@ class _TokenMixer(nn.Module):
         """
         u = self.norm(x)
         z = self.act(self.gate_proj(self.gate(u)))
-        v = self.act(_convolve(self.conv2d, self.in_proj(u)))  # (B, H, W, inner)
+        v = conv_act(self.in_proj(u), self.conv2d, self.act)  # (B, H, W, inner)
         index, weight, balance = self.switch(u)
         y = self.out_proj(self.out_norm(self.scan(u, v, index, weight)) * z)
         return x + self.drop_path(y), balance
@@ -298,7 +294,7 @@ class QSTokenMixer(_TokenMixer):
         """See :class:`_TokenMixer`."""
         features = 2 * self.d_state
         bcdt = self.bcdt_proj(u)
-        bc = self.act(_convolve(self.bc_conv2d, bcdt[..., :features]))
+        bc = conv_act(bcdt[..., :features], self.bc_conv2d, self.act)
         return quasi_separable_scan(
             v,
             bc,
