@@ -15,6 +15,7 @@ from vision_ssm.layers import (
     WeightedAverage,
     quasi_separable_scan,
 )
+from vision_ssm.layers.mamba_mixer import _averages
 from vision_ssm.scan import Snake, Transposed
 
 MIXERS: dict[str, Any] = dict(
@@ -155,3 +156,10 @@ def test_weighted_average() -> None:
 def test_options_out_of_range(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("size", [(1, 3), (7, 14), (9, 20)], ids=str)
+def test_pooling_by_products_is_adaptive_pooling(size: tuple[int, int]) -> None:
+    a = torch.randn(2, 3, *size)
+    rows, columns = (_averages(length, a) for length in size)
+    torch.testing.assert_close(rows @ a @ columns.t(), F.adaptive_avg_pool2d(a, 7))

@@ -13,8 +13,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vision_ssm.analysis import complexity
+from vision_ssm.layers.patches import PatchMerging
 from vision_ssm.models import EfficientVMamba
-from vision_ssm.models.efficient_vmamba import ES2D, EVSSBlock, InvertedResidual, PatchMerging, project_grids
+from vision_ssm.models.efficient_vmamba import ES2D, EVSSBlock, InvertedResidual, project_grids
 
 MINI: dict[str, Any] = dict(dims=(8, 16, 16), depths=(1, 1, 2), num_classes=3)
 

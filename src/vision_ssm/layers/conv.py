@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_ssm.layers.mlp import onednn_serves
+from vision_ssm.layers.mlp import hooked, onednn_serves
 
 
 def conv_act(x: Tensor, conv: nn.Conv2d, act: nn.Module | None = None) -> Tensor:
@@ -24,7 +24,7 @@ def conv_act(x: Tensor, conv: nn.Conv2d, act: nn.Module | None = None) -> Tensor
         Map, (B, H', W', C').
     """
     x = x.permute(0, 3, 1, 2)
-    y = _fused(x, conv, conv.weight, act) if type(conv) is nn.Conv2d and not _hooked(conv) else None
+    y = _fused(x, conv, conv.weight, act) if type(conv) is nn.Conv2d and not hooked(conv) else None
     if y is None:
         y = conv(x) if act is None else act(conv(x))
     return y.permute(0, 2, 3, 1)
@@ -90,14 +90,9 @@ _ONEDNN: dict[type, str] = {type(None): "none", nn.GELU: "gelu", nn.SiLU: "swish
 
 def _fused(x: Tensor, conv: nn.Conv2d, weight: Tensor, act: nn.Module | None) -> Tensor | None:
     """Return the activated convolution, (B, C, H, W), by ``weight``; ``None`` where oneDNN does not serve."""
-    name = None if act is not None and _hooked(act) else _ONEDNN.get(type(act))
+    name = None if act is not None and hooked(act) else _ONEDNN.get(type(act))
     plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
     if name is None or getattr(act, "approximate", "none") != "none" or not plain or not onednn_serves(x, weight):
         return None
     sizes = conv.padding, conv.stride, conv.dilation, conv.groups
     return torch.ops.mkldnn._convolution_pointwise(x, weight, conv.bias, *sizes, name, [], "none")
-
-
-def _hooked(module: nn.Module) -> bool:
-    # A hook must see its module's own input and output.
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from vision_ssm.layers.conv import conv_act
 from vision_ssm.layers.mlp import Linear
+from vision_ssm.layers.patches import symbolic
 from vision_ssm.layers.quasi_separable import quasi_separable_scan
 from vision_ssm.layers.ss2d import init_step_bias
 from vision_ssm.layers.switch_of_scans import SCAN_POOL, SwitchOfScans
@@ -27,11 +29,6 @@ _DESCRIPTOR = 7  # side of the pooled map that describes a channel
 
 
 torch.fx.wrap("quasi_separable_scan")  # one leaf of an FX graph
-
-
-def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """Convolve a map, (B, H, W, C)."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _per_channel(x: Tensor) -> Tensor:
@@ -175,7 +172,7 @@ class _TokenMixer(nn.Module):
         """
         u = self.norm(x)
         z = self.act(self.gate_proj(self.gate(u)))
-        v = self.act(_convolve(self.conv2d, self.in_proj(u)))  # (B, H, W, inner)
+        v = conv_act(self.in_proj(u), self.conv2d, self.act)  # (B, H, W, inner)
         index, weight, balance = self.switch(u)
         y = self.out_proj(self.out_norm(self.scan(u, v, index, weight)) * z)
         return x + self.drop_path(y), balance
@@ -298,7 +295,7 @@ class QSTokenMixer(_TokenMixer):
         """See :class:`_TokenMixer`."""
         features = 2 * self.d_state
         bcdt = self.bcdt_proj(u)
-        bc = self.act(_convolve(self.bc_conv2d, bcdt[..., :features]))
+        bc = conv_act(bcdt[..., :features], self.bc_conv2d, self.act)
         return quasi_separable_scan(
             v,
             bc,
@@ -354,6 +351,26 @@ def _scan_channels(
 
 
 torch.fx.wrap("_scan_channels")
+
+
+def _describe(a: Tensor) -> Tensor:
+    """Pool every channel of (B, C, H, W) to 7x7 values, (B, C, 49); one leaf of an FX graph."""
+    height, width = a.shape[2:]
+    if not symbolic(height, width):
+        return F.adaptive_avg_pool2d(a, _DESCRIPTOR).flatten(2)
+    # ONNX gets the pooling's gathers for the traced size alone.
+    return (_averages(height, a) @ a @ _averages(width, a).t()).flatten(2)
+
+
+def _averages(length: int, like: Tensor) -> Tensor:
+    """Return the matrix that pools an axis as torch's adaptive pooling does, (7, length)."""
+    place = torch.arange(length, device=like.device)
+    bin_ = torch.arange(_DESCRIPTOR, device=like.device)[:, None]
+    first, end = bin_ * length // _DESCRIPTOR, ((bin_ + 1) * length + _DESCRIPTOR - 1) // _DESCRIPTOR
+    return ((place >= first) & (place < end)).to(like.dtype) / (end - first).to(like.dtype)
+
+
+torch.fx.wrap("_describe")
 
 
 class SelectiveChannelMixer(nn.Module):
@@ -423,7 +440,7 @@ class SelectiveChannelMixer(nn.Module):
         """Mix the channels of a map, (B, H, W, dim), and add the input."""
         u = self.norm(x)
         a = self.act(self.conv1d(self.in_proj(u)))  # (B, width, H, W)
-        g = F.adaptive_avg_pool2d(a, _DESCRIPTOR).flatten(2)
+        g = _describe(a)
         y = _scan_channels(a, self.x_proj(g), self.bc_bias, self.dt_bias, self.A_log, self.D, self.aligned)
         y = self.out_norm(y)
         if self.gate_proj is not None:

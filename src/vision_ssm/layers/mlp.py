@@ -24,6 +24,11 @@ def onednn_serves(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def hooked(*modules: nn.Module) -> bool:
+    """Return whether a hook of one of them must see its module's own input or output."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
 def _fused(x: Tensor, layer: nn.Linear, activation: str) -> Tensor | None:
     """Return the layer's output after an activation ("none" or "gelu"), or ``None`` where oneDNN does not serve."""
     if not onednn_serves(x, layer.weight):
@@ -81,7 +86,6 @@ class Mlp(nn.Module):
         fc1, act = self.fc1, self.act
         # An adapter or a hook in place of either must see its own input and output.
         plain = type(fc1) is Linear and type(act) is nn.GELU and act.approximate == "none"
-        hooked = any((m._forward_hooks or m._forward_pre_hooks) for m in (fc1, act))
-        y = _fused(x, fc1, "gelu") if plain and not hooked and not self.training else None
+        y = _fused(x, fc1, "gelu") if plain and not hooked(fc1, act) and not self.training else None
         y = self.drop1(act(fc1(x)) if y is None else y)
         return self.drop2(self.fc2(y))

@@ -258,6 +258,25 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def stem_strides(stride: int) -> tuple[int, int]:
+    """Return the strides of a stem's first and last convolution.
+
+    Raises:
+        ValueError: If the stem cannot have this stride.
+    """
+    strides = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
+    if stride not in strides:
+        raise ValueError(f"stem_stride must be one of {', '.join(map(str, strides))}, got {stride}")
+    return strides[stride]
+
+
+def conv2d(in_dim: int, dim: int, size: int = 3, stride: int = 1, bias: bool = True, **dd: Any) -> nn.Conv2d:
+    """Return a dense convolution of a map whose channels lie last, padded by half of its side."""
+    # Weights lie in memory as the maps do; otherwise they would be rearranged in every call.
+    conv = nn.Conv2d(in_dim, dim, size, stride=stride, padding=size // 2, bias=bias, **dd)
+    return conv.to(memory_format=torch.channels_last)
+
+
 def init_weights(module: nn.Module, name: str) -> None:
     """Initialise as VMamba does: linear layers truncated normal 0.02, the scan as Mamba, the rest as torch does."""
     # x_proj keeps torch's default: in the published models it is no Linear, so their initialisation passes it by.

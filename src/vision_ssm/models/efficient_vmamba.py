@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.efficient_vmamba import convert_efficient_vmamba
 from vision_ssm.layers import SS2D, Linear, Mlp
 from vision_ssm.layers.mlp import batched_linear
+from vision_ssm.layers.patches import PatchMerging, cells, symbolic
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, init_weights, make_cfg
 from vision_ssm.scan import ATROUS_SCAN
 
@@ -26,19 +26,6 @@ __all__ = ["EfficientVMamba"]
 
 # The first stages scan, those after them convolve.
 _SCANNING_STAGES = 2
-
-
-def cells(x: Tensor) -> Tensor:
-    """View a map, (B, H, W, C), as cells of 2x2 tokens, (B, ceil(H/2), 2, ceil(W/2), 2, C).
-
-    Odd sides are padded with zeros at the bottom and the right. One leaf of an FX graph.
-    """
-    batch, height, width, channels = x.shape
-    rows, columns = (height + 1) // 2, (width + 1) // 2
-    # Padding by nothing costs a copy; a graph for any size has no choice.
-    if torch.compiler.is_compiling() or height % 2 or width % 2:
-        x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
-    return x.reshape(batch, rows, 2, columns, 2, channels)
 
 
 def project_grids(x: Tensor, weight: Tensor) -> Tensor:
@@ -53,13 +40,17 @@ def project_grids(x: Tensor, weight: Tensor) -> Tensor:
         The projections, (B, H, W, features).
     """
     height, width = x.shape[1:3]
-    grids = cells(x).permute(4, 2, 0, 1, 3, 5)  # (2, 2, B, H/2, W/2, C)
-    y = batched_linear(grids.flatten(0, 1).flatten(1, 3), weight)  # (4, B * H/2 * W/2, features)
-    y = y.reshape(*grids.shape[:5], weight.shape[1]).permute(2, 3, 1, 4, 0, 5)  # (B, H/2, 2, W/2, 2, features)
+    grids = cells(x).movedim(3, 0)  # (4, B, H/2, W/2, C)
+    y = batched_linear(grids.flatten(1, 3), weight)  # (4, B * H/2 * W/2, features)
+    y = y.reshape(2, 2, *grids.shape[1:4], weight.shape[1])
+    if symbolic(height, width):  # cutting off a padding that may be none would tie the graph to one of the cases
+        row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+        up, left = row // 2, column // 2
+        return y[column - 2 * left, row - 2 * up, :, up, left].permute(2, 0, 1, 3)
+    y = y.permute(2, 3, 1, 4, 0, 5)  # (B, H/2, 2, W/2, 2, features)
     return y.flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
-torch.fx.wrap("cells")
 torch.fx.wrap("project_grids")
 
 
@@ -203,20 +194,6 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embed an image."""
         return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1))
-
-
-class PatchMerging(nn.Module):
-    """Linear layer on the normalised 2x2 cells: (B, H, W, in_dim) to (B, ceil(H/2), ceil(W/2), dim)."""
-
-    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * in_dim, **dd)
-        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Halve a map."""
-        x = cells(x).permute(0, 1, 3, 4, 2, 5).flatten(3)  # column by column; padding counts in the norm
-        return self.reduction(self.norm(x))
 
 
 class EfficientVMamba(Backbone):

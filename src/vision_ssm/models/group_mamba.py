@@ -20,7 +20,7 @@ from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.group_mamba import convert_group_mamba
 from vision_ssm.layers import SS2D, Linear, Mlp, conv_act, scan_map
 from vision_ssm.layers.conv import group_linear
-from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, make_cfg
+from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, conv2d, make_cfg, stem_strides
 from vision_ssm.models.vmamba import Downsample
 from vision_ssm.scan import CROSS_SCAN
 
@@ -32,16 +32,8 @@ _PATHS = CROSS_SCAN
 _GROUPS = len(_PATHS)
 # The published model has two: blocks, stages and the class block normalise with this one, all else with torch's 1e-5.
 _EPS = 1e-6
-# Strides of the stem's first and last convolutions, by the stem's total stride.
-_STEM_STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
 
 torch.fx.wrap("scan_map")  # FX wants to know it in every module that calls it
-
-
-def _conv(in_dim: int, dim: int, size: int, stride: int = 1, bias: bool = False, **dd: Any) -> nn.Conv2d:
-    # Weights lie in memory as the maps do; otherwise they would be rearranged in every call.
-    conv = nn.Conv2d(in_dim, dim, size, stride=stride, padding=size // 2, bias=bias, **dd)
-    return conv.to(memory_format=torch.channels_last)
 
 
 class Stem(nn.Module):
@@ -49,19 +41,17 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, hidden: int, dim: int, stride: int, **dd: Any) -> None:
         super().__init__()
-        if stride not in _STEM_STRIDES:
-            raise ValueError(f"stem_stride must be one of {', '.join(map(str, _STEM_STRIDES))}, got {stride}")
+        first, last = stem_strides(stride)
         if hidden < 1:
             raise ValueError(f"stem_dim must be at least 1, got {hidden}")
-        first, last = _STEM_STRIDES[stride]
-        self.conv1 = _conv(in_chans, hidden, 7, stride=first, **dd)
+        self.conv1 = conv2d(in_chans, hidden, 7, stride=first, bias=False, **dd)
         self.norm1 = nn.BatchNorm2d(hidden, **dd)
-        self.conv2 = _conv(hidden, hidden, 3, **dd)
+        self.conv2 = conv2d(hidden, hidden, bias=False, **dd)
         self.norm2 = nn.BatchNorm2d(hidden, **dd)
-        self.conv3 = _conv(hidden, hidden, 3, **dd)
+        self.conv3 = conv2d(hidden, hidden, bias=False, **dd)
         self.norm3 = nn.BatchNorm2d(hidden, **dd)
         self.act = nn.ReLU(inplace=True)
-        self.conv4 = _conv(hidden, dim, 3, stride=last, bias=True, **dd)
+        self.conv4 = conv2d(hidden, dim, stride=last, **dd)
         self.norm4 = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

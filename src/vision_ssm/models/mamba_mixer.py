@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
@@ -23,55 +22,17 @@ from torch import Tensor, nn
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.layers import (
     SCAN_POOL,
-    Linear,
     QSTokenMixer,
     SelectiveChannelMixer,
     SelectiveTokenMixer,
     SwitchOfScans,
     WeightedAverage,
 )
+from vision_ssm.layers.patches import PatchEmbed, PatchMerging
 from vision_ssm.models.backbone import ATTO, Backbone, check_options, make_cfg
 from vision_ssm.scan import Path
 
 __all__ = ["MambaMixer"]
-
-
-class PatchStem(nn.Module):
-    """Convolution of non-overlapping patches and LayerNorm: (B, in_chans, H, W) to (B, H', W', dim), H' = ceil(H / p).
-
-    Images are padded with zeros to whole patches.
-    """
-
-    def __init__(self, in_chans: int, dim: int, patch: int, **dd: Any) -> None:
-        super().__init__()
-        self.patch = patch
-        conv = nn.Conv2d(in_chans, dim, patch, stride=patch, **dd)
-        # Weights lie in memory as the maps do; otherwise they would be rearranged in every call.
-        self.conv = conv.to(memory_format=torch.channels_last)
-        self.norm = nn.LayerNorm(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed an image."""
-        # The convolution leaves out what is more than whole patches.
-        x = F.pad(x, (0, self.patch - 1, 0, self.patch - 1))
-        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1))
-
-
-class PatchMerging(nn.Module):
-    """Swin's downsampling: (B, H, W, in_dim) to (B, ceil(H/2), ceil(W/2), dim); odd maps are padded with zeros."""
-
-    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * in_dim, **dd)
-        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Halve a map."""
-        # timm's layer pads by H % 2; such remainders, nested, keep an export with dynamic sizes busy for minutes.
-        x = F.pad(x, (0, 0, 0, 1, 0, 1))
-        top, bottom = x[:, :-1:2], x[:, 1::2]
-        x = torch.cat([top[:, :, :-1:2], bottom[:, :, :-1:2], top[:, :, 1::2], bottom[:, :, 1::2]], dim=-1)
-        return self.reduction(self.norm(x))
 
 
 class MixerStage(nn.Module):
@@ -198,7 +159,7 @@ class MambaMixer(Backbone):
             for i, dim in enumerate(dims)
         ]
         super().__init__(
-            PatchStem(in_chans, dims[0], stem_stride, **dd),
+            PatchEmbed(in_chans, dims[0], stem_stride, **dd),
             stages,
             dims,
             stem_stride,
@@ -258,7 +219,7 @@ def _init_weights(module: nn.Module, name: str) -> None:
 def _cfg(**more: Any) -> dict[str, Any]:
     return make_cfg(
         **{
-            "first_conv": "stem.conv",
+            "first_conv": "stem.proj",
             "license": "apache-2.0",
             "paper_ids": "arXiv:2403.19888",
             "paper_name": "MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection",

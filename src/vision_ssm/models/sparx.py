@@ -18,21 +18,13 @@ from torch import Tensor, nn
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.sparx import convert_sparx
 from vision_ssm.layers import DMCA, SS2D, Connections, GroupNorm1, Linear, ResidualConv, sparx_connections
-from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, make_cfg
+from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, conv2d, make_cfg, stem_strides
 from vision_ssm.scan import CROSS_SCAN, Path
 
 __all__ = ["SparXMamba"]
 
-# Strides of the stem's first and last convolution, by the stem's total stride.
-_STEM_STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
 # First value of a learnable attention scale: 1 / sqrt(positions) of an 800x1333 image at stride 32.
 _ATTENTION_SCALE = (800 * 1333 / 32**2) ** -0.5
-
-
-def _conv3x3(in_dim: int, dim: int, stride: int, **dd: Any) -> nn.Conv2d:
-    # Weights lie in memory as the maps do; otherwise they would be rearranged in every call.
-    conv = nn.Conv2d(in_dim, dim, 3, stride=stride, padding=1, bias=False, **dd)
-    return conv.to(memory_format=torch.channels_last)
 
 
 class Stem(nn.Module):
@@ -40,22 +32,20 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, stride: int, convs: int, **dd: Any) -> None:
         super().__init__()
-        if stride not in _STEM_STRIDES:
-            raise ValueError(f"stem_stride must be one of {', '.join(map(str, _STEM_STRIDES))}, got {stride}")
+        first, last = stem_strides(stride)
         if convs not in (2, 3):
             raise ValueError(f"stem_convs must be 2 or 3, got {convs}")
         if dim < 2:
             raise ValueError(f"dims[0] must be at least 2, got {dim}")
-        first, last = _STEM_STRIDES[stride]
-        self.conv1 = _conv3x3(in_chans, dim // 2, first, **dd)
+        self.conv1 = conv2d(in_chans, dim // 2, stride=first, bias=False, **dd)
         self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
         self.act = nn.GELU()
         self.middle = nn.Sequential()
         if convs == 3:
             self.middle = nn.Sequential(
-                _conv3x3(dim // 2, dim // 2, 1, **dd), nn.BatchNorm2d(dim // 2, **dd), nn.GELU()
+                conv2d(dim // 2, dim // 2, bias=False, **dd), nn.BatchNorm2d(dim // 2, **dd), nn.GELU()
             )
-        self.conv2 = _conv3x3(dim // 2, dim, last, **dd)
+        self.conv2 = conv2d(dim // 2, dim, stride=last, bias=False, **dd)
         self.norm2 = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +60,7 @@ class Downsample(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
         super().__init__()
-        self.conv = _conv3x3(in_dim, dim, 2, **dd)
+        self.conv = conv2d(in_dim, dim, stride=2, bias=False, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.layers import DMCA, Linear, Mlp, sparx_connections
+from vision_ssm.layers.patches import PatchEmbed, PatchMerging, pad_map, symbolic
 from vision_ssm.models.backbone import ATTO, Backbone, check_options, make_cfg
 from vision_ssm.models.sparx import ConnectedStage, per_stage
 
@@ -27,64 +26,6 @@ __all__ = ["SparXSwin"]
 
 # Added where a window holds tokens from opposite borders of the map; Swin's value.
 _APART = -100.0
-
-
-def _symbolic(height: int, width: int) -> bool:
-    """Return whether a graph for many sizes is being made."""
-    # torch.compile lets its symbols pass for int; torch.jit.trace has tensors here, and takes a graph for one size.
-    return not all(isinstance(length, Tensor) or has_static_value(length) for length in (height, width))
-
-
-def _pad(x: Tensor, height: int, width: int) -> Tensor:
-    """Pad a map, (B, H, W, C), with zeros at the bottom and the right; one leaf of an FX graph."""
-    if not _symbolic(height, width) and x.shape[1:3] == (height, width):
-        return x
-    return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
-
-
-torch.fx.wrap("_pad")
-
-
-class PatchEmbed(nn.Module):
-    """Convolution of stride ``patch_size`` and LayerNorm: (B, in_chans, H, W) to (B, ceil(H/p), ceil(W/p), dim).
-
-    As timm's ``PatchEmbed``, with its names.
-    """
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int, **dd: Any) -> None:
-        super().__init__()
-        if patch_size < 1:
-            raise ValueError(f"patch_size must be at least 1, got {patch_size}")
-        self.patch_size = patch_size
-        # Weights lie in memory as the maps do; otherwise they would be rearranged in every call.
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd).to(memory_format=torch.channels_last)
-        self.norm = nn.LayerNorm(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed an image."""
-        size = self.patch_size
-        height, width = (x.shape[2] + size - 1) // size, (x.shape[3] + size - 1) // size
-        x = _pad(x.permute(0, 2, 3, 1), size * height, size * width).permute(0, 3, 1, 2)
-        return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1))
-
-
-class PatchMerging(nn.Module):
-    """LayerNorm and linear layer of 2x2 tokens: (B, H, W, in_dim) to (B, ceil(H/2), ceil(W/2), dim).
-
-    As timm's ``PatchMerging``, with its names.
-    """
-
-    def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * in_dim, **dd)
-        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Halve a map."""
-        batch, channels = x.shape[0], x.shape[3]
-        height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
-        x = _pad(x, 2 * height, 2 * width).view(batch, height, 2, width, 2, channels)
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 def _divide(length: int, size: int, shifted: bool) -> tuple[int, int, int]:
@@ -99,11 +40,11 @@ def _divide(length: int, size: int, shifted: bool) -> tuple[int, int, int]:
 def _pad_and_roll(x: Tensor, size: int, shifted: bool) -> Tensor:
     """Pad a map, (B, H, W, C), to whole windows, (B, H', W', C), and roll it by their shift; a leaf of an FX graph."""
     _, height, width, _ = x.shape
-    if _symbolic(height, width):
-        return _pad(x, height + 1, width + 1)  # see _attend_by_index
+    if symbolic(height, width):
+        return pad_map(x, height + 1, width + 1)  # see _attend_by_index
     h, rows, down = _divide(height, size, shifted)
     w, columns, right = _divide(width, size, shifted)
-    x = _pad(x, rows * h, columns * w)
+    x = pad_map(x, rows * h, columns * w)
     return x.roll((-down, -right), (1, 2)) if down or right else x
 
 
@@ -142,7 +83,7 @@ def _attend(qkv: Tensor, table: Tensor, height: int, width: int, size: int, shif
     Returns:
         A map, (B, H, W, heads * D).
     """
-    if _symbolic(height, width):
+    if symbolic(height, width):
         return _attend_by_index(qkv, table, height, width, size, shifted)
     h, rows, down = _divide(height, size, shifted)
     w, columns, right = _divide(width, size, shifted)

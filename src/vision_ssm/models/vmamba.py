@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.vmamba import convert_vmamba
 from vision_ssm.layers import VSSBlock
-from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, init_weights, make_cfg
+from vision_ssm.models.backbone import (
+    ATTO,
+    Backbone,
+    Stage,
+    check_options,
+    conv2d,
+    init_weights,
+    make_cfg,
+    stem_strides,
+)
 from vision_ssm.scan import CROSS_SCAN, Path
 
 __all__ = ["VMamba"]
-
-# Strides of the stem's two convolutions, by the stem's total stride.
-_STEM_STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
-
-
-def _conv3x3(in_dim: int, dim: int, stride: int, **dd: Any) -> nn.Conv2d:
-    # Weights lie in memory as the maps do; otherwise they would be rearranged in every call.
-    return nn.Conv2d(in_dim, dim, 3, stride=stride, padding=1, **dd).to(memory_format=torch.channels_last)
 
 
 class Stem(nn.Module):
@@ -36,15 +37,13 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, stride: int, **dd: Any) -> None:
         super().__init__()
-        if stride not in _STEM_STRIDES:
-            raise ValueError(f"stem_stride must be one of {', '.join(map(str, _STEM_STRIDES))}, got {stride}")
+        first, second = stem_strides(stride)
         if dim < 2:
             raise ValueError(f"dims[0] must be at least 2, got {dim}")
-        first, second = _STEM_STRIDES[stride]
-        self.conv1 = _conv3x3(in_chans, dim // 2, stride=first, **dd)
+        self.conv1 = conv2d(in_chans, dim // 2, stride=first, **dd)
         self.norm1 = nn.LayerNorm(dim // 2, **dd)
         self.act = nn.GELU()
-        self.conv2 = _conv3x3(dim // 2, dim, stride=second, **dd)
+        self.conv2 = conv2d(dim // 2, dim, stride=second, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +58,7 @@ class Downsample(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, **dd: Any) -> None:
         super().__init__()
-        self.conv = _conv3x3(in_dim, dim, stride=2, **dd)
+        self.conv = conv2d(in_dim, dim, stride=2, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
