@@ -310,6 +310,12 @@ def test_no_gradient_is_zero(name: str) -> None:
 
 
 @small
+def test_no_images_at_all(name: str) -> None:
+    model = timm.create_model(name, num_classes=3).eval()
+    assert model(torch.randn(0, 3, 33, 40)).shape == (0, 3)
+
+
+@small
 def test_intermediates(name: str) -> None:
     model = timm.create_model(name).eval()
     x = torch.randn(2, 3, 64, 48)

@@ -343,7 +343,7 @@ def _scan_channels(
     dbc = torch.cat([step.unsqueeze(-1), bc.unsqueeze(2).expand(-1, -1, 2, -1)], dim=-1)
     y = quasi_separable_scan(
         a.reshape(batch, 1, channels, tokens),  # a sequence of channels, whose features are the tokens
-        dbc.reshape(batch, 1, channels, -1),
+        dbc.flatten(2).unsqueeze(1),
         A_log.expand(1, 1, bc_bias.shape[1] // 2),
         D.unsqueeze(-1),
         (ROWS,),

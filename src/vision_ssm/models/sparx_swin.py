@@ -147,7 +147,7 @@ def _attend(qkv: Tensor, table: Tensor, height: int, width: int, size: int, shif
     h, rows, down = _divide(height, size, shifted)
     w, columns, right = _divide(width, size, shifted)
     batch, padded_height, padded_width, _ = qkv.shape
-    windows, heads = rows * columns, table.shape[1]
+    windows, heads, depth = rows * columns, table.shape[1], qkv.shape[3] // (3 * table.shape[1])
     bias = _position_bias(table, size, h, w).to(qkv.dtype)
     groups = (batch * windows, heads)
     if down or right:
@@ -157,10 +157,10 @@ def _attend(qkv: Tensor, table: Tensor, height: int, width: int, size: int, shif
         # The bias is another one in every window; so windows and heads make one axis, and images the other.
         bias = torch.where(region[..., None] == region[..., None, :], bias, bias + _APART).flatten(0, 1)
         groups = (batch, windows * heads)
-    parts = qkv.view(batch, rows, h, columns, w, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
-    q, k, v = parts.reshape(3, *groups, h * w, -1).unbind()
-    y = _attention(q, k, v, bias).view(batch, rows, columns, heads, h, w, -1)
-    y = y.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, padded_height, padded_width, -1)
+    parts = qkv.view(batch, rows, h, columns, w, 3, heads, depth).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k, v = parts.reshape(3, *groups, h * w, depth).unbind()
+    y = _attention(q, k, v, bias).view(batch, rows, columns, heads, h, w, depth)
+    y = y.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, padded_height, padded_width, heads * depth)
     if down or right:
         y = y.roll((down, right), (1, 2))
     return y[:, :height, :width]
