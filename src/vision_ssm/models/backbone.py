@@ -154,7 +154,11 @@ class Backbone(nn.Module):
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations.
+
+        Batch norms inside the blocks then update their running statistics twice per step, as with torch's and timm's
+        own checkpointing.
+        """
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
