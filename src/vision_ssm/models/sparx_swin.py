@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from vision_ssm.checkpoints import build_from_official
-from vision_ssm.layers import DMCA, Linear, Mlp, sparx_connections
+from vision_ssm.layers import DMCA, Linear, Mlp
 from vision_ssm.models.backbone import ATTO, Backbone, check_options, make_cfg
-from vision_ssm.models.sparx import ConnectedStage, per_stage
+from vision_ssm.models.sparx import ConnectedStage, per_stage, stage_connections
 
 __all__ = ["SparXSwin"]
 
@@ -285,7 +285,7 @@ class SparXSwinBlock(nn.Module):
     ) -> None:
         super().__init__()
         if int(dim * mlp_ratio) < 1:
-            raise ValueError(f"dim * mlp_ratio must be at least 1, got {int(dim * mlp_ratio)}")
+            raise ValueError(f"mlp_ratio must give {dim} channels at least one hidden channel, got {mlp_ratio}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.dmca = DMCA(dim, dim, sources, reduction=reduction, **dd) if sources else None
@@ -360,19 +360,27 @@ class SparXSwin(Backbone):
     ) -> None:
         check_options(dims, depths, in_chans, drop_path_rate)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        rules = per_stage(len(dims), depth=depths, step=steps, start=starts, window=windows)
-        options = per_stage(
-            len(dims), num_heads=num_heads, window_size=window_size, reduction=reductions, mlp_ratio=mlp_ratio
-        )
+        heads, sizes = per_stage(depths, "num_heads", num_heads), per_stage(depths, "window_size", window_size, 1)
+        ratios, reductions = per_stage(depths, "mlp_ratio", mlp_ratio), per_stage(depths, "reductions", reductions, 1)
+        connected = stage_connections(depths, steps, starts, windows, [False] * len(dims))
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, dim in enumerate(dims):
-            connections = sparx_connections(**rules[i], stage_input=i > 0)
             blocks = [
-                SparXSwinBlock(dim, shifted=j % 2 == 1, sources=len(maps), drop_path=rates[i][j], **options[i], **dd)
-                for j, maps in enumerate(connections.reads)
+                SparXSwinBlock(
+                    dim,
+                    heads[i],
+                    window_size=sizes[i],
+                    shifted=j % 2 == 1,
+                    sources=len(maps),
+                    reduction=reductions[i],
+                    mlp_ratio=ratios[i],
+                    drop_path=rates[i][j],
+                    **dd,
+                )
+                for j, maps in enumerate(connected[i].reads)
             ]
-            stages.append(ConnectedStage(blocks, connections, PatchMerging(dims[i - 1], dim, **dd) if i else None))
+            stages.append(ConnectedStage(blocks, connected[i], PatchMerging(dims[i - 1], dim, **dd) if i else None))
         super().__init__(
             PatchEmbed(in_chans, dims[0], patch_size, **dd),
             stages,
