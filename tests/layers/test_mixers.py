@@ -144,13 +144,17 @@ def test_weighted_average() -> None:
         (lambda: SelectiveTokenMixer(0), "dim must be at least 1, got 0"),
         (lambda: SelectiveTokenMixer(8, d_state=0), "d_state must be at least 1, got 0"),
         (lambda: SelectiveTokenMixer(8, dt_rank=0), "dt_rank must be at least 1, got 0"),
-        (lambda: SelectiveTokenMixer(8, expand=0.1), "must be at least 1, got 0"),
+        (lambda: SelectiveTokenMixer(8, expand=0.1), "expand must give 8 channels at least one inner channel, got 0.1"),
         (lambda: SelectiveTokenMixer(8, drop_path=2.0), "drop_path must be between 0 and 1, got 2.0"),
         (lambda: QSTokenMixer(8), "multiple of 32, the channels of a head, got 16"),
         (lambda: SelectiveChannelMixer(8, d_state=0), "d_state must be at least 1, got 0"),
-        (lambda: SelectiveChannelMixer(8, expand=0.0), "must be at least 1, got 0"),
+        (
+            lambda: SelectiveChannelMixer(8, expand=0.0),
+            "expand must give 8 channels at least one inner channel, got 0.0",
+        ),
         (lambda: MultiResolutionConv(8, 0), "got 8 and 0"),
         (lambda: WeightedAverage(0), "maps must be at least 1, got 0"),
+        (lambda: WeightedAverage(2)([torch.ones(1)]), "there must be 2 maps, got 1"),
     ],
 )
 def test_options_out_of_range(make: Any, message: str) -> None:

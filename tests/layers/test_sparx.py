@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_ssm.layers import DMCA, Connections, sparx_connections
+from vision_ssm.layers.sparx import ChannelAttention
 
 # The published networks: rule of a stage, its ganglion layers, and the number of maps that each reads.
 PUBLISHED: dict[str, tuple[dict[str, Any], list[int], list[int]]] = {
@@ -205,3 +206,8 @@ def test_aggregator_traces_for_maps_of_every_size() -> None:
 def test_aggregator_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DMCA(**dict(dim=8, out_dim=16, sources=1) | options)
+
+
+def test_attention_needs_a_group() -> None:
+    with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
+        ChannelAttention(0)

@@ -66,6 +66,7 @@ def test_stem_stride(stem_stride: int, side: int) -> None:
         (dict(dims=(12, 16)), r"dims must be multiples of 4 and at least 16, got \(12, 16\)"),
         (dict(mlp_ratios=(8,)), r"mlp_ratios must hold one positive number per stage, got \(8,\)"),
         (dict(mlp_ratios=(8, 0)), r"mlp_ratios must hold one positive number per stage, got \(8, 0\)"),
+        (dict(gate_reduction=17), "gate_reduction must be between 1 and 16, the least of dims, got 17"),
         (dict(global_pool="catavgmax"), "global_pool must keep the channels, got 'catavgmax'"),
         (dict(depths=(1,)), "got 2 and 1"),
         (dict(drop_path_rate=1.5), "drop_path_rate must be between 0 and 1, got 1.5"),

@@ -222,10 +222,12 @@ def test_bfloat16_autocast_stays_finite(qs_mixer: bool, aligned: bool) -> None:
     ("options", "message"),
     [
         (dict(stem_stride=0), "stem_stride must be at least 1, got 0"),
-        (dict(scans=5), "k must be between 1 and 4, the number of paths, got 5"),
+        (dict(scans=5), "scans must be between 1 and 4, the number of paths, got 5"),
         (dict(qs_mixer=True, dims=(8, 16)), "multiple of 32"),
         (dict(dims=(8,)), "got 1 and 2"),
         (dict(d_state=0), "d_state must be at least 1, got 0"),
+        (dict(channel_expand=0), "channel_expand must give 16 channels at least one inner channel, got 0"),
+        (dict(aux_loss_weight=-1), "aux_loss_weight must be at least 0, got -1"),
         (dict(drop_path_rate=1.5), "drop_path_rate must be between 0 and 1, got 1.5"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

@@ -34,6 +34,8 @@ SMALL = [
 ]
 # Stems of patches, by the side of one: as published, they leave out what does not fill a patch.
 PATCHES = {"efficient_vmamba_atto": 2}
+# Without effect in the published model: it scans a single token.
+NO_GRADIENT = {"group_mamba_atto": {"head.block.mixer.ss2d.A_log"}}
 REGISTERED = [n for n in timm.list_models() if model_entrypoint(n).__module__.startswith("vision_ssm.models")]
 
 small = pytest.mark.parametrize("name", SMALL)
@@ -297,6 +299,20 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+@small
+def test_no_gradient_is_zero(name: str) -> None:
+    model = timm.create_model(name, num_classes=42).train()
+    _, found = gradients(model, torch.randn(4, 3, 64, 64))
+    zero = {key for key, gradient in found.items() if gradient is not None and not gradient.any()}
+    assert zero == NO_GRADIENT.get(name, set())
+
+
+@small
+def test_no_images_at_all(name: str) -> None:
+    model = timm.create_model(name, num_classes=3).eval()
+    assert model(torch.randn(0, 3, 33, 40)).shape == (0, 3)
 
 
 @small

@@ -78,6 +78,7 @@ def models(words: Sequence[str]) -> int:
     options = parse_options(ModelsOptions, words, "models")
     import timm
     from rich.console import Console
+    from rich.progress import Progress
 
     from vision_ssm.analysis import complexity
     from vision_ssm.models.registry import registered_models
@@ -86,8 +87,8 @@ def models(words: Sequence[str]) -> int:
     if not names:
         raise InputError(f"no model matches {options.pattern}; there are {', '.join(registered_models())}")
     rows: list[dict[str, Any]] = []
-    with Console(stderr=True).status("counting"):
-        for name in names:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for name in progress.track(names, description="counting"):
             model = timm.create_model(name, device="meta")
             cost = complexity(model, model.pretrained_cfg["input_size"])
             counts = dict(parameters=cost.parameters, macs=cost.macs, paper_ops=cost.paper_ops)

@@ -72,11 +72,17 @@ class WeightedAverage(nn.Module):
         self.scalars[-1:].fill_(1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Sum maps of one shape, the oldest first."""
+        """Sum maps of one shape, the oldest first.
+
+        Raises:
+            ValueError: If there are fewer or more than the layer has scalars for.
+        """
         return _weighted_sum(self.scalars, list(maps))
 
 
 def _weighted_sum(scalars: Tensor, maps: list[Tensor]) -> Tensor:
+    if len(maps) != len(scalars) - 1:
+        raise ValueError(f"there must be {len(scalars) - 1} maps, got {len(maps)}")
     as_token_mixer, as_channel_mixer, *others = scalars.unbind()
     total = maps[0] * (as_token_mixer + as_channel_mixer)
     for x, scalar in zip(maps[1:], others, strict=True):
@@ -143,9 +149,13 @@ class _TokenMixer(nn.Module):
     ) -> None:
         super().__init__()
         inner = int(dim * expand)
-        for name, value in (("dim", dim), ("d_state", d_state), ("dim * expand", inner)):
+        for name, value in (("dim", dim), ("d_state", d_state)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if inner < 1:
+            raise ValueError(f"expand must give {dim} channels at least one inner channel, got {expand}")
+        if paths and not 1 <= scans <= len(paths):
+            raise ValueError(f"scans must be between 1 and {len(paths)}, the number of paths, got {scans}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_state, self.inner, self.aligned = d_state, inner, aligned
         self.norm = nn.LayerNorm(dim, **dd)
@@ -340,7 +350,7 @@ def _scan_channels(
     dbc = torch.cat([step.unsqueeze(-1), bc.unsqueeze(2).expand(-1, -1, 2, -1)], dim=-1)
     y = quasi_separable_scan(
         a.reshape(batch, 1, channels, tokens),  # a sequence of channels, whose features are the tokens
-        dbc.reshape(batch, 1, channels, -1),
+        dbc.flatten(2).unsqueeze(1),
         A_log.expand(1, 1, bc_bias.shape[1] // 2),
         D.unsqueeze(-1),
         (ROWS,),
@@ -408,9 +418,11 @@ class SelectiveChannelMixer(nn.Module):
     ) -> None:
         super().__init__()
         width = int(dim * expand)
-        for name, value in (("dim", dim), ("d_state", d_state), ("dim * expand", width)):
+        for name, value in (("dim", dim), ("d_state", d_state)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if width < 1:
+            raise ValueError(f"expand must give {dim} channels at least one inner channel, got {expand}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_state, self.aligned = d_state, aligned
         self.norm = nn.LayerNorm(dim, **dd)

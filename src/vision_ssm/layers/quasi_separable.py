@@ -77,7 +77,7 @@ def quasi_separable_scan(
         path_weight = torch.cat([path_weight, path_weight], dim=1).to(dtype)
     y = route_scan(
         x.reshape(batch, height * width, channels),
-        dbc.reshape(batch, height * width, -1, rank + 2 * A_log.shape[2]),
+        dbc.unflatten(-1, (-1, rank + 2 * A_log.shape[2])).flatten(1, 2),
         _both_directions(-torch.exp(A_log.to(dtype))).expand(-1, channels, -1),
         build_routes(directed, height, width, x.device),
         dt_weight=None if dt_weight is None else _both_directions(dt_weight.to(dtype)),

@@ -149,6 +149,9 @@ class ChannelAttention(nn.Module):
         scale: First value of a learnable scale of the products; ``None`` for 1 / sqrt(positions).
         device: Device of the parameter.
         dtype: Dtype of the parameter.
+
+    Raises:
+        ValueError: If there are no groups.
     """
 
     def __init__(
@@ -159,6 +162,8 @@ class ChannelAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
         self.heads = heads
         self.scale = None if scale is None else nn.Parameter(torch.full((1,), float(scale), device=device, dtype=dtype))
 

@@ -58,6 +58,11 @@ def check_options(dims: Sequence[int], depths: Sequence[int], in_chans: int, dro
         raise ValueError(f"drop_path_rate must be between 0 and 1, got {drop_path_rate}")
 
 
+def _check_num_classes(num_classes: int) -> None:
+    if num_classes < 0:
+        raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+
+
 class Backbone(nn.Module):
     """Stem, stages, norm and classifier with timm's interface; maps are (B, H, W, C) inside.
 
@@ -80,7 +85,7 @@ class Backbone(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If ``output_stride`` is another one.
+        ValueError: If ``output_stride`` is another one, or ``num_classes`` negative.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class Backbone(nn.Module):
         stride = stem_stride * 2 ** (len(dims) - 1)
         if output_stride is not None and output_stride != stride:
             raise ValueError(f"output_stride must be {stride}, the network's own, got {output_stride}")
+        _check_num_classes(num_classes)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -154,7 +160,11 @@ class Backbone(nn.Module):
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations.
+
+        Batch norms inside the blocks then update their running statistics twice per step, as with torch's and timm's
+        own checkpointing.
+        """
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
@@ -164,6 +174,7 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling where one is named."""
+        _check_num_classes(num_classes)
         self.num_classes = num_classes
         parameter = next(self.parameters())
         self.head.reset(num_classes, pool_type=global_pool)

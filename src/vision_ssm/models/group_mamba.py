@@ -125,13 +125,13 @@ class ModulatedGroupMamba(nn.Module):
     Source: figure 2 and section 3.3 of the paper, where the gate is called channel affinity modulation.
     """
 
-    def __init__(self, dim: int, **dd: Any) -> None:
+    def __init__(self, dim: int, gate_reduction: int, **dd: Any) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, **dd)
         self.ss2d = GroupSS2D(dim, **dd)
-        self.fc1 = Linear(dim, dim // 16, **dd)
+        self.fc1 = Linear(dim, dim // gate_reduction, **dd)
         self.act = nn.ReLU()
-        self.fc2 = Linear(dim // 16, dim, **dd)
+        self.fc2 = Linear(dim // gate_reduction, dim, **dd)
         self.skip_scale = nn.Parameter(torch.ones(1, **dd))
         self.proj = Linear(dim, dim, **dd)
 
@@ -163,9 +163,9 @@ class ConvMlp(nn.Module):
 class GroupMambaBlock(nn.Module):
     """``x + mixer(x)``, then ``x + mlp(norm(x))``; (B, H, W, C). The mixer begins with a norm of its own."""
 
-    def __init__(self, dim: int, hidden: int, drop_path: float, **dd: Any) -> None:
+    def __init__(self, dim: int, hidden: int, gate_reduction: int, drop_path: float, **dd: Any) -> None:
         super().__init__()
-        self.mixer = ModulatedGroupMamba(dim, **dd)
+        self.mixer = ModulatedGroupMamba(dim, gate_reduction, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm = nn.LayerNorm(dim, eps=_EPS, **dd)
         self.mlp = ConvMlp(dim, hidden, **dd)
@@ -184,9 +184,9 @@ class ClassBlock(nn.Module):
     ``A_log`` and the other taps of ``mixer.ss2d`` have no effect and a gradient of zero.
     """
 
-    def __init__(self, dim: int, hidden: int, **dd: Any) -> None:
+    def __init__(self, dim: int, hidden: int, gate_reduction: int, **dd: Any) -> None:
         super().__init__()
-        self.mixer = ModulatedGroupMamba(dim, **dd)
+        self.mixer = ModulatedGroupMamba(dim, gate_reduction, **dd)
         self.norm1 = nn.LayerNorm(dim, eps=_EPS, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=_EPS, **dd)
         self.mlp = Mlp(dim, hidden, **dd)
@@ -202,12 +202,21 @@ class GroupMambaHead(ClassifierHead):
     """Pooling, class block, norm, and two classifiers, of which the second learns from a teacher."""
 
     def __init__(
-        self, dim: int, hidden: int, num_classes: int, *, pool_type: str, drop_rate: float, distilled: bool, **dd: Any
+        self,
+        dim: int,
+        hidden: int,
+        gate_reduction: int,
+        num_classes: int,
+        *,
+        pool_type: str,
+        drop_rate: float,
+        distilled: bool,
+        **dd: Any,
     ) -> None:
         super().__init__(dim, num_classes, pool_type=pool_type, drop_rate=drop_rate, input_fmt="NHWC", **dd)
         self._check_pooling()
         self.distilled_training = False
-        self.block: nn.Module = ClassBlock(dim, hidden, **dd)
+        self.block: nn.Module = ClassBlock(dim, hidden, gate_reduction, **dd)
         self.norm: nn.Module = nn.LayerNorm(dim, eps=_EPS, **dd)
         self.fc_dist = self._classifier(num_classes, **dd) if distilled else None
 
@@ -255,6 +264,8 @@ class GroupMamba(Backbone):
         dims: Channels of each stage, multiples of 4 from 16.
         depths: Blocks of each stage.
         mlp_ratios: Hidden channels of each stage's MLPs per channel; the class block takes the last.
+        gate_reduction: Channels per hidden unit of the channel gates: 16 as published. Narrow models need less: a gate
+            of two or three ReLU units often starts with all of them at zero, and then never learns.
         stem_dim: Channels inside the stem.
         stem_stride: Stride of the stem: 4 as published, 2 or 1 for small images.
         distilled: Whether there is a second classifier, for distillation; see :meth:`set_distilled_training`.
@@ -278,6 +289,7 @@ class GroupMamba(Backbone):
         dims: Sequence[int] = (64, 128, 348, 448),
         depths: Sequence[int] = (3, 4, 9, 3),
         mlp_ratios: Sequence[float] = (8.0, 8.0, 4.0, 4.0),
+        gate_reduction: int = 16,
         stem_dim: int = 32,
         stem_stride: int = 4,
         distilled: bool = True,
@@ -294,12 +306,16 @@ class GroupMamba(Backbone):
         hiddens = [int(dim * ratio) for dim, ratio in zip(dims, mlp_ratios, strict=False)]
         if len(mlp_ratios) != len(dims) or min(hiddens) < 1:
             raise ValueError(f"mlp_ratios must hold one positive number per stage, got {tuple(mlp_ratios)}")
+        if not 1 <= gate_reduction <= min(dims):
+            raise ValueError(
+                f"gate_reduction must be between 1 and {min(dims)}, the least of dims, got {gate_reduction}"
+            )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         last = len(dims) - 1
         stages = [
             Stage(
-                [GroupMambaBlock(dim, hiddens[i], rate, **dd) for rate in rates[i]],
+                [GroupMambaBlock(dim, hiddens[i], gate_reduction, rate, **dd) for rate in rates[i]],
                 Downsample(dims[i - 1], dim, **dd) if i else None,
                 nn.LayerNorm(dim, eps=_EPS, **dd) if i < last else None,
             )
@@ -319,7 +335,14 @@ class GroupMamba(Backbone):
         )
         self.feature_norm = feature_norm
         self.head = GroupMambaHead(
-            dims[-1], hiddens[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, distilled=distilled, **dd
+            dims[-1],
+            hiddens[-1],
+            gate_reduction,
+            num_classes,
+            pool_type=global_pool,
+            drop_rate=drop_rate,
+            distilled=distilled,
+            **dd,
         )
         named_apply(init_weights, self)
 
@@ -425,6 +448,11 @@ def group_mamba_base(pretrained: bool = False, **kwargs: Any) -> GroupMamba:
 def group_mamba_atto(pretrained: bool = False, **kwargs: Any) -> GroupMamba:
     """Ours, for images of about 32x32 pixels (stem of stride 2): less than 1 M parameters."""
     args = dict(
-        depths=(1, 2, 3, 1), dims=(32, 48, 80, 112), mlp_ratios=(4.0, 4.0, 4.0, 4.0), stem_dim=16, stem_stride=2
+        depths=(1, 2, 3, 1),
+        dims=(32, 48, 80, 112),
+        mlp_ratios=(4.0, 4.0, 4.0, 4.0),
+        gate_reduction=4,
+        stem_dim=16,
+        stem_stride=2,
     )
     return _create_group_mamba("group_mamba_atto", pretrained, **dict(args, **kwargs))

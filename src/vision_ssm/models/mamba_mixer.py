@@ -139,6 +139,12 @@ class MambaMixer(Backbone):
         check_options(dims, depths, in_chans, drop_path_rate)
         if stem_stride < 1:
             raise ValueError(f"stem_stride must be at least 1, got {stem_stride}")
+        if int(min(dims) * channel_expand) < 1:
+            raise ValueError(
+                f"channel_expand must give {min(dims)} channels at least one inner channel, got {channel_expand}"
+            )
+        if not aux_loss_weight >= 0:
+            raise ValueError(f"aux_loss_weight must be at least 0, got {aux_loss_weight}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         shared: dict[str, Any] = dict(d_state=d_state, aligned=aligned, **dd)
         token: dict[str, Any] = dict(expand=expand, paths=paths, scans=scans, **shared)

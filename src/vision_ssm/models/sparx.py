@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class SparXBlock(nn.Module):
     ) -> None:
         super().__init__()
         if int(dim * mlp_ratio) < 1:
-            raise ValueError(f"dim * mlp_ratio must be at least 1, got {int(dim * mlp_ratio)}")
+            raise ValueError(f"mlp_ratio must give {dim} channels at least one hidden channel, got {mlp_ratio}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def identity_path() -> nn.Module:
@@ -269,29 +270,34 @@ class SparXMamba(Backbone):
     ) -> None:
         check_options(dims, depths, in_chans, drop_path_rate)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        rules = per_stage(len(dims), depth=depths, step=steps, start=starts, window=windows, cross_stage=cross_stage)
-        options = per_stage(
-            len(dims), reduction=reductions, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio, layer_scale=layer_scale
+        reductions, across = (
+            per_stage(depths, "reductions", reductions, 1),
+            per_stage(depths, "cross_stage", cross_stage),
         )
+        ratios, scales = per_stage(depths, "mlp_ratio", mlp_ratio), per_stage(depths, "layer_scale", layer_scale)
+        inner = per_stage(depths, "ssm_ratio", ssm_ratio)
+        connected = stage_connections(depths, steps, starts, windows, across, dense)
         scale = _ATTENTION_SCALE if learnable_scale else None
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, dim in enumerate(dims):
-            connections = sparx_connections(**rules[i], dense=dense, stage_input=i > 0)
             blocks = [
                 SparXBlock(
                     dim,
                     sources=len(maps),
+                    reduction=reductions[i],
                     attention_scale=scale,
                     d_state=d_state,
+                    ssm_ratio=inner[i],
+                    mlp_ratio=ratios[i],
+                    layer_scale=scales[i],
                     drop_path=rate,
                     paths=paths,
-                    **options[i],
                     **dd,
                 )
-                for maps, rate in zip(connections.reads, rates[i], strict=True)
+                for maps, rate in zip(connected[i].reads, rates[i], strict=True)
             ]
-            stages.append(ConnectedStage(blocks, connections, Downsample(dims[i - 1], dim, **dd) if i else None))
+            stages.append(ConnectedStage(blocks, connected[i], Downsample(dims[i - 1], dim, **dd) if i else None))
         super().__init__(
             Stem(in_chans, dims[0], stem_stride, stem_convs, **dd),
             stages,
@@ -323,16 +329,56 @@ class SparXMamba(Backbone):
         return super().published_no_weight_decay() - scales
 
 
-def per_stage(stages: int, **options: Any) -> list[dict[str, Any]]:
-    """Return the options of every stage; those that are no sequences hold for all."""
-    found: list[dict[str, Any]] = [{} for _ in range(stages)]
-    for name, value in options.items():
-        values = value if isinstance(value, Sequence) else [value] * stages
-        if len(values) != stages:
-            raise ValueError(f"{name} must have one entry for each of the {stages} stages, got {tuple(values)}")
-        for stage, each in zip(found, values, strict=True):
-            stage[name] = each
-    return found
+def per_stage(
+    depths: Sequence[int], name: str, value: Any, least: int | None = None, optional: bool = False
+) -> list[Any]:
+    """Return an option's value in every stage; one that is no sequence holds for all.
+
+    Args:
+        depths: Blocks of each stage.
+        name: The option, for messages.
+        value: Its value.
+        least: For an option of whole numbers, the least.
+        optional: Whether a stage may have ``None`` too.
+
+    Raises:
+        ValueError: If there is not one value per stage, or one is out of range.
+    """
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * len(depths)
+    if len(values) != len(depths):
+        raise ValueError(f"{name} must have one entry for each of the {len(depths)} stages, got {tuple(values)}")
+    for stage, each in enumerate(values):
+        if least is None or (optional and each is None):
+            continue
+        if not isinstance(each, Integral) or each < least:
+            none = " or None" if optional else ""
+            raise ValueError(f"{name} must be whole numbers from {least}{none}, got {each!r} in stage {stage}")
+    return values
+
+
+def stage_connections(
+    depths: Sequence[int],
+    steps: Any,
+    starts: Any,
+    windows: Any,
+    cross_stage: Sequence[bool],
+    dense: bool = False,
+) -> list[Connections]:
+    """Return the connections of every stage; see :class:`SparXMamba` for the options.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+    steps = per_stage(depths, "steps", steps, 1)
+    starts = per_stage(depths, "starts", starts, 0, optional=True)
+    windows = per_stage(depths, "windows", windows, 1, optional=True)
+    if starts[0] is not None and starts[0] < depths[0]:
+        raise ValueError(f"starts must be None for stage 0, which has no earlier map, got {starts[0]}")
+    rules = zip(depths, steps, starts, windows, cross_stage, strict=True)
+    return [
+        sparx_connections(*rule, cross_stage=across, dense=dense, stage_input=i > 0)
+        for i, (*rule, across) in enumerate(rules)
+    ]
 
 
 def _init_weights(module: nn.Module, name: str) -> None:

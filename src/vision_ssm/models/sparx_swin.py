@@ -17,10 +17,10 @@ from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from vision_ssm.checkpoints import build_from_official
-from vision_ssm.layers import DMCA, Linear, Mlp, sparx_connections
+from vision_ssm.layers import DMCA, Linear, Mlp
 from vision_ssm.layers.patches import PatchEmbed, PatchMerging, pad_map, symbolic
 from vision_ssm.models.backbone import ATTO, Backbone, check_options, make_cfg
-from vision_ssm.models.sparx import ConnectedStage, per_stage
+from vision_ssm.models.sparx import ConnectedStage, per_stage, stage_connections
 
 __all__ = ["SparXSwin"]
 
@@ -88,7 +88,7 @@ def _attend(qkv: Tensor, table: Tensor, height: int, width: int, size: int, shif
     h, rows, down = _divide(height, size, shifted)
     w, columns, right = _divide(width, size, shifted)
     batch, padded_height, padded_width, _ = qkv.shape
-    windows, heads = rows * columns, table.shape[1]
+    windows, heads, depth = rows * columns, table.shape[1], qkv.shape[3] // (3 * table.shape[1])
     bias = _position_bias(table, size, h, w).to(qkv.dtype)
     groups = (batch * windows, heads)
     if down or right:
@@ -98,10 +98,10 @@ def _attend(qkv: Tensor, table: Tensor, height: int, width: int, size: int, shif
         # The bias is another one in every window; so windows and heads make one axis, and images the other.
         bias = torch.where(region[..., None] == region[..., None, :], bias, bias + _APART).flatten(0, 1)
         groups = (batch, windows * heads)
-    parts = qkv.view(batch, rows, h, columns, w, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
-    q, k, v = parts.reshape(3, *groups, h * w, -1).unbind()
-    y = _attention(q, k, v, bias).view(batch, rows, columns, heads, h, w, -1)
-    y = y.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, padded_height, padded_width, -1)
+    parts = qkv.view(batch, rows, h, columns, w, 3, heads, depth).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k, v = parts.reshape(3, *groups, h * w, depth).unbind()
+    y = _attention(q, k, v, bias).view(batch, rows, columns, heads, h, w, depth)
+    y = y.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, padded_height, padded_width, heads * depth)
     if down or right:
         y = y.roll((down, right), (1, 2))
     return y[:, :height, :width]
@@ -226,7 +226,7 @@ class SparXSwinBlock(nn.Module):
     ) -> None:
         super().__init__()
         if int(dim * mlp_ratio) < 1:
-            raise ValueError(f"dim * mlp_ratio must be at least 1, got {int(dim * mlp_ratio)}")
+            raise ValueError(f"mlp_ratio must give {dim} channels at least one hidden channel, got {mlp_ratio}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.dmca = DMCA(dim, dim, sources, reduction=reduction, **dd) if sources else None
@@ -301,19 +301,27 @@ class SparXSwin(Backbone):
     ) -> None:
         check_options(dims, depths, in_chans, drop_path_rate)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        rules = per_stage(len(dims), depth=depths, step=steps, start=starts, window=windows)
-        options = per_stage(
-            len(dims), num_heads=num_heads, window_size=window_size, reduction=reductions, mlp_ratio=mlp_ratio
-        )
+        heads, sizes = per_stage(depths, "num_heads", num_heads), per_stage(depths, "window_size", window_size, 1)
+        ratios, reductions = per_stage(depths, "mlp_ratio", mlp_ratio), per_stage(depths, "reductions", reductions, 1)
+        connected = stage_connections(depths, steps, starts, windows, [False] * len(dims))
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, dim in enumerate(dims):
-            connections = sparx_connections(**rules[i], stage_input=i > 0)
             blocks = [
-                SparXSwinBlock(dim, shifted=j % 2 == 1, sources=len(maps), drop_path=rates[i][j], **options[i], **dd)
-                for j, maps in enumerate(connections.reads)
+                SparXSwinBlock(
+                    dim,
+                    heads[i],
+                    window_size=sizes[i],
+                    shifted=j % 2 == 1,
+                    sources=len(maps),
+                    reduction=reductions[i],
+                    mlp_ratio=ratios[i],
+                    drop_path=rates[i][j],
+                    **dd,
+                )
+                for j, maps in enumerate(connected[i].reads)
             ]
-            stages.append(ConnectedStage(blocks, connections, PatchMerging(dims[i - 1], dim, **dd) if i else None))
+            stages.append(ConnectedStage(blocks, connected[i], PatchMerging(dims[i - 1], dim, **dd) if i else None))
         super().__init__(
             PatchEmbed(in_chans, dims[0], patch_size, **dd),
             stages,
