@@ -197,6 +197,29 @@ def test_every_family_in_its_published_form(convert, tmp_path, golden, model, wr
     assert sum(value.numel() for value in found.values()) == sum(value.numel() for value in official_state.values())
 
 
+@pytest.mark.parametrize(
+    ("golden", "model", "fitting"),
+    [
+        ("groupmamba_t", "vmamba_tiny", "group_mamba_tiny"),
+        ("efficientvmamba_tiny", "sparx_mamba_tiny", "efficient_vmamba_tiny"),
+        ("sparx_mamba_t_segmentation", "group_mamba_tiny", "sparx_mamba_tiny"),
+    ],
+)
+def test_a_file_of_another_family(convert, golden, model, fitting):
+    code, out, err = convert(goldens.load(golden).state_dict(), model=model)
+    assert code == 2
+    assert not out
+    assert f"theirs.pth is no {model}; it fits {fitting}" in err
+
+
+def test_a_file_of_no_model_is_told_in_a_few_names(convert):
+    code, out, err = convert({f"layer{i}.weight": torch.ones(2) for i in range(100)})
+    assert code == 2
+    assert not out
+    assert "100 unexpected: layer0.weight, " in err
+    assert "layer7.weight and 92 more" in err
+
+
 def without(state, key):
     return {name: value for name, value in state.items() if name != key}
 
@@ -216,6 +239,11 @@ def without(state, key):
         ),
         (lambda state: {"resnet.conv1.weight": torch.ones(2)}, (), "148 missing"),
         (lambda state: state, ("--model", "vmamba_tiny"), "theirs.pth is no vmamba_tiny; it fits vmamba_atto"),
+        (
+            lambda state: state,
+            ("--model", "group_mamba_tiny"),
+            "theirs.pth is no group_mamba_tiny; it fits vmamba_atto",
+        ),
         (lambda state: state, ("--model", "vmamba_tinny"), "unknown model vmamba_tinny; did you mean vmamba_tiny"),
         (lambda state: state, ("--model", "resnet18"), "no conversion of official checkpoints for resnet18"),
         (lambda state: state, ("--model-args", "depth=3"), "cannot make vmamba_atto with depth=3"),
@@ -230,6 +258,7 @@ def without(state, key):
         "shape",
         "foreign",
         "other-variant",
+        "other-family",
         "misspelt",
         "no-conversion",
         "arguments",
