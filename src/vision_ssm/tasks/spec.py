@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -13,7 +12,7 @@ import timm
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from vision_ssm.checkpoints import CheckpointError, convert_official, load_checkpoint_file, load_strict
+from vision_ssm.checkpoints import CheckpointError, can_convert, convert_official, load_checkpoint_file, load_strict
 from vision_ssm.data import Transform
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Augmentation, TrainConfig
@@ -154,7 +153,7 @@ def create_from_file(name: str, args: Mapping[str, Any], num_classes: int, path:
         InputError: The file cannot be read or does not fit.
     """
     model, state = create_model(name, args, num_classes), _read(path)
-    with contextlib.suppress(CheckpointError):  # no conversion: the names can only be the model's own
+    if can_convert(name):  # otherwise the names can only be the model's own
         state = convert_official(name, state)
     wanted = model.state_dict()
     head = [key for key in wanted if key.startswith(_head_prefixes(model))]
