@@ -247,6 +247,7 @@ def without(state, key):
         (lambda state: state, ("--model", "vmamba_tinny"), "unknown model vmamba_tinny; did you mean vmamba_tiny"),
         (lambda state: state, ("--model", "resnet18"), "no conversion of official checkpoints for resnet18"),
         (lambda state: state, ("--model-args", "depth=3"), "cannot make vmamba_atto with depth=3"),
+        (lambda state: state, ("--model-args", "num_classes=3"), "the number of classes comes from the file"),
         (lambda state: state, ("--ema",), "theirs.pth keeps no averaged weights apart; leave --ema out"),
         (lambda state: state, ("--backbone",), "has no names that begin with backbone.; leave --backbone out"),
         (lambda state: backbone_of_a_segmenter()[1], (), "3 besides (decode_head 2, neck 1); --backbone takes"),
@@ -262,6 +263,7 @@ def without(state, key):
         "misspelt",
         "no-conversion",
         "arguments",
+        "classes",
         "no-ema",
         "no-backbone",
         "segmenter",
@@ -273,6 +275,28 @@ def test_what_is_refused(convert, content, words, message):
     code, _, err = convert(content(official(source().state_dict())), *words)
     assert code == 2
     assert message in err
+
+
+def test_numbers_that_are_not_finite(convert, capsys, picture, tmp_path):
+    state = official(source().state_dict())
+    for key, value in (("layers.1.blocks.0.op.Ds", torch.nan), ("classifier.head.bias", torch.inf)):
+        state[key] = state[key].clone()
+        state[key][0] = value
+    message = "2 tensors hold numbers that are not finite: layers.1.blocks.0.op.Ds, classifier.head.bias"
+    code, _, err = convert(state, "--verify", str(picture))
+    assert code == 2
+    assert message in err
+    words = (str(tmp_path / "theirs.pth"), str(tmp_path / "ours.safetensors"), "--model", NAME)
+    assert main(("convert", *words)) == 0
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_without_the_second_classifier(convert):
+    state = {k: v for k, v in goldens.load("groupmamba_t").state_dict().items() if not k.startswith("dist_head")}
+    code, _, err = convert(state, model="group_mamba_tiny")
+    assert code == 2
+    assert "--model-args distilled=False makes a model without one" in err
+    assert convert(state, "--model-args", "distilled=False", model="group_mamba_tiny")[0] == 0
 
 
 def test_a_backbone_cannot_be_verified(convert, picture):

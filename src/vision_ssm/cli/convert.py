@@ -1,3 +1,4 @@
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -63,7 +64,9 @@ def convert(words: Sequence[str]) -> int:
     from vision_ssm.tasks.spec import create_model
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    cfg: Any = create_model(options.model, {"device": "meta"}, 1000).pretrained_cfg
+    if "num_classes" in options.model_args:
+        raise InputError("--model-args takes no num_classes: the number of classes comes from the file")
+    cfg: Any = create_model(options.model, {**options.model_args, "device": "meta"}, 1000).pretrained_cfg
     image = None if options.verify is None else open_image(options.verify)
     checkpoint, theirs, left_out = _read(options)
     ours = convert_official(options.model, theirs)
@@ -71,6 +74,13 @@ def convert(words: Sequence[str]) -> int:
     if image is not None and not args["num_classes"]:
         raise InputError(f"{options.source} holds no classifier; there is nothing to verify an image with")
     _check(options, args, theirs, ours)
+    broken = [name for name, tensor in theirs.items() if not tensor.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
+        problem = f"{len(broken)} tensors hold numbers that are not finite: {', '.join(broken[:8])}{more}"
+        if image is not None:
+            raise InputError(f"{options.source}: {problem}; there is nothing to verify an image with")
+        sys.stderr.write(f"vision-ssm: warning: {problem}\n")
     # Cloned, because safetensors refuses tensors that share memory.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in ours.items()}
     metadata = {"model": options.model, "source": options.source.name, "format": "pt"}
@@ -125,11 +135,17 @@ def _create(name: str, args: Mapping[str, Any], **more: Any) -> "nn.Module":
 
 def _check(options: ConvertOptions, args: Mapping[str, Any], theirs: State, ours: State) -> None:
     """Check that the tensors are those of the model; tell of which other one they are."""
-    from vision_ssm.checkpoints import check_fit
+    from vision_ssm.checkpoints import CheckpointError, check_fit
 
     try:
         check_fit(_create(options.model, args, device="meta"), ours)
     except InputError as error:
+        missing = error.keys["missing"] if isinstance(error, CheckpointError) else []
+        if missing and all(key.startswith("head.fc_dist.") for key in missing):
+            raise InputError(
+                f"{options.source} lacks the second classifier, {', '.join(missing)}; "
+                "--model-args distilled=False makes a model without one"
+            ) from None
         if (name := _find_fitting(options, theirs)) is not None:
             raise InputError(f"{options.source} is no {options.model}; it fits {name}") from None
         raise error
