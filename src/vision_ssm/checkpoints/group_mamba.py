@@ -84,7 +84,9 @@ def convert_group_mamba(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _rules(name: str) -> dict[str, Callable[[list[Tensor]], Tensor]]:
     """Return how our weights by our names are made of the four groups'; none where a group has no such weight."""
-    return _HALVES if name == "in_proj.weight" else dict([_GROUPED[name]] if name in _GROUPED else [])
+    if name == "in_proj.weight":
+        return _HALVES
+    return dict([_GROUPED[name]]) if name in _GROUPED else {}
 
 
 def _misfit(names: list[str], state: dict[str, Tensor]) -> str | None:
