@@ -41,7 +41,10 @@ _GROUPED: dict[str, tuple[str, Callable[[list[Tensor]], Tensor]]] = {
     "out_proj.weight": ("out_proj.weight", torch.stack),  # (d, d)
 }
 # Input and gate have one projection there, of their channels in this order.
-_HALVES = {"in_proj.weight": _first_half, "gate_proj.weight": _second_half}  # (2d, d)
+_HALVES: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "in_proj.weight": _first_half,
+    "gate_proj.weight": _second_half,
+}  # (2d, d)
 
 
 def convert_group_mamba(state: dict[str, Tensor]) -> dict[str, Tensor]:
