@@ -197,6 +197,29 @@ def test_every_family_in_its_published_form(convert, tmp_path, golden, model, wr
     assert sum(value.numel() for value in found.values()) == sum(value.numel() for value in official_state.values())
 
 
+@pytest.mark.parametrize(
+    ("golden", "model", "fitting"),
+    [
+        ("groupmamba_t", "vmamba_tiny", "group_mamba_tiny"),
+        ("efficientvmamba_tiny", "sparx_mamba_tiny", "efficient_vmamba_tiny"),
+        ("sparx_mamba_t_segmentation", "group_mamba_tiny", "sparx_mamba_tiny"),
+    ],
+)
+def test_a_file_of_another_family(convert, golden, model, fitting):
+    code, out, err = convert(goldens.load(golden).state_dict(), model=model)
+    assert code == 2
+    assert not out
+    assert f"theirs.pth is no {model}; it fits {fitting}" in err
+
+
+def test_a_file_of_no_model_is_told_in_a_few_names(convert):
+    code, out, err = convert({f"layer{i}.weight": torch.ones(2) for i in range(100)})
+    assert code == 2
+    assert not out
+    assert "100 unexpected: layer0.weight, " in err
+    assert "layer7.weight and 92 more" in err
+
+
 def without(state, key):
     return {name: value for name, value in state.items() if name != key}
 
@@ -216,9 +239,25 @@ def without(state, key):
         ),
         (lambda state: {"resnet.conv1.weight": torch.ones(2)}, (), "148 missing"),
         (lambda state: state, ("--model", "vmamba_tiny"), "theirs.pth is no vmamba_tiny; it fits vmamba_atto"),
+        (
+            lambda state: state,
+            ("--model", "group_mamba_tiny"),
+            "theirs.pth is no group_mamba_tiny; it fits vmamba_atto",
+        ),
         (lambda state: state, ("--model", "vmamba_tinny"), "unknown model vmamba_tinny; did you mean vmamba_tiny"),
         (lambda state: state, ("--model", "resnet18"), "no conversion of official checkpoints for resnet18"),
-        (lambda state: state, ("--model-args", "depth=3"), "cannot make vmamba_atto with depth=3"),
+        (
+            lambda state: state,
+            ("--model-args", "depth=3"),
+            "with depth=3: VMamba has no argument depth; did you mean depths",
+        ),
+        (
+            lambda state: state,
+            ("--model-args", "depths=2"),
+            "cannot make vmamba_atto with depths=2: depths takes several",
+        ),
+        (lambda state: state, ("--model-args", "depths=(2,2"), "cannot read the value in depths=(2,2"),
+        (lambda state: state, ("--model-args", "num_classes=3"), "the number of classes comes from the file"),
         (lambda state: state, ("--ema",), "theirs.pth keeps no averaged weights apart; leave --ema out"),
         (lambda state: state, ("--backbone",), "has no names that begin with backbone.; leave --backbone out"),
         (lambda state: backbone_of_a_segmenter()[1], (), "3 besides (decode_head 2, neck 1); --backbone takes"),
@@ -230,9 +269,13 @@ def without(state, key):
         "shape",
         "foreign",
         "other-variant",
+        "other-family",
         "misspelt",
         "no-conversion",
         "arguments",
+        "no-sequence",
+        "bracket",
+        "classes",
         "no-ema",
         "no-backbone",
         "segmenter",
@@ -244,6 +287,28 @@ def test_what_is_refused(convert, content, words, message):
     code, _, err = convert(content(official(source().state_dict())), *words)
     assert code == 2
     assert message in err
+
+
+def test_numbers_that_are_not_finite(convert, capsys, picture, tmp_path):
+    state = official(source().state_dict())
+    for key, value in (("layers.1.blocks.0.op.Ds", torch.nan), ("classifier.head.bias", torch.inf)):
+        state[key] = state[key].clone()
+        state[key][0] = value
+    message = "2 tensors hold numbers that are not finite: layers.1.blocks.0.op.Ds, classifier.head.bias"
+    code, _, err = convert(state, "--verify", str(picture))
+    assert code == 2
+    assert message in err
+    words = (str(tmp_path / "theirs.pth"), str(tmp_path / "ours.safetensors"), "--model", NAME)
+    assert main(("convert", *words)) == 0
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_without_the_second_classifier(convert):
+    state = {k: v for k, v in goldens.load("groupmamba_t").state_dict().items() if not k.startswith("dist_head")}
+    code, _, err = convert(state, model="group_mamba_tiny")
+    assert code == 2
+    assert "--model-args distilled=False makes a model without one" in err
+    assert convert(state, "--model-args", "distilled=False", model="group_mamba_tiny")[0] == 0
 
 
 def test_a_backbone_cannot_be_verified(convert, picture):

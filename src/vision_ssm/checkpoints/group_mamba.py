@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vision_ssm.checkpoints.reader import CheckpointError
+
 _STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2", "6": "conv3", "7": "norm3"}
 _HEADS = {"head": "fc", "dist_head": "fc_dist"}
 _MIXER = r"(block\d+\.\d+|post_network\.0)\.attn"
@@ -39,7 +41,10 @@ _GROUPED: dict[str, tuple[str, Callable[[list[Tensor]], Tensor]]] = {
     "out_proj.weight": ("out_proj.weight", torch.stack),  # (d, d)
 }
 # Input and gate have one projection there, of their channels in this order.
-_HALVES = {"in_proj.weight": _first_half, "gate_proj.weight": _second_half}  # (2d, d)
+_HALVES: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "in_proj.weight": _first_half,
+    "gate_proj.weight": _second_half,
+}  # (2d, d)
 
 
 def convert_group_mamba(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -47,34 +52,55 @@ def convert_group_mamba(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Keys it does not know pass through unchanged, so that strict loading lists them. A state dict that already has
     our keys is returned as it is.
+
+    Raises:
+        CheckpointError: If one of the four groups lacks a weight, or has it in another shape than the others.
     """
     if not any(re.match(r"patch_embed\d+\.|block\d+\.", key) for key in state):
         return dict(state)
     ours: dict[str, Tensor] = {}
+    wrong: dict[str, None] = {}
     for key, value in state.items():
-        if match := re.fullmatch(_MIXER + r"\.mamba_g([1-4])\.(.+)", key):
-            prefix, group, name = match.groups()
-            groups = [state.get(f"{prefix}.attn.mamba_g{k}.{name}") for k in (1, 2, 3, 4)]
-            joined = _join(name, groups)
-            if not joined:
-                ours[key] = value
-            elif group == "1":
-                ours |= {f"{_module(prefix)}.mixer.ss2d.{own}": tensor for own, tensor in joined.items()}
+        match = re.fullmatch(_MIXER + r"\.mamba_g([1-4])\.(.+)", key)
+        rules = _rules(match[3]) if match else {}
+        if match and rules:
+            names = [f"{match[1]}.attn.mamba_g{k}.{match[3]}" for k in (1, 2, 3, 4)]
+            if problem := _misfit(names, state):
+                wrong[problem] = None
+                continue
+            groups = [state[name] for name in names]
+            prefix = f"{_module(match[1])}.mixer.ss2d."
+            if match[2] == "1":
+                try:
+                    ours |= {prefix + own: join(groups) for own, join in rules.items()}
+                except (RuntimeError, IndexError):  # of other axes: strict loading will name them
+                    ours |= dict(zip(names, groups, strict=True))
+        elif match:
+            ours[key] = value
         else:
             ours[_name(key)] = value
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise CheckpointError(f"the four groups of GroupMamba do not fit together: {'; '.join([*wrong][:8])}{more}")
     return ours
 
 
-def _join(name: str, groups: list[Tensor | None]) -> dict[str, Tensor]:
-    """Return our weights made of the four groups' by our names; none where they are not such."""
-    rules = _HALVES if name == "in_proj.weight" else dict([_GROUPED[name]] if name in _GROUPED else [])
-    present = [value for value in groups if value is not None]
-    if len(present) < len(groups):
-        return {}
-    try:
-        return {ours: join(present) for ours, join in rules.items()}
-    except (RuntimeError, IndexError):  # shapes that do not fit one another: strict loading will name them
-        return {}
+def _rules(name: str) -> dict[str, Callable[[list[Tensor]], Tensor]]:
+    """Return how our weights by our names are made of the four groups'; none where a group has no such weight."""
+    if name == "in_proj.weight":
+        return _HALVES
+    return dict([_GROUPED[name]]) if name in _GROUPED else {}
+
+
+def _misfit(names: list[str], state: dict[str, Tensor]) -> str | None:
+    """Say which of the four groups' weights is missing, or of another shape than most."""
+    if missing := [name for name in names if name not in state]:
+        return f"missing {', '.join(missing)}"
+    shapes = [tuple(state[name].shape) for name in names]
+    usual = max(shapes, key=shapes.count)
+    if odd := [f"{name} {shape}" for name, shape in zip(names, shapes, strict=True) if shape != usual]:
+        return f"{', '.join(odd)} where the other groups have {usual}"
+    return None
 
 
 def _module(prefix: str) -> str:

@@ -1,6 +1,7 @@
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from vision_ssm.checkpoints import Checkpoint
 
 State = dict[str, "Tensor"]
+_PARTS = ("stem.", "stages.", "norm.", "head.", "feature_norms.")  # of every model that has a conversion
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,23 @@ def convert(words: Sequence[str]) -> int:
     from vision_ssm.tasks.spec import create_model
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    cfg: Any = create_model(options.model, {"device": "meta"}, 1000).pretrained_cfg
+    if "num_classes" in options.model_args:
+        raise InputError("--model-args takes no num_classes: the number of classes comes from the file")
+    cfg: Any = create_model(options.model, {**options.model_args, "device": "meta"}, 1000).pretrained_cfg
     image = None if options.verify is None else open_image(options.verify)
     checkpoint, theirs, left_out = _read(options)
     ours = convert_official(options.model, theirs)
     args = _arguments(options, ours, cfg)
     if image is not None and not args["num_classes"]:
         raise InputError(f"{options.source} holds no classifier; there is nothing to verify an image with")
-    _check(options, args, ours, console)
+    _check(options, args, theirs, ours)
+    broken = [name for name, tensor in theirs.items() if not tensor.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
+        problem = f"{len(broken)} tensors hold numbers that are not finite: {', '.join(broken[:8])}{more}"
+        if image is not None:
+            raise InputError(f"{options.source}: {problem}; there is nothing to verify an image with")
+        sys.stderr.write(f"vision-ssm: warning: {problem}\n")
     # Cloned, because safetensors refuses tensors that share memory.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in ours.items()}
     metadata = {"model": options.model, "source": options.source.name, "format": "pt"}
@@ -122,31 +133,44 @@ def _create(name: str, args: Mapping[str, Any], **more: Any) -> "nn.Module":
     return model.model if args.get("features_only") else model  # timm's wrapper holds the pruned model
 
 
-def _check(options: ConvertOptions, args: Mapping[str, Any], ours: State, console: Any) -> None:
+def _check(options: ConvertOptions, args: Mapping[str, Any], theirs: State, ours: State) -> None:
     """Check that the tensors are those of the model; tell of which other one they are."""
-    from vision_ssm.checkpoints import CheckpointError, check_fit, same_family
-    from vision_ssm.models.registry import registered_models
+    from vision_ssm.checkpoints import CheckpointError, check_fit
 
     try:
         check_fit(_create(options.model, args, device="meta"), ours)
-    except CheckpointError as error:
-        for name in registered_models():
-            if name != options.model and same_family(name, options.model) and _fits(name, args, ours):
-                raise CheckpointError(f"{options.source} is no {options.model}; it fits {name}") from None
-        for what, keys in error.keys.items():
-            if keys:
-                console.print(f"{what}:", *(f"  {key}" for key in keys), sep="\n")
-        raise
+    except InputError as error:
+        missing = error.keys["missing"] if isinstance(error, CheckpointError) else []
+        if missing and all(key.startswith("head.fc_dist.") for key in missing):
+            raise InputError(
+                f"{options.source} lacks the second classifier, {', '.join(missing)}; "
+                "--model-args distilled=False makes a model without one"
+            ) from None
+        if (name := _find_fitting(options, theirs)) is not None:
+            raise InputError(f"{options.source} is no {options.model}; it fits {name}") from None
+        raise error
 
 
-def _fits(name: str, args: Mapping[str, Any], ours: State) -> bool:
-    from vision_ssm.checkpoints import check_fit
+def _find_fitting(options: ConvertOptions, theirs: State) -> str | None:
+    """Return the first model that a file fits, those of the same family first."""
+    import timm
 
-    try:
-        check_fit(_create(name, args, device="meta"), ours)
-    except InputError:
-        return False
-    return True
+    from vision_ssm.checkpoints import can_convert, check_fit, convert_official, same_family
+    from vision_ssm.models.registry import registered_models
+
+    names = [name for name in registered_models() if name != options.model and can_convert(name)]
+    for name in sorted(names, key=lambda name: not same_family(name, options.model)):
+        others = options if same_family(name, options.model) else replace(options, model_args={})
+        try:
+            ours = convert_official(name, theirs)
+            if not all(key.startswith(_PARTS) for key in ours):
+                continue  # spares building the model
+            args = _arguments(others, ours, timm.get_pretrained_cfg(name).to_dict())
+            check_fit(_create(name, args, device="meta"), ours)
+        except InputError:
+            continue
+        return name
+    return None
 
 
 def _report(

@@ -155,13 +155,16 @@ def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
                 )
             console.print(table)
             console.print()
-    console.print(
-        "MACs: multiply-accumulates; paper ops: these but attention's, 5 per element normed, 9 L D N + L D per scan.\n"
-        "top-1: on ImageNet-1K in %, of the published weights named above the table, not of this package's training.\n"
-        "weights: pretrained=True fetches them; 'convert': vision-ssm convert takes a file that you have.",
-        style="dim",
-        highlight=False,
-    )
+    legend = [
+        "MACs: multiply-accumulates; paper ops: these but attention's, 5 per element normed, 9 L D N + L D per scan."
+    ]
+    if any(row["published_top1"] for row in rows):
+        legend += ["top-1: on ImageNet-1K in %, of the published weights named above, not of this package's training."]
+    if any(row["pretrained"] for row in rows):
+        legend += ["weights: pretrained=True fetches them."]
+    if any(row["convertible"] and not row["pretrained"] for row in rows):
+        legend += ["convert: vision-ssm convert takes a file that you have."]
+    console.print("\n".join(legend), style="dim", highlight=False)
 
 
 def info(words: Sequence[str]) -> int:
@@ -210,7 +213,7 @@ def info(words: Sequence[str]) -> int:
     table.add_row("input", f"{size[0]} x {size[1]} x {size[2]}")
     table.add_row("parameters", f"{cost.parameters:,}")
     table.add_row("MACs", f"{cost.macs:,}", "convolutions, linear layers, matrix products")
-    table.add_row("papers' ops", f"{cost.paper_ops:,}", "MACs, norms, pooling, 9 L D N + L D per scan")
+    table.add_row("papers' ops", f"{cost.paper_ops:,}", "MACs but attention's, norms, pooling, 9 L D N + L D per scan")
     table.add_row("FLOPs", f"{cost.flops:,}", "torch's FlopCounterMode, 2 per MAC")
     console.print(table)
     console.print(f"published weights: {values['weights'] or 'none'}", highlight=False, soft_wrap=True)

@@ -74,6 +74,8 @@ def _key_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Mapping[str
         pairs = [word.partition("=") for word in words]
         if wrong := [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]:
             raise ValueError(f"expected KEY=VALUE, not {wrong[0]}")
+        if wrong := [word for word, (*_, value) in zip(words, pairs, strict=True) if _is_broken(_literal(value))]:
+            raise ValueError(f"cannot read the value in {wrong[0]}")
         return {key: _literal(value) for key, _, value in pairs}
 
     return PrimitiveConstructorSpec(
@@ -90,3 +92,8 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _is_broken(value: Any) -> bool:
+    """Whether a value is a string for the only reason that its brackets make no Python literal."""
+    return isinstance(value, str) and any(bracket in value for bracket in "()[]{}")

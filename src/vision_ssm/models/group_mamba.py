@@ -398,7 +398,7 @@ def _cfg(*args: str, **more: Any) -> dict[str, Any]:
         *args,
         **{
             "classifier": ("head.fc", "head.fc_dist"),
-            "license": "unknown",  # the files' metadata name MIT, two of their model cards non-commercial use
+            "license": "unclear: MIT in the metadata, non-commercial in the model cards",
             "paper_ids": "arXiv:2407.13772",
             "paper_name": "GroupMamba: Efficient Group-Based Visual State Space Model",
             "origin_url": "https://github.com/Amshaker/GroupMamba",

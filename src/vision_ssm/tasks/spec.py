@@ -1,7 +1,8 @@
-import contextlib
 import dataclasses
 import difflib
+import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import timm
+import torch
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from vision_ssm.checkpoints import CheckpointError, convert_official, load_checkpoint_file, load_strict
+from vision_ssm.checkpoints import CheckpointError, can_convert, convert_official, load_checkpoint_file, load_strict
 from vision_ssm.data import Transform
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Augmentation, TrainConfig
@@ -118,12 +120,30 @@ def create_model(name: str, args: Mapping[str, Any], num_classes: int, *, pretra
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args)
     except (TypeError, ValueError, AssertionError, AttributeError) as error:
-        given = " ".join(f"{k}={v}" for k, v in args.items()) or "no arguments"
-        raise InputError(f"cannot make {name} with {given}: {error}") from error
+        given = " ".join(f"{k}={v}" for k, v in args.items() if k != "device") or "no arguments"
+        raise InputError(f"cannot make {name} with {given}: {_explain(name, args, error)}") from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
         raise InputError(f"cannot fetch the published weights of {name}: {error}") from error
+
+
+def _explain(name: str, args: Mapping[str, Any], error: Exception) -> str:
+    """Say which arguments a model does not know, or which are no sequences where it takes some."""
+    if not isinstance(error, TypeError):
+        return str(error)
+    with torch.device("meta"):
+        kind = type(timm.create_model(name))
+    known = inspect.signature(kind).parameters
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        near = difflib.get_close_matches(unknown[1], known, n=4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"{kind.__name__} has no argument {unknown[1]}{hint}"
+    for key, value in args.items():
+        default = known[key].default if key in known else None
+        if isinstance(default, tuple | list) and not isinstance(value, tuple | list):
+            return f"{key} takes several values, such as {key}={str(default).replace(' ', '')}"
+    return f"a value is of the wrong type ({error})"
 
 
 def _default_cfg(name: str) -> Any:
@@ -154,7 +174,7 @@ def create_from_file(name: str, args: Mapping[str, Any], num_classes: int, path:
         InputError: The file cannot be read or does not fit.
     """
     model, state = create_model(name, args, num_classes), _read(path)
-    with contextlib.suppress(CheckpointError):  # no conversion: the names can only be the model's own
+    if can_convert(name):  # otherwise the names can only be the model's own
         state = convert_official(name, state)
     wanted = model.state_dict()
     head = [key for key in wanted if key.startswith(_head_prefixes(model))]
