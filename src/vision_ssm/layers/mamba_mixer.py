@@ -126,9 +126,23 @@ class MultiResolutionConv(nn.Module):
         y = x * self.level_weight[0]
         x = x.permute(0, 3, 1, 2)
         for j, conv in enumerate(self.convs):
-            x = conv(x)
+            assert isinstance(conv, nn.Conv2d)
+            x = _dilated(x, conv.weight, conv.bias, 2**j)
             y = torch.addcmul(y, x.permute(0, 2, 3, 1), self.level_weight[j + 1])
         return y
+
+
+def _dilated(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """Depthwise 3x3 convolution of (B, C, H, W); one leaf of an FX graph."""
+    options: dict[str, Any] = dict(padding=dilation, dilation=dilation, groups=weight.shape[0])
+    if x.device.type != "cpu" or x.dtype == torch.float64 or not torch.is_grad_enabled():
+        return F.conv2d(x, weight, bias, **options)
+    # In bfloat16, oneDNN's gradient of a dilated weight reads memory that nobody wrote: now and then it is NaN.
+    with torch.autocast("cpu", enabled=False):
+        return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), **options).to(x.dtype)
+
+
+torch.fx.wrap("_dilated")
 
 
 class _TokenMixer(nn.Module):
