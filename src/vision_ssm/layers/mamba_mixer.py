@@ -93,6 +93,30 @@ def _weighted_sum(scalars: Tensor, maps: list[Tensor]) -> Tensor:
 torch.fx.wrap("_weighted_sum")
 
 
+def _dilated(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """Depthwise 3x3 convolution of (B, C, H, W); one leaf of an FX graph."""
+    options: dict[str, Any] = dict(padding=dilation, dilation=dilation, groups=weight.shape[0])
+    if x.device.type != "cpu" or x.dtype == torch.float64 or not torch.is_grad_enabled():
+        return F.conv2d(x, weight, bias, **options)
+    # In bfloat16, oneDNN's gradient of a dilated weight reads memory that nobody wrote: now and then it is NaN.
+    with torch.autocast("cpu", enabled=False):
+        return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), **options).to(x.dtype)
+
+
+torch.fx.wrap("_dilated")
+
+
+class DilatedConv(nn.Conv2d):
+    """Depthwise 3x3 convolution with dilation, of (B, C, H, W)."""
+
+    def __init__(self, dim: int, dilation: int, **dd: Any) -> None:
+        super().__init__(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim, **dd)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve a map."""
+        return _dilated(input, self.weight, self.bias, self.dilation[0])
+
+
 class MultiResolutionConv(nn.Module):
     """A stack of depthwise 3x3 convolutions with dilations 1, 2, 4, ..., summed with a weight per level and channel.
 
@@ -116,9 +140,7 @@ class MultiResolutionConv(nn.Module):
         if dim < 1 or levels < 1:
             raise ValueError(f"dim and levels must be at least 1, got {dim} and {levels}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.convs = nn.ModuleList(
-            nn.Conv2d(dim, dim, 3, padding=2**j, dilation=2**j, groups=dim, **dd) for j in range(levels)
-        )
+        self.convs = nn.ModuleList(DilatedConv(dim, 2**j, **dd) for j in range(levels))
         self.level_weight = nn.Parameter(torch.full((levels + 1, dim), 1 / (levels + 1), **dd))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,23 +148,9 @@ class MultiResolutionConv(nn.Module):
         y = x * self.level_weight[0]
         x = x.permute(0, 3, 1, 2)
         for j, conv in enumerate(self.convs):
-            assert isinstance(conv, nn.Conv2d)
-            x = _dilated(x, conv.weight, conv.bias, 2**j)
+            x = conv(x)
             y = torch.addcmul(y, x.permute(0, 2, 3, 1), self.level_weight[j + 1])
         return y
-
-
-def _dilated(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """Depthwise 3x3 convolution of (B, C, H, W); one leaf of an FX graph."""
-    options: dict[str, Any] = dict(padding=dilation, dilation=dilation, groups=weight.shape[0])
-    if x.device.type != "cpu" or x.dtype == torch.float64 or not torch.is_grad_enabled():
-        return F.conv2d(x, weight, bias, **options)
-    # In bfloat16, oneDNN's gradient of a dilated weight reads memory that nobody wrote: now and then it is NaN.
-    with torch.autocast("cpu", enabled=False):
-        return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), **options).to(x.dtype)
-
-
-torch.fx.wrap("_dilated")
 
 
 class _TokenMixer(nn.Module):

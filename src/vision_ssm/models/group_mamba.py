@@ -303,9 +303,9 @@ class GroupMamba(Backbone):
         check_options(dims, depths, in_chans, drop_path_rate)
         if any(dim % _GROUPS or dim < 16 for dim in dims):
             raise ValueError(f"dims must be multiples of {_GROUPS} and at least 16, got {tuple(dims)}")
-        hiddens = [int(dim * ratio) for dim, ratio in zip(dims, mlp_ratios, strict=False)]
-        if len(mlp_ratios) != len(dims) or min(hiddens) < 1:
+        if len(mlp_ratios) != len(dims) or any(int(dim * r) < 1 for dim, r in zip(dims, mlp_ratios, strict=True)):
             raise ValueError(f"mlp_ratios must hold one positive number per stage, got {tuple(mlp_ratios)}")
+        hiddens = [int(dim * ratio) for dim, ratio in zip(dims, mlp_ratios, strict=True)]
         if not 1 <= gate_reduction <= min(dims):
             raise ValueError(
                 f"gate_reduction must be between 1 and {min(dims)}, the least of dims, got {gate_reduction}"
