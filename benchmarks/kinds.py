@@ -23,11 +23,15 @@ KINDS = {
 }
 
 
-def time_by_kind(step: Callable[[], Any], passes: int = 8) -> dict[str, float]:
-    """Return where the fastest of several passes spends its ms: operators' self times by kind, and between them."""
+def time_by_kind(step: Callable[[], Any], passes: int = 8, seconds: float = 5.0) -> dict[str, float]:
+    """Return where the fastest of several passes spends its ms: operators' self times by kind, and between them.
+
+    Slow passes are fewer: none begins after ``seconds``.
+    """
     step()
-    found = []
-    for _ in range(passes):
+    found: list[tuple[float, dict[str, float]]] = []
+    begin = time.perf_counter()
+    while not found or (len(found) < passes and time.perf_counter() - begin < seconds):
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             start = time.perf_counter()
             step()
