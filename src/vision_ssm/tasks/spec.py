@@ -71,7 +71,7 @@ class ModelSpec:
             is_training=True,
             mean=self.mean,
             std=self.std,
-            interpolation=self.interpolation,
+            interpolation=augment.interpolation or self.interpolation,
             scale=augment.scale,
             ratio=augment.ratio,
             hflip=augment.hflip,
@@ -104,7 +104,7 @@ def spec_for(config: TrainConfig, classes: tuple[str, ...]) -> ModelSpec:
         mean=tuple(known.mean),
         std=tuple(known.std),
         interpolation=known.interpolation,
-        crop=1.0 if size < 128 else known.crop_pct,
+        crop=config.crop or (1.0 if size < 128 else known.crop_pct),
     )
 
 
