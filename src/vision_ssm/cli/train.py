@@ -124,6 +124,9 @@ def _absolute(config: recipes.TrainConfig) -> recipes.TrainConfig:
     """Make paths absolute, so that a run can be resumed and evaluated from another directory."""
     if isinstance(config.pretrained, Path):
         config = dataclasses.replace(config, pretrained=config.pretrained.absolute())
+    if config.distill.teacher and Path(config.distill.teacher).exists():
+        teacher = str(Path(config.distill.teacher).absolute())
+        config = dataclasses.replace(config, distill=dataclasses.replace(config.distill, teacher=teacher))
     if isinstance(config, recipes.FolderConfig):
         val = config.data.val.absolute() if config.data.val else None
         config = dataclasses.replace(

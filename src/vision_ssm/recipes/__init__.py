@@ -10,6 +10,7 @@ from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import (
     Augmentation,
     DigitsConfig,
+    Distillation,
     FolderConfig,
     FolderData,
     Interpolation,
@@ -27,6 +28,7 @@ __all__ = [
     "RECIPES",
     "Augmentation",
     "DigitsConfig",
+    "Distillation",
     "FolderConfig",
     "FolderData",
     "Interpolation",

@@ -100,6 +100,20 @@ class Optimisation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """Learning from a teacher: the loss is (1 - alpha) of the targets' and alpha of the teacher's."""
+
+    teacher: str | None = None
+    """timm's name of a model with published weights, the folder of a run, or a weights file of one."""
+    soft: bool = False
+    """Learn the teacher's probabilities; otherwise its most probable class."""
+    alpha: float = 0.5
+    """Weight of the teacher."""
+    tau: float = 1.0
+    """Temperature of the probabilities; the higher, the more even."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FolderData:
     """Image folders with one sub-folder per class."""
 
@@ -120,7 +134,7 @@ class TrainConfig:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model, such as stem_stride=2 drop_rate=0.1."""
     pretrained: bool | Path = False
-    """Start from the published weights, or from a checkpoint file."""
+    """Start from the published weights, from a checkpoint file, or from the best weights in the folder of a run."""
     drop_path: float = 0.0
     """Stochastic depth rate (drop_path_rate of the model)."""
     image_size: int | None = None
@@ -137,6 +151,7 @@ class TrainConfig:
     """Decides the first weights, the order of the images and every random change."""
     augment: Augmentation = field(default_factory=Augmentation)
     optim: Optimisation = field(default_factory=Optimisation)
+    distill: Distillation = field(default_factory=Distillation)
     precision: Precision = "32-true"
     """Number format of the computation."""
     device: str = "auto"

@@ -7,7 +7,7 @@ one GPU and the number of GPUs, so that mixing and batch norms see on one GPU wh
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vision_ssm.recipes.config import Augmentation, FolderConfig, FolderData, Optimisation
+from vision_ssm.recipes.config import Augmentation, Distillation, FolderConfig, FolderData, Optimisation
 from vision_ssm.recipes.recipe import Recipe, cite
 
 _AUGMENT = Augmentation(
@@ -190,14 +190,19 @@ def _efficient_vmamba() -> list[Recipe]:
 
 def _group_mamba() -> list[Recipe]:
     where = "Amshaker/GroupMamba@c1800ed"
-    config = replace(_BASE, optim=replace(_PER_512, ema=0.9999))
+    distill = Distillation(teacher="regnety_160.deit_in1k", soft=False, alpha=0.5, tau=1.0)
+    config = replace(_BASE, optim=replace(_PER_512, ema=0.9999), distill=distill)
     sources = {
         f"{where}: 8 GPUs of 128 images": _BATCH,
-        f"{where}, train.py": _MODEL,
+        f"{where}, train.py": f"{_MODEL} distill.teacher distill.soft distill.alpha distill.tau",
         f"{where}, train.py and config.py": f"{_RATES} {_SCHEDULE} {_ADAMW} {_LOSS} {_AVERAGE} {_CHANGES} precision",
         f"{where}: resized to 256, cropped to 224": _INPUT,
     }
-    notes = (_JITTER, "The schedule ran one step late: steps 0 and 1 had the same rate.")
+    notes = (
+        _JITTER,
+        "The schedule ran one step late: steps 0 and 1 had the same rate.",
+        "The teacher knows ImageNet's classes only. With others name one of your own, or --distill.teacher None.",
+    )
     sizes = [_Size(f"group_mamba_{size}", 0.05) for size in ("tiny", "small", "base")]
     return [size.recipe("GroupMamba" + _AS_PUBLISHED, config, sources, notes) for size in sizes]
 

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -10,7 +11,9 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from vision_ssm.data import seeded
-from vision_ssm.recipes import Augmentation, Optimisation
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import Augmentation, Distillation, Optimisation
+from vision_ssm.tasks.distillation import Teacher, distillation_loss
 from vision_ssm.tasks.evaluation import balanced_accuracy
 from vision_ssm.tasks.optimisation import LearningRate, make_optimizer
 
@@ -34,6 +37,9 @@ class ClassificationTask(lightning.LightningModule):
         optim: Optimiser, schedule, loss and averaging. Its rates are taken as they are.
         epochs: Length of the schedule.
         seed: Decides all random draws of the training steps.
+        teacher: Whose answers to learn too. A model with two classifiers (one that has timm's
+            `set_distilled_training`) learns them with the second, any other with the only one.
+        distill: How to learn them.
     """
 
     train_sums: Tensor
@@ -47,11 +53,18 @@ class ClassificationTask(lightning.LightningModule):
         optim: Optimisation | None = None,
         epochs: int = 100,
         seed: int = 0,
+        teacher: Teacher | None = None,
+        distill: Distillation | None = None,
     ) -> None:
         super().__init__()
         augment, self.optim = augment or Augmentation(), optim or Optimisation()
         self.epochs, self.seed = epochs, seed
+        self.teacher, self.distill = teacher, distill or Distillation()
         self.model = model
+        self.teacher_fingerprint = None if teacher is None else teacher.fingerprint()
+        return_both: Callable[[bool], None] | None = getattr(model, "set_distilled_training", None)
+        if teacher is not None and return_both is not None:
+            return_both(True)
         self.ema = ModelEmaV3(model, self.optim.ema, use_warmup=self.optim.ema_warmup) if self.optim.ema else None
         self.mixup = None
         if augment.mixup > 0 or augment.cutmix > 0:
@@ -91,14 +104,35 @@ class ClassificationTask(lightning.LightningModule):
         with seeded(self.seed, _STEP, self.current_epoch, batch_idx, device=images.device):
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
-            logits = self.model(images)
+            output = self.model(images)
+        logits, logits_dist = output if isinstance(output, tuple) else (output, output)
         loss = self.loss(logits, targets)
+        if self.teacher is not None:
+            loss = distillation_loss(loss, logits_dist, self.teacher(images), self.distill)
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         with torch.no_grad():
             right = (logits.argmax(1) == labels).sum()
             self.train_sums += torch.stack([loss.float() * len(labels), right, right.new_tensor(len(labels))])
         aux_loss = getattr(self.model, "aux_loss", None)
         return loss if aux_loss is None else loss + aux_loss
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the student's device."""
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the teacher; its weights stay where they are."""
+        checkpoint["teacher"] = self.teacher_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue with the same teacher only.
+
+        Raises:
+            InputError: The teacher has other weights.
+        """
+        if checkpoint.get("teacher") != self.teacher_fingerprint:
+            raise InputError("cannot resume: the teacher's weights are not those the run was started with")
 
     def on_train_epoch_start(self) -> None:
         """Forget the last epoch's sums (not called when an epoch is resumed)."""

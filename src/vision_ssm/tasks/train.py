@@ -16,6 +16,7 @@ from vision_ssm.errors import InputError
 from vision_ssm.recipes import Optimisation, TrainConfig, to_dict
 from vision_ssm.tasks.classification import ClassificationTask
 from vision_ssm.tasks.classifier import evaluate, find_device, load_classifier, loader_workers
+from vision_ssm.tasks.distillation import load_teacher
 from vision_ssm.tasks.evaluation import Evaluation
 from vision_ssm.tasks.files import write_json
 from vision_ssm.tasks.optimisation import make_optimizer
@@ -23,8 +24,8 @@ from vision_ssm.tasks.pictures import draw_confusion, draw_curves, draw_predicti
 from vision_ssm.tasks.progress import TrainingProgress
 from vision_ssm.tasks.recorder import RunRecorder, SafeCheckpointIO, stop_on_signals
 from vision_ssm.tasks.report import is_uneven, report_data, report_evaluation
-from vision_ssm.tasks.run_folder import RunFolder
-from vision_ssm.tasks.spec import ModelSpec, create_from_file, create_model, spec_for
+from vision_ssm.tasks.run_folder import RunFolder, weights_file
+from vision_ssm.tasks.spec import ModelSpec, check_takes, create_from_file, create_model, spec_for
 
 _WEIGHTS = 3  # keeps the draws of the first weights apart from those of data and steps
 
@@ -91,13 +92,16 @@ def train(
         loader_workers(config.workers),
         config.accumulate,
     )
+    teacher = load_teacher(config.distill.teacher, spec) if config.distill.teacher else None
     model = _first_model(config, spec, resume=resume)
-    check_takes(model, spec)
+    check_takes(model, spec.model, spec.image_size)
     optim = config.optim.for_batch(config.images_per_step)
     make_optimizer(model, optim)  # Lightning makes another one, but only once the folder has been cleared
     parameters = sum(p.numel() for p in model.parameters())
     size = f"{spec.image_size}×{spec.image_size}"
     console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input, {device}", highlight=False)
+    if teacher is not None:
+        console.print(f"       learns from {config.distill.teacher}", highlight=False, soft_wrap=True)
     task = ClassificationTask(
         model,
         len(spec.classes),
@@ -105,6 +109,8 @@ def train(
         optim=optim,
         epochs=config.epochs,
         seed=config.seed,
+        teacher=teacher,
+        distill=config.distill,
     )
     with stop_on_signals() as stop, _quiet_lightning():
         recorder = RunRecorder(folder, spec, stop)
@@ -137,6 +143,7 @@ def check(config: TrainConfig) -> None:
         "optim.lr": optim.lr,
         "optim.lr-batch": optim.lr_batch,
         "optim.eps": optim.eps,
+        "distill.tau": config.distill.tau,
         "image-size": config.image_size,
         "optim.layer-decay": optim.layer_decay,
         "optim.clip-grad": optim.clip_grad,
@@ -167,6 +174,7 @@ def check(config: TrainConfig) -> None:
         "augment.mix-switch": augment.mix_switch,
         "optim.label-smoothing": optim.label_smoothing,
         "optim.ema": optim.ema,
+        "distill.alpha": config.distill.alpha,
         "drop-path": config.drop_path,
         "crop": config.crop,
     }
@@ -201,24 +209,6 @@ def _check_optimizer(optim: Optimisation) -> None:
             raise InputError(f"--optim.{name} must not exceed --optim.lr {optim.lr}, got {rate}")
     if optim.published_decay and optim.layer_decay is not None:
         raise InputError("--optim.published-decay goes with --optim.layer-decay None only")
-
-
-@torch.no_grad()
-def check_takes(model: torch.nn.Module, spec: ModelSpec) -> None:
-    """Refuse an image size that the model cannot work with.
-
-    Raises:
-        InputError: The model fails on an image of that size.
-    """
-    size = spec.image_size
-    try:
-        model.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        reason = str(error) or type(error).__name__
-        raise InputError(
-            f"{spec.model} cannot take images of {size}x{size}; try another --image-size ({reason})"
-        ) from error
-    model.train()
 
 
 def make_trainer(
@@ -279,7 +269,8 @@ def _first_model(config: TrainConfig, spec: ModelSpec, *, resume: bool) -> torch
     count = len(spec.classes)
     with seeded(config.seed, _WEIGHTS):
         if isinstance(config.pretrained, Path) and not resume:
-            return create_from_file(spec.model, spec.model_args, count, config.pretrained)
+            path = weights_file(config.pretrained) if config.pretrained.is_dir() else config.pretrained
+            return create_from_file(spec.model, spec.model_args, count, path, spec.classes)
         return create_model(spec.model, spec.model_args, count, pretrained=bool(config.pretrained) and not resume)
 
 
