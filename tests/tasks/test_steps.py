@@ -1,9 +1,11 @@
 import csv
 import dataclasses
+import io
 
 import pytest
 import safetensors.torch
 import torch
+from rich.console import Console
 
 import vision_ssm.tasks.train as training
 from vision_ssm.recipes import Augmentation, Optimisation, small
@@ -73,8 +75,9 @@ def test_average_without_warm_up_begins_with_the_first_weights(config, tmp_path)
         batch_size=54,
         optim=dataclasses.replace(config.optim, ema=0.75, ema_warmup=False),
     )
-    folder = RunFolder(tmp_path / "run")
-    training.train(config, folder)
+    folder, shown = RunFolder(tmp_path / "run"), Console(file=io.StringIO())
+    training.train(config, folder, console=shown)
+    assert "1 steps are few" in shown.file.getvalue()
     first = training._first_model(config, spec_for(config, ("blue", "green", "red")), resume=True).state_dict()
     trained = torch.load(folder.state, weights_only=True)["state_dict"]
     for key, value in weights(folder).items():

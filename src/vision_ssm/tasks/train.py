@@ -102,6 +102,13 @@ def train(
     console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input, {device}", highlight=False)
     if teacher is not None:
         console.print(f"       learns from {config.distill.teacher}", highlight=False, soft_wrap=True)
+    steps = config.epochs * data.batches_per_epoch // config.accumulate
+    if optim.ema and not optim.ema_warmup and steps * (1 - optim.ema) < 3:  # over 5 % of the first weights
+        console.print(
+            f"Note   {steps} steps are few for --optim.ema {optim.ema}: the average keeps much of the first weights; "
+            "add --optim.ema-warmup, or --optim.ema None",
+            highlight=False,
+        )
     task = ClassificationTask(
         model,
         len(spec.classes),
