@@ -17,8 +17,6 @@ from vision_ssm.cli.options import parse_options
 from vision_ssm.errors import InputError
 from vision_ssm.tasks.run_folder import RunFolder
 
-_FOLDER_RECIPES = {recipe.__name__: recipe for recipe in (recipes.small, recipes.scratch, recipes.finetune)}
-
 _USAGE = """usage: vision-ssm train digits [OPTIONS]
        vision-ssm train folder --data.root DIR [OPTIONS]
        vision-ssm train --resume RUN
@@ -47,8 +45,8 @@ class RunOptions:
 class FolderOptions(RunOptions):
     """Where the run is kept, and what to start from."""
 
-    recipe: typing.Literal["small", "scratch", "finetune"] = "small"
-    """Which set of defaults, described at the top."""
+    recipe: str = "small"
+    """Which set of defaults; `vision-ssm recipes` lists them."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +94,9 @@ def _parse(kind: str, words: Sequence[str], saved: recipes.TrainConfig | None, r
         digits = saved if isinstance(saved, recipes.DigitsConfig) else recipes.digits()
         default = _Digits(digits, RunOptions())
         return parse_options(_Digits, words, command, default=default, description=recipes.digits.__doc__, **options)
-    make = _FOLDER_RECIPES.get(recipe, recipes.small)
-    folder = saved if isinstance(saved, recipes.FolderConfig) else make(tyro.MISSING)
-    text = "Train on image folders, one sub-folder per class.\n\n" + "\n".join(
-        f"--recipe {name}: {each.__doc__}" for name, each in _FOLDER_RECIPES.items()
-    )
+    chosen = recipes.find(recipe)
+    folder = saved if isinstance(saved, recipes.FolderConfig) else chosen.make(tyro.MISSING)
+    text = f"Train on image folders, one sub-folder per class.\n\nDefaults of the recipe {recipe}: {chosen.text}."
     default_folder = _Folder(folder, FolderOptions())
     return parse_options(_Folder, words, command, default=default_folder, description=text, **options)
 
@@ -128,6 +124,9 @@ def _absolute(config: recipes.TrainConfig) -> recipes.TrainConfig:
     """Make paths absolute, so that a run can be resumed and evaluated from another directory."""
     if isinstance(config.pretrained, Path):
         config = dataclasses.replace(config, pretrained=config.pretrained.absolute())
+    if config.distill.teacher and Path(config.distill.teacher).exists():
+        teacher = str(Path(config.distill.teacher).absolute())
+        config = dataclasses.replace(config, distill=dataclasses.replace(config.distill, teacher=teacher))
     if isinstance(config, recipes.FolderConfig):
         val = config.data.val.absolute() if config.data.val else None
         config = dataclasses.replace(

@@ -11,7 +11,7 @@ from vision_ssm.cli.options import parse_options
 from vision_ssm.cli.output import print_json
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision
-from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.tasks.run_folder import RunFolder, weights_file
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PredictOptions:
 def evaluate(words: Sequence[str]) -> int:
     """Measure a classifier; `words` follow `vision-ssm eval`."""
     options = parse_options(EvalOptions, words, "eval")
-    path = _weights_file(options.run, options.weights)
+    path = weights_file(options.run, options.weights)
 
     from rich.console import Console
 
@@ -104,7 +104,7 @@ def predict(words: Sequence[str]) -> int:
         raise InputError(f"--top must be positive, not {options.top}")
     if not options.images:
         raise InputError("name at least one image, or a folder of images")
-    path = _weights_file(options.run, options.weights)
+    path = weights_file(options.run, options.weights)
 
     from rich.console import Console
     from rich.table import Table
@@ -157,14 +157,3 @@ def _readable(images: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 def _report(broken: Sequence[str]) -> int:
     return max((fail(line) for line in broken), default=0)
-
-
-def _weights_file(run: Path, which: str) -> Path:
-    if run.is_file():
-        return run
-    folder = RunFolder(run)
-    folder.read_config()
-    path = folder.best if which == "best" else folder.last
-    if not path.is_file():
-        raise InputError(f"{run} has no {path.name}; its first epoch was never finished")
-    return path

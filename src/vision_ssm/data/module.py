@@ -26,15 +26,17 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: Decides the orders.
         epoch: The first epoch to yield.
         start: How many samples to leave out at the beginning of that first epoch, because they have been used.
+        used: How many samples an epoch uses; all of them by default.
     """
 
-    def __init__(self, length: int, seed: int, epoch: int = 0, start: int = 0) -> None:
+    def __init__(self, length: int, seed: int, epoch: int = 0, start: int = 0, used: int | None = None) -> None:
         self.length, self.seed = length, seed
+        self.used = length if used is None else used
         self.epoch = self.first_epoch = epoch
         self.start = start
 
     def __len__(self) -> int:
-        return self.length
+        return self.used
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields (Lightning calls this)."""
@@ -45,7 +47,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         with seeded(self.seed, _ORDER, epoch):
             order = torch.randperm(self.length).tolist()
         start = self.start if epoch == self.first_epoch else 0
-        return ((epoch, index) for index in order[start:])
+        return ((epoch, index) for index in order[start : self.used])
 
 
 class TrainingSamples(Dataset[tuple[Tensor, int]]):
@@ -97,12 +99,13 @@ class ImageData(lightning.LightningDataModule):
         splits: The images.
         train_transform: Random change of a training image.
         eval_transform: What validation images go through.
-        batch_size: Images per batch. Training leaves out the incomplete last batch (another one each epoch).
+        batch_size: Images per batch.
         seed: Decides order and augmentation.
         workers: Number of loading processes.
+        accumulate: Batches per step. Training leaves out the incomplete last step (other images each epoch).
 
     Raises:
-        InputError: A batch is larger than the training data.
+        InputError: A step takes more images than there are to train on.
     """
 
     def __init__(
@@ -113,26 +116,29 @@ class ImageData(lightning.LightningDataModule):
         batch_size: int,
         seed: int,
         workers: int,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
-        if batch_size > len(splits.train):
-            raise InputError(f"--batch-size {batch_size} is larger than the {len(splits.train)} training images")
+        if batch_size * accumulate > len(splits.train):
+            size = f"--batch-size {batch_size}" + (f" times --accumulate {accumulate}" if accumulate > 1 else "")
+            raise InputError(f"{size} is larger than the {len(splits.train)} training images")
         self.splits = splits
         self.train_transform, self.eval_transform = train_transform, eval_transform
-        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.batch_size, self.seed, self.workers, self.accumulate = batch_size, seed, workers, accumulate
         self._batches_done = 0
 
     @property
     def batches_per_epoch(self) -> int:
-        """Training batches in one epoch."""
-        return len(self.splits.train) // self.batch_size
+        """Training batches in one epoch, a multiple of those in a step."""
+        return len(self.splits.train) // (self.batch_size * self.accumulate) * self.accumulate
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training batches, from where the loaded checkpoint stopped."""
         epoch, batch = divmod(self._batches_done, self.batches_per_epoch)
-        sampler = EpochSampler(len(self.splits.train), self.seed, epoch, batch * self.batch_size)
+        used = self.batches_per_epoch * self.batch_size
+        sampler = EpochSampler(len(self.splits.train), self.seed, epoch, batch * self.batch_size, used)
         data = TrainingSamples(self.splits.train, self.train_transform, self.seed)
-        return self._loader(data, sampler=sampler, drop_last=True)
+        return self._loader(data, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, all of them, in order."""

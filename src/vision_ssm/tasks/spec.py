@@ -71,7 +71,7 @@ class ModelSpec:
             is_training=True,
             mean=self.mean,
             std=self.std,
-            interpolation=self.interpolation,
+            interpolation=augment.interpolation or self.interpolation,
             scale=augment.scale,
             ratio=augment.ratio,
             hflip=augment.hflip,
@@ -89,7 +89,7 @@ def spec_for(config: TrainConfig, classes: tuple[str, ...]) -> ModelSpec:
     Raises:
         InputError: timm does not know the model.
     """
-    known = _default_cfg(config.model)
+    known = default_cfg(config.model)
     size = config.image_size or known.input_size[-1]
     args = dict(config.model_args)
     if config.drop_path:
@@ -104,7 +104,7 @@ def spec_for(config: TrainConfig, classes: tuple[str, ...]) -> ModelSpec:
         mean=tuple(known.mean),
         std=tuple(known.std),
         interpolation=known.interpolation,
-        crop=1.0 if size < 128 else known.crop_pct,
+        crop=config.crop or (1.0 if size < 128 else known.crop_pct),
     )
 
 
@@ -114,7 +114,7 @@ def create_model(name: str, args: Mapping[str, Any], num_classes: int, *, pretra
     Raises:
         InputError: The model is unknown, does not take `args`, or has no published weights.
     """
-    known = _default_cfg(name)
+    known = default_cfg(name)
     if pretrained and not (known.url or known.hf_hub_id or known.file):
         raise InputError(f"{name} has no published weights; give a file with --pretrained FILE")
     try:
@@ -146,7 +146,12 @@ def _explain(name: str, args: Mapping[str, Any], error: Exception) -> str:
     return f"a value is of the wrong type ({error})"
 
 
-def _default_cfg(name: str) -> Any:
+def default_cfg(name: str) -> Any:
+    """Timm's description of a model and its published weights.
+
+    Raises:
+        InputError: timm does not know the model.
+    """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
@@ -167,8 +172,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     _load(model, _read(path), path)
 
 
-def create_from_file(name: str, args: Mapping[str, Any], num_classes: int, path: Path) -> nn.Module:
+def create_from_file(
+    name: str, args: Mapping[str, Any], num_classes: int, path: Path, classes: tuple[str, ...] | None = None
+) -> nn.Module:
     """A model that starts from a checkpoint file, ours or a published one, with a new classifier for other classes.
+
+    Args:
+        name: timm's name of the model.
+        args: Its keyword arguments.
+        num_classes: Number of its classes.
+        path: The file.
+        classes: Their names. As many classes of other names in the file of a run are other classes.
 
     Raises:
         InputError: The file cannot be read or does not fit.
@@ -178,10 +192,33 @@ def create_from_file(name: str, args: Mapping[str, Any], num_classes: int, path:
         state = convert_official(name, state)
     wanted = model.state_dict()
     head = [key for key in wanted if key.startswith(_head_prefixes(model))]
-    if any(key in state and state[key].shape != wanted[key].shape for key in head):
+    others = classes is not None and _classes_in(path) not in (None, classes)
+    if others or any(key in state and state[key].shape != wanted[key].shape for key in head):
         state |= {key: wanted[key] for key in head}
     _load(model, state, path)
     return model
+
+
+def _classes_in(path: Path) -> tuple[str, ...] | None:
+    try:
+        return read_spec(path).classes
+    except InputError:  # the file of somebody else
+        return None
+
+
+@torch.no_grad()
+def check_takes(model: nn.Module, name: str, size: int) -> None:
+    """Refuse an image size that a model cannot work with; leaves the model in training mode.
+
+    Raises:
+        InputError: The model fails on an image of that size.
+    """
+    try:
+        model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{name} cannot take images of {size}x{size}; try another --image-size ({reason})") from error
+    model.train()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
