@@ -10,7 +10,7 @@ from vision_ssm.data.datasets import (
     read_folder,
 )
 from vision_ssm.data.images import open_image, to_rgb
-from vision_ssm.data.module import EpochSampler, ImageData, Samples, TrainingSamples, Transform
+from vision_ssm.data.module import EpochSampler, ImageData, Samples, TrainingSamples, Transform, find_unreadable
 from vision_ssm.data.seeding import seeded
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "TrainingSamples",
     "Transform",
     "find_images",
+    "find_unreadable",
     "load_digits",
     "load_folder",
     "load_splits",

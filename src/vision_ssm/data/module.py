@@ -1,12 +1,13 @@
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from vision_ssm.data.datasets import LabelledImages, Splits
 from vision_ssm.data.seeding import seeded
@@ -14,8 +15,11 @@ from vision_ssm.errors import InputError
 
 Transform = Callable[[Image.Image], Tensor]
 
-# Keeps the draws for sample order, augmentation and training step apart.
-_ORDER, _AUGMENT = 0, 1
+# Keeps the draws for sample order, augmentation, training step, first weights and replacements apart.
+_ORDER, _AUGMENT, _REPLACE = 0, 1, 4
+
+# Draws in search of a readable image; if all fail, next to nothing can be read.
+_TRIES = 20
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -48,8 +52,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return ((epoch, index) for index in order[start:])
 
 
-class TrainingSamples(Dataset[tuple[Tensor, int]]):
+class TrainingSamples(Dataset[tuple[Tensor, int, dict[str, str]]]):
     """Images changed at random, as a function of (seed, epoch, index).
+
+    Another image, drawn as a function of the same three, takes the place of one that cannot be read. The third
+    part of a sample holds the names of those that could not be read, and why.
 
     Args:
         images: The images.
@@ -63,11 +70,28 @@ class TrainingSamples(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, dict[str, str]]:
         epoch, index = key
-        image = self.images.load(index)
+        unreadable: dict[str, str] = {}
+        chosen, image = index, self._load(index, unreadable)
+        if image is None:
+            others = np.random.default_rng((self.seed, _REPLACE, epoch, index)).integers(len(self), size=_TRIES)
+            for chosen in others.tolist():
+                image = self._load(chosen, unreadable)
+                if image is not None:
+                    break
+            else:
+                line = next(iter(unreadable.values()))
+                raise InputError(f"hardly any training image can be read; the first one: {line}")
         with seeded(self.seed, _AUGMENT, epoch, index):
-            return self.transform(image), self.images.targets[index]
+            return self.transform(image), self.images.targets[chosen], unreadable
+
+    def _load(self, index: int, unreadable: dict[str, str]) -> Image.Image | None:
+        try:
+            return self.images.load(index)
+        except InputError as error:
+            unreadable[self.images.names[index]] = error.line
+            return None
 
 
 class Samples(Dataset[tuple[Tensor, int]]):
@@ -91,7 +115,8 @@ class Samples(Dataset[tuple[Tensor, int]]):
 class ImageData(lightning.LightningDataModule):
     """Training and validation batches whose content does not depend on workers or on interruptions.
 
-    A checkpoint taken anywhere in an epoch continues with the very next batch of that epoch.
+    A checkpoint taken anywhere in an epoch continues with the very next batch of that epoch. Unreadable training
+    images are replaced and collected in `unreadable`, name and reason; unreadable validation images are errors.
 
     Args:
         splits: The images.
@@ -100,6 +125,7 @@ class ImageData(lightning.LightningDataModule):
         batch_size: Images per batch. Training leaves out the incomplete last batch (another one each epoch).
         seed: Decides order and augmentation.
         workers: Number of loading processes.
+        max_unreadable: Largest share of the training images that may be unreadable; one may be, unless it is 0.
 
     Raises:
         InputError: A batch is larger than the training data.
@@ -113,6 +139,7 @@ class ImageData(lightning.LightningDataModule):
         batch_size: int,
         seed: int,
         workers: int,
+        max_unreadable: float = 0.01,
     ) -> None:
         super().__init__()
         if batch_size > len(splits.train):
@@ -120,6 +147,8 @@ class ImageData(lightning.LightningDataModule):
         self.splits = splits
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.max_unreadable = max_unreadable
+        self.unreadable: dict[str, str] = {}
         self._batches_done = 0
 
     @property
@@ -132,16 +161,43 @@ class ImageData(lightning.LightningDataModule):
         epoch, batch = divmod(self._batches_done, self.batches_per_epoch)
         sampler = EpochSampler(len(self.splits.train), self.seed, epoch, batch * self.batch_size)
         data = TrainingSamples(self.splits.train, self.train_transform, self.seed)
-        return self._loader(data, sampler=sampler, drop_last=True)
+        return self._loader(data, sampler=sampler, drop_last=True, collate_fn=_collate_training)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, all of them, in order."""
         return self._loader(Samples(self.splits.val, self.eval_transform))
 
+    def on_before_batch_transfer(self, batch: Sequence[Any], dataloader_idx: int) -> Sequence[Any]:
+        """Take from a training batch the names of unreadable images (Lightning calls this).
+
+        Raises:
+            InputError: There are more of them than may be.
+        """
+        images, targets, *unreadable = batch
+        for name, line in (pair for each in unreadable for pair in each.items()):
+            self.unreadable.setdefault(name, line)
+            self._check_unreadable(line)
+        return images, targets
+
+    def _check_unreadable(self, last: str) -> None:
+        count, share = len(self.splits.train), self.max_unreadable
+        allowed = max(1, int(share * count)) if share else 0
+        if not allowed:
+            raise InputError(f"{last}; to train without such images, allow some with --data.max-unreadable")
+        if len(self.unreadable) > allowed:
+            raise InputError(
+                f"{len(self.unreadable)} of {count} training images cannot be read, --data.max-unreadable {share:g} "
+                f"allows {allowed}; the last one: {last}"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """How far training has come (Lightning stores it in the checkpoint)."""
         done = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1 if self.trainer else self._batches_done
-        return {"batches_done": done, "fingerprint": self.splits.train.fingerprint()}
+        return {
+            "batches_done": done,
+            "fingerprint": self.splits.train.fingerprint(),
+            "unreadable": dict(self.unreadable),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the batches that the checkpoint has seen.
@@ -152,6 +208,7 @@ class ImageData(lightning.LightningDataModule):
         if state_dict["fingerprint"] != self.splits.train.fingerprint():
             raise InputError("cannot resume: the training images are not those the run was started with")
         self._batches_done = state_dict["batches_done"]
+        self.unreadable = dict(state_dict.get("unreadable", {}))
 
     def _loader(self, data: Dataset[Any], **options: Any) -> DataLoader[Any]:
         return DataLoader(
@@ -165,6 +222,42 @@ class ImageData(lightning.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
             **options,
         )
+
+
+def find_unreadable(images: LabelledImages, workers: int = 0) -> dict[str, str]:
+    """Names of the images that cannot be read, and why.
+
+    Args:
+        images: The images; each is read once.
+        workers: Number of loading processes, used for more than a few images.
+    """
+    # Starting processes takes longer than reading a few images.
+    loader = DataLoader(
+        _Reasons(images), batch_size=None, num_workers=workers if len(images) > 256 else 0, generator=torch.Generator()
+    )
+    return {images.names[i]: line for i, line in enumerate(loader) if line}
+
+
+class _Reasons(Dataset[str]):
+    """For each image why it cannot be read, or nothing."""
+
+    def __init__(self, images: LabelledImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.images.load(index)
+        except InputError as error:
+            return error.line
+        return ""
+
+
+def _collate_training(samples: Sequence[tuple[Tensor, int, dict[str, str]]]) -> tuple[Any, Any, dict[str, str]]:
+    images, targets = default_collate([sample[:2] for sample in samples])
+    return images, targets, {name: line for *_, unreadable in samples for name, line in unreadable.items()}
 
 
 def _ignore_interrupt(worker: int) -> None:

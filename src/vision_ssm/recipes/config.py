@@ -74,6 +74,10 @@ class FolderData:
     """Validation images."""
     val_fraction: float | None = None
     """Share of the training images held out for validation (0.1 if there is no validation folder)."""
+    max_unreadable: float = 0.01
+    """Largest share of the training images that may be unreadable (always at least one); others take their places."""
+    strict: bool = False
+    """Stop at the first training image that cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,9 @@ from vision_ssm.errors import InputError
 from vision_ssm.recipes import DigitsConfig, FolderConfig, TrainConfig, from_dict, to_dict
 from vision_ssm.tasks.files import write_json
 
+# They change neither weights nor figures.
+_FREE_ON_RESUME = ("device", "workers", "data.max_unreadable", "data.strict")
+
 _KINDS: dict[str, type[TrainConfig]] = {"digits": DigitsConfig, "folder": FolderConfig}
 
 
@@ -51,6 +54,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One row of figures per epoch."""
         return self.path / "metrics.csv"
+
+    @property
+    def unreadable(self) -> Path:
+        """The training images that could not be read, with the reasons; only where there are some."""
+        return self.path / "unreadable.txt"
 
     @property
     def results(self) -> Path:
@@ -112,13 +120,13 @@ class RunFolder:
 
         Raises:
             InputError: There is no run, or nothing saved of it yet, or `config` differs from its configuration in
-                more than where and with how many workers it is computed.
+                more than where and with how many workers it is computed, and how many images may be unreadable.
         """
         saved = self.read_config()
         if type(saved) is not type(config):
             raise InputError(f"{self.path} was started with other data; resume it with --resume {self.path} alone")
         for name, before, now in _differences(to_dict(saved), to_dict(config)):
-            if name not in ("device", "workers"):
+            if name not in _FREE_ON_RESUME:
                 option = name.replace("_", "-")
                 raise InputError(f"cannot resume {self.path}: it was started with --{option} {before}, not {now}")
         if not self.state.is_file():

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from timm.optim import list_optimizers
 
-from vision_ssm.data import ImageData, LabelledImages, load_splits, seeded
+from vision_ssm.data import ImageData, LabelledImages, find_unreadable, load_splits, seeded
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import TrainConfig, to_dict
+from vision_ssm.recipes import FolderConfig, TrainConfig, to_dict
 from vision_ssm.tasks.classification import ClassificationTask
 from vision_ssm.tasks.classifier import evaluate, find_device, load_classifier, loader_workers
 from vision_ssm.tasks.evaluation import Evaluation
@@ -88,12 +88,15 @@ def train(
         config.batch_size,
         config.seed,
         loader_workers(config.workers),
+        _max_unreadable(config),
     )
     model = _first_model(config, spec, resume=resume)
     check_takes(model, spec)
     parameters = sum(p.numel() for p in model.parameters())
     size = f"{spec.image_size}×{spec.image_size}"
     console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input, {device}", highlight=False)
+    if not resume:
+        check_readable(splits.val, loader_workers(config.workers), console)
     task = ClassificationTask(
         model,
         len(spec.classes),
@@ -104,7 +107,7 @@ def train(
     )
     with stop_on_signals() as stop, _quiet_lightning():
         recorder = RunRecorder(folder, spec, stop)
-        progress = TrainingProgress(console, uneven=is_uneven(splits.train))
+        progress = TrainingProgress(console, recorder, uneven=is_uneven(splits.train))
         trainer = make_trainer(config, device, folder, [recorder, progress])
         if not resume:
             folder.clear()
@@ -137,6 +140,8 @@ def check(config: TrainConfig) -> None:
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise InputError(f"--{name} must be positive, got {value}")
+    if not 0 <= _max_unreadable(config) <= 1:
+        raise InputError(f"--data.max-unreadable must lie between 0 and 1, got {_max_unreadable(config)}")
     not_negative: dict[str, Any] = {
         "optim.min-lr": optim.min_lr,
         "optim.weight-decay": optim.weight_decay,
@@ -172,6 +177,19 @@ def check(config: TrainConfig) -> None:
         raise InputError(f"--optim.schedule must be one of {', '.join(_SCHEDULES)}, not {optim.schedule}")
     if (augment.mixup or augment.cutmix) and config.batch_size % 2:
         raise InputError(f"mixup and CutMix pair images, so --batch-size must be even, not {config.batch_size}")
+
+
+def check_readable(images: LabelledImages, workers: int, console: Console) -> None:
+    """Refuse validation images that cannot be read: without them, accuracy would mean something else.
+
+    Raises:
+        InputError: Naming them.
+    """
+    with console.status(f"reading {len(images):,} validation images once"):
+        lines = list(find_unreadable(images, workers).values())
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise InputError(f"{'; '.join(lines[:3])}{more}; mend or remove these validation images")
 
 
 @torch.no_grad()
@@ -243,6 +261,12 @@ def finish(
     ):
         console.print(f"{what:<12} {path}", highlight=False, soft_wrap=True)
     return evaluation
+
+
+def _max_unreadable(config: TrainConfig) -> float:
+    if not isinstance(config, FolderConfig) or config.data.strict:
+        return 0.0
+    return config.data.max_unreadable
 
 
 def _first_model(config: TrainConfig, spec: ModelSpec, *, resume: bool) -> torch.nn.Module:
