@@ -8,9 +8,11 @@ from vision_ssm.data.datasets import (
     load_folder,
     load_splits,
     read_folder,
+    shorten,
 )
 from vision_ssm.data.images import open_image, to_rgb
 from vision_ssm.data.module import EpochSampler, ImageData, Samples, TrainingSamples, Transform, find_unreadable
+from vision_ssm.data.outputs import assign_outputs
 from vision_ssm.data.seeding import seeded
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Splits",
     "TrainingSamples",
     "Transform",
+    "assign_outputs",
     "find_images",
     "find_unreadable",
     "load_digits",
@@ -29,5 +32,6 @@ __all__ = [
     "open_image",
     "read_folder",
     "seeded",
+    "shorten",
     "to_rgb",
 ]

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from timm.optim import list_optimizers
 
-from vision_ssm.data import ImageData, LabelledImages, find_unreadable, load_splits, seeded
+from vision_ssm.data import ImageData, LabelledImages, load_splits, seeded
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import FolderConfig, TrainConfig, to_dict
 from vision_ssm.tasks.classification import ClassificationTask
-from vision_ssm.tasks.classifier import evaluate, find_device, load_classifier, loader_workers
+from vision_ssm.tasks.classifier import check_readable, evaluate, find_device, load_classifier, loader_workers
 from vision_ssm.tasks.evaluation import Evaluation
 from vision_ssm.tasks.files import write_json
 from vision_ssm.tasks.pictures import draw_confusion, draw_curves, draw_predictions
@@ -96,7 +96,8 @@ def train(
     size = f"{spec.image_size}×{spec.image_size}"
     console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input, {device}", highlight=False)
     if not resume:
-        check_readable(splits.val, loader_workers(config.workers), console)
+        with console.status(f"reading {len(splits.val):,} validation images once"):
+            check_readable(splits.val, config.workers)
     task = ClassificationTask(
         model,
         len(spec.classes),
@@ -177,19 +178,6 @@ def check(config: TrainConfig) -> None:
         raise InputError(f"--optim.schedule must be one of {', '.join(_SCHEDULES)}, not {optim.schedule}")
     if (augment.mixup or augment.cutmix) and config.batch_size % 2:
         raise InputError(f"mixup and CutMix pair images, so --batch-size must be even, not {config.batch_size}")
-
-
-def check_readable(images: LabelledImages, workers: int, console: Console) -> None:
-    """Refuse validation images that cannot be read: without them, accuracy would mean something else.
-
-    Raises:
-        InputError: Naming them.
-    """
-    with console.status(f"reading {len(images):,} validation images once"):
-        lines = list(find_unreadable(images, workers).values())
-    if lines:
-        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise InputError(f"{'; '.join(lines[:3])}{more}; mend or remove these validation images")
 
 
 @torch.no_grad()
