@@ -30,15 +30,20 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: Decides the orders.
         epoch: The first epoch to yield.
         start: How many samples to leave out at the beginning of that first epoch, because they have been used.
+        rank: Which of several processes this is.
+        world: How many there are. Each gets as many samples, none of which another one gets.
     """
 
-    def __init__(self, length: int, seed: int, epoch: int = 0, start: int = 0) -> None:
+    def __init__(
+        self, length: int, seed: int, epoch: int = 0, start: int = 0, *, rank: int = 0, world: int = 1
+    ) -> None:
         self.length, self.seed = length, seed
+        self.rank, self.world = rank, world
         self.epoch = self.first_epoch = epoch
         self.start = start
 
     def __len__(self) -> int:
-        return self.length
+        return self.length // self.world
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields (Lightning calls this)."""
@@ -49,7 +54,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         with seeded(self.seed, _ORDER, epoch):
             order = torch.randperm(self.length).tolist()
         start = self.start if epoch == self.first_epoch else 0
-        return ((epoch, index) for index in order[start:])
+        mine = order[self.rank :: self.world][: len(self)]
+        return ((epoch, index) for index in mine[start:])
 
 
 class TrainingSamples(Dataset[tuple[Tensor, int, dict[str, str]]]):
@@ -115,6 +121,9 @@ class Samples(Dataset[tuple[Tensor, int]]):
 class ImageData(lightning.LightningDataModule):
     """Training and validation batches whose content does not depend on workers or on interruptions.
 
+    In a trainer of several processes (made with `use_distributed_sampler=False`) each gets its own part of the images,
+    in validation too, where none is left out and none comes twice.
+
     A checkpoint taken anywhere in an epoch continues with the very next batch of that epoch. Unreadable training
     images are replaced and collected in `unreadable`, name and reason; unreadable validation images are errors.
 
@@ -153,19 +162,27 @@ class ImageData(lightning.LightningDataModule):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Training batches in one epoch."""
-        return len(self.splits.train) // self.batch_size
+        """Training batches in one epoch, of each process."""
+        return len(self.splits.train) // self._place()[1] // self.batch_size
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training batches, from where the loaded checkpoint stopped."""
         epoch, batch = divmod(self._batches_done, self.batches_per_epoch)
-        sampler = EpochSampler(len(self.splits.train), self.seed, epoch, batch * self.batch_size)
+        rank, world = self._place()
+        start = batch * self.batch_size
+        sampler = EpochSampler(len(self.splits.train), self.seed, epoch, start, rank=rank, world=world)
         data = TrainingSamples(self.splits.train, self.train_transform, self.seed)
         return self._loader(data, sampler=sampler, drop_last=True, collate_fn=_collate_training)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, all of them, in order."""
-        return self._loader(Samples(self.splits.val, self.eval_transform))
+        rank, world = self._place()
+        return self._loader(
+            Samples(self.splits.val, self.eval_transform), sampler=range(rank, len(self.splits.val), world)
+        )
 
     def on_before_batch_transfer(self, batch: Sequence[Any], dataloader_idx: int) -> Sequence[Any]:
         """Take from a training batch the names of unreadable images (Lightning calls this).

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import DigitsConfig, FolderConfig, TrainConfig, from_dict, to_dict
+from vision_ssm.recipes import DigitsConfig, FolderConfig, TimmConfig, TrainConfig, from_dict, to_dict
 from vision_ssm.tasks.files import write_json
 
 # They change neither weights nor figures.
 _FREE_ON_RESUME = ("device", "workers", "data.max_unreadable", "data.strict")
 
-_KINDS: dict[str, type[TrainConfig]] = {"digits": DigitsConfig, "folder": FolderConfig}
+KINDS: dict[str, type[TrainConfig]] = {"digits": DigitsConfig, "folder": FolderConfig, "timm": TimmConfig}
+"""The commands of `vision-ssm train`, and their configurations."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class RunFolder:
 
     def write_config(self, config: TrainConfig) -> None:
         """Write `config.json`."""
-        kind = next(name for name, kind in _KINDS.items() if isinstance(config, kind))
+        kind = next(name for name, kind in KINDS.items() if isinstance(config, kind))
         write_json(self.config, {"train": kind, **to_dict(config)})
 
     def read_config(self) -> TrainConfig:
@@ -111,7 +112,7 @@ class RunFolder:
             raise InputError(f"{self.path} is not a run folder (it has no config.json)")
         try:
             values: dict[str, Any] = json.loads(self.config.read_text())
-            return from_dict(_KINDS[values.pop("train")], values)
+            return from_dict(KINDS[values.pop("train")], values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"cannot read {self.config}: {error}") from error
 

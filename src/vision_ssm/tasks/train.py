@@ -13,7 +13,7 @@ from timm.optim import list_optimizers
 
 from vision_ssm.data import ImageData, LabelledImages, load_splits, seeded
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import FolderConfig, TrainConfig, to_dict
+from vision_ssm.recipes import FolderConfig, TimmConfig, TrainConfig, to_dict
 from vision_ssm.tasks.classification import ClassificationTask
 from vision_ssm.tasks.classifier import check_readable, evaluate, find_device, load_classifier, loader_workers
 from vision_ssm.tasks.evaluation import Evaluation
@@ -220,6 +220,7 @@ def make_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the data module divides the images itself
         )
     except (ValueError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
         raise InputError(f"cannot train on {device} in {config.precision}: {error}") from error
@@ -252,7 +253,7 @@ def finish(
 
 
 def _max_unreadable(config: TrainConfig) -> float:
-    if not isinstance(config, FolderConfig) or config.data.strict:
+    if not isinstance(config, FolderConfig | TimmConfig) or config.data.strict:
         return 0.0
     return config.data.max_unreadable
 
