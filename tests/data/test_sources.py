@@ -4,8 +4,10 @@ import dataclasses
 import io
 import json
 import signal
+import sys
 import tarfile
 
+import lightning
 import numpy as np
 import pytest
 import safetensors.torch
@@ -14,7 +16,7 @@ from PIL import Image
 
 import vision_ssm.tasks.train as training
 from vision_ssm.cli import main
-from vision_ssm.data import ImageData, load_splits
+from vision_ssm.data import ImageData, Splits, load_splits
 from vision_ssm.data.shards import expand_braces
 from vision_ssm.data.sources import load_source
 from vision_ssm.errors import InputError
@@ -194,6 +196,8 @@ def test_command_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(data.root)
     assert main(["eval", "../run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 6
+    assert main(["eval", "../run", "--data", "train.tar", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 12
     assert main(["train", "--resume", "../run"]) == 0
 
 
@@ -222,7 +226,7 @@ def test_bad_sources_get_one_line(make, changes, message, tmp_path, monkeypatch)
     assert message in caught.value.line
 
 
-@pytest.mark.parametrize("damage", ["truncated", "compressed", "text"])
+@pytest.mark.parametrize("damage", ["truncated-header", "truncated-content", "bad-header", "compressed", "text"])
 def test_damaged_tars(damage, tmp_path):
     data = one_tar_per_split(tmp_path)
     path = tmp_path / "train.tar"
@@ -230,11 +234,72 @@ def test_damaged_tars(damage, tmp_path):
         with tarfile.open(path, "w:gz") as tar:
             tar.add(tmp_path / "val.tar", "val.tar")
     else:
-        path.write_bytes(path.read_bytes()[:1500] if damage == "truncated" else b"hello" * 200)
+        whole = path.read_bytes()
+        half = whole[:1024] + b"?" * 512 + whole[1536:]
+        parts = {"truncated-header": whole[:1500], "truncated-content": whole[:1700], "bad-header": half}
+        path.write_bytes(parts.get(damage, b"hello" * 200))
     with pytest.raises(InputError, match="uncompressed tar file"):
+        load_source(data)
+
+
+def test_missing_library(tmp_path, monkeypatch):
+    data = table(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'vision-ssm\[data\]'"):
         load_source(data)
 
 
 def test_braces():
     assert expand_braces("a-{008..011}.tar") == [f"a-{i:03}.tar" for i in range(8, 12)]
     assert expand_braces("{x,y}-{0..1}.tar") == ["x-0.tar", "x-1.tar", "y-0.tar", "y-1.tar"]
+
+
+class Listing(lightning.LightningModule):
+    """Writes down which images each process sees."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.layer = folder, torch.nn.Linear(1, 1)
+
+    def note(self, kind, images):
+        with (self.folder / f"{kind}-{self.global_rank}").open("a") as file:
+            file.writelines(f"{number:.0f}\n" for number in images.flatten().tolist())
+
+    def training_step(self, batch, batch_idx):
+        self.note(f"train-{self.current_epoch}", batch[0])
+        return self.layer(batch[0]).mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.note(f"val-{self.current_epoch}", batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Number:
+    def __call__(self, image):
+        return torch.tensor([float(number_of(image))])
+
+
+def test_two_processes_see_every_image_once(tmp_path):
+    splits = load_source(one_tar_per_split(tmp_path))
+    splits = Splits(splits.train, splits.val.subset(range(5)))  # an odd number, which must not be padded
+    data = ImageData(splits, Number(), Number(), 2, 0, 0)
+    lightning.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        max_epochs=2,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    ).fit(Listing(tmp_path), data)
+    for epoch in (0, 1):
+        for kind, numbers in (("train", range(12)), ("val", range(100, 105))):
+            parts = [(tmp_path / f"{kind}-{epoch}-{rank}").read_text().split() for rank in (0, 1)]
+            assert sorted(int(number) for part in parts for number in part) == list(numbers)
+            assert abs(len(parts[0]) - len(parts[1])) <= 1

@@ -31,7 +31,8 @@ class EvalOptions:
     model: Annotated[Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
     """Folder of a run, a weights file of one, or the name of a model (with --pretrained or --weights FILE)."""
     data: Path | None = None
-    """Image folder with one sub-folder per class; otherwise the run's own validation images."""
+    """Image folder with one sub-folder per class, or a tar file of such folders; otherwise the run's own validation
+    images."""
     weights: Annotated[Literal["best", "last"] | Path | None, tyro.conf.arg(metavar="best|last|FILE")] = None
     """Which weights of the run to use (best by default), or a checkpoint file of the model."""
     pretrained: bool = False
@@ -130,7 +131,7 @@ class _Subject:
 
 
 def _run_and_images(options: EvalOptions) -> _Subject:
-    from vision_ssm.data import load_splits, read_folder
+    from vision_ssm.data import load_splits
     from vision_ssm.tasks.classifier import load_classifier
 
     if options.pretrained or isinstance(options.weights, Path):
@@ -141,13 +142,13 @@ def _run_and_images(options: EvalOptions) -> _Subject:
     if options.data is None:
         images = load_splits(RunFolder(path.parent).read_config()).val
     else:
-        images = read_folder(options.data, classifier.spec.classes)
+        images = _read_images(options.data, classifier.spec.classes)
     return _Subject(classifier, images, str(path))
 
 
 def _model_and_images(options: EvalOptions) -> _Subject:
     from vision_ssm.cli.models import published
-    from vision_ssm.data import assign_outputs, read_folder
+    from vision_ssm.data import assign_outputs
     from vision_ssm.tasks.classifier import load_model
     from vision_ssm.tasks.spec import default_cfg
 
@@ -160,13 +161,19 @@ def _model_and_images(options: EvalOptions) -> _Subject:
         raise InputError(f"which weights of {name}? give either --pretrained or --weights FILE")
     if options.data is None:
         raise InputError(f"what is {name} to be measured on? give a folder of class folders with --data DIR")
-    images = read_folder(options.data)
+    images = _read_images(options.data)
     classifier = load_model(name, file, options.device, options.precision)
     images = assign_outputs(images, len(classifier.spec.classes))
     classifier = dataclasses.replace(classifier, spec=dataclasses.replace(classifier.spec, classes=images.classes))
     if file is not None:
         return _Subject(classifier, images, str(file))
     return _Subject(classifier, images, "published", published(name, cfg.to_dict())["published_top1"])
+
+
+def _read_images(data: Path, classes: tuple[str, ...] | None = None) -> "LabelledImages":
+    from vision_ssm.data import read_folder, read_tars
+
+    return read_tars(data, classes) if data.is_file() else read_folder(data, classes)
 
 
 def _name_absent(images: "LabelledImages", console: "Console") -> None:

@@ -14,6 +14,7 @@ from vision_ssm.data.images import open_image, to_rgb
 from vision_ssm.data.module import EpochSampler, ImageData, Samples, TrainingSamples, Transform, find_unreadable
 from vision_ssm.data.outputs import assign_outputs
 from vision_ssm.data.seeding import seeded
+from vision_ssm.data.tars import read_tars
 
 __all__ = [
     "EpochSampler",
@@ -31,6 +32,7 @@ __all__ = [
     "load_splits",
     "open_image",
     "read_folder",
+    "read_tars",
     "seeded",
     "shorten",
     "to_rgb",

@@ -42,28 +42,29 @@ def load_source(data: TimmData, seed: int = 0) -> Splits:
     """
     prefix = data.dataset.partition("/")[0]
     named = _class_names(data.classes)
+    held_out = data.val_fraction is not None
     if prefix == "hfds":
         train = _read_table(data, data.train_split, named)
-        val = None if data.val_fraction else _read_table(data, data.val_split, named)
+        val = None if held_out else _read_table(data, data.val_split, named)
     elif prefix == "wds":
         if named is None:
             raise InputError("shards hold no names of classes; give their number, or a file of names, --data.classes")
         keys = {key: value for key in ("input_key", "target_key") if (value := getattr(data, key))}
         root = _folder(data.root)
         train = read_shards(root, data.train_split, named, **keys)
-        val = None if data.val_fraction else read_shards(root, data.val_split, named, **keys)
+        val = None if held_out else read_shards(root, data.val_split, named, **keys)
     elif data.dataset:
         raise InputError(f"--data.dataset must be hfds/NAME, wds/ or empty (for tar files), not {data.dataset}")
     else:
         root = _folder(data.root)
         train = read_tars(_split_place(root, data.train_split) or root, named)
         val_place = _split_place(root, data.val_split)
-        if val_place is None and not data.val_fraction:
+        if val_place is None and not held_out:
             raise InputError(
                 f"{root} has neither {data.val_split}.tar nor a folder {data.val_split}; "
                 "name it with --data.val-split, or hold a share out with --data.val-fraction"
             )
-        val = None if data.val_fraction or val_place is None else read_tars(val_place, train.classes)
+        val = None if held_out or val_place is None else read_tars(val_place, train.classes)
     if len(train.classes) < 2:
         raise InputError(f"the training images are of one class only ({train.classes[0]}); at least two are needed")
     if val is None:
@@ -112,7 +113,6 @@ def _read_table(data: TimmData, split: str, named: tuple[str, ...] | None) -> La
         from timm.data.readers import create_reader
     except ImportError:
         raise InputError("hfds/ needs Hugging Face's datasets: pip install 'vision-ssm[data]'") from None
-    datasets.disable_progress_bars()
     options: dict[str, Any] = {"input_key": data.input_key, "target_key": data.target_key}
     if isinstance(data.classes, Path) and named is not None:
         options["class_map"] = {name: i for i, name in enumerate(named)}

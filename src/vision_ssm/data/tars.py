@@ -100,3 +100,7 @@ def _members(
                 yield from _members(inner, tar, path.with_suffix(""), start + info.offset_data)
         else:
             yield path, TarMember(tar, start + info.offset_data, info.size)
+    # tarfile takes a damaged header for the end, which a block of zeros marks.
+    file.fileobj.seek(file.offset)
+    if file.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it is cut off or damaged")

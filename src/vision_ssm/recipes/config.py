@@ -65,7 +65,17 @@ class Optimisation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderData:
+class ImageSource:
+    """What all sources of images have in common."""
+
+    max_unreadable: float = 0.01
+    """Largest share of the training images that may be unreadable (always at least one); others take their places."""
+    strict: bool = False
+    """Stop at the first training image that cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderData(ImageSource):
     """Image folders with one sub-folder per class."""
 
     root: Path
@@ -74,14 +84,10 @@ class FolderData:
     """Validation images."""
     val_fraction: float | None = None
     """Share of the training images held out for validation (0.1 if there is no validation folder)."""
-    max_unreadable: float = 0.01
-    """Largest share of the training images that may be unreadable (always at least one); others take their places."""
-    strict: bool = False
-    """Stop at the first training image that cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimmData:
+class TimmData(ImageSource):
     """Tar files, webdataset shards or Hugging Face datasets, named as timm names them."""
 
     dataset: str = ""
@@ -100,10 +106,6 @@ class TimmData:
     """Column of the images (image), or extensions of images in shards (jpg;jpeg;png;webp)."""
     target_key: str | None = None
     """Column of the classes (label), or field of the json in shards (by default the file .cls)."""
-    max_unreadable: float = 0.01
-    """Largest share of the training images that may be unreadable (always at least one); others take their places."""
-    strict: bool = False
-    """Stop at the first training image that cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
