@@ -17,8 +17,6 @@ from vision_ssm.cli.options import parse_options
 from vision_ssm.errors import InputError
 from vision_ssm.tasks.run_folder import KINDS, RunFolder
 
-_FOLDER_RECIPES = {recipe.__name__: recipe for recipe in (recipes.small, recipes.scratch, recipes.finetune)}
-
 _USAGE = """usage: vision-ssm train digits [OPTIONS]
        vision-ssm train folder --data.root DIR [OPTIONS]
        vision-ssm train timm --data.root DIR [--data.dataset hfds/NAME|wds/] [OPTIONS]
@@ -49,8 +47,8 @@ class RunOptions:
 class FolderOptions(RunOptions):
     """Where the run is kept, and what to start from."""
 
-    recipe: typing.Literal["small", "scratch", "finetune"] = "small"
-    """Which set of defaults, described at the top."""
+    recipe: str = "small"
+    """Which set of defaults; `vision-ssm recipes` lists them."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +104,16 @@ def _parse(
         digits = saved if isinstance(saved, recipes.DigitsConfig) else recipes.digits()
         default = _Digits(digits, RunOptions())
         return parse_options(_Digits, words, command, default=default, description=recipes.digits.__doc__, **options)
-    make = _FOLDER_RECIPES.get(recipe, recipes.small)
-    described = "\n".join(f"--recipe {name}: {each.__doc__}" for name, each in _FOLDER_RECIPES.items())
+    chosen = recipes.find(recipe)
+    text = f"Defaults of the recipe {recipe}: {chosen.text}."
     if kind == "timm":
-        same = {f.name: getattr(make(Path()), f.name) for f in dataclasses.fields(recipes.TrainConfig)}
+        same = {f.name: getattr(chosen.make(Path()), f.name) for f in dataclasses.fields(recipes.TrainConfig)}
         config = saved if isinstance(saved, recipes.TimmConfig) else recipes.TimmConfig(data=recipes.TimmData(), **same)
-        text = f"Train on tar files, webdataset shards or Hugging Face datasets.\n\n{described}"
+        text = f"Train on tar files, webdataset shards or Hugging Face datasets.\n\n{text}"
         default_timm = _Timm(config, FolderOptions())
         return parse_options(_Timm, words, command, default=default_timm, description=text, **options)
-    folder = saved if isinstance(saved, recipes.FolderConfig) else make(tyro.MISSING)
-    text = f"Train on image folders, one sub-folder per class.\n\n{described}"
+    folder = saved if isinstance(saved, recipes.FolderConfig) else chosen.make(tyro.MISSING)
+    text = f"Train on image folders, one sub-folder per class.\n\n{text}"
     default_folder = _Folder(folder, FolderOptions())
     return parse_options(_Folder, words, command, default=default_folder, description=text, **options)
 
@@ -143,6 +141,9 @@ def _absolute(config: recipes.TrainConfig) -> recipes.TrainConfig:
     """Make paths absolute, so that a run can be resumed and evaluated from another directory."""
     if isinstance(config.pretrained, Path):
         config = dataclasses.replace(config, pretrained=config.pretrained.absolute())
+    if config.distill.teacher and Path(config.distill.teacher).exists():
+        teacher = str(Path(config.distill.teacher).absolute())
+        config = dataclasses.replace(config, distill=dataclasses.replace(config.distill, teacher=teacher))
     if isinstance(config, recipes.FolderConfig):
         val = config.data.val.absolute() if config.data.val else None
         config = dataclasses.replace(

@@ -13,7 +13,7 @@ from vision_ssm.cli.options import parse_options
 from vision_ssm.cli.output import print_json
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision
-from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.tasks.run_folder import RunFolder, weights_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,7 +137,7 @@ def _run_and_images(options: EvalOptions) -> _Subject:
     if options.pretrained or isinstance(options.weights, Path):
         given = "--pretrained" if options.pretrained else f"--weights {options.weights}"
         raise InputError(f"{given} belongs to the name of a model, and {options.model} is a file or folder here")
-    path = _weights_file(Path(options.model), options.weights or "best")
+    path = weights_file(Path(options.model), options.weights or "best")
     classifier = load_classifier(path, options.device, options.precision)
     if options.data is None:
         images = load_splits(RunFolder(path.parent).read_config()).val
@@ -197,7 +197,7 @@ def predict(words: Sequence[str]) -> int:
         raise InputError(f"--top must be positive, not {options.top}")
     if not options.images:
         raise InputError("name at least one image, or a folder of images")
-    path = _weights_file(options.run, options.weights)
+    path = weights_file(options.run, options.weights)
 
     from rich.console import Console
     from rich.table import Table
@@ -243,14 +243,3 @@ def _readable(images: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 def _report(broken: Sequence[str]) -> int:
     return max((fail(line) for line in broken), default=0)
-
-
-def _weights_file(run: Path, which: str) -> Path:
-    if run.is_file():
-        return run
-    folder = RunFolder(run)
-    folder.read_config()
-    path = folder.best if which == "best" else folder.last
-    if not path.is_file():
-        raise InputError(f"{run} has no {path.name}; its first epoch was never finished")
-    return path

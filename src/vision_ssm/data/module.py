@@ -30,20 +30,30 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: Decides the orders.
         epoch: The first epoch to yield.
         start: How many samples to leave out at the beginning of that first epoch, because they have been used.
+        used: How many samples an epoch uses, of each process; as many as there are by default.
         rank: Which of several processes this is.
         world: How many there are. Each gets as many samples, none of which another one gets.
     """
 
     def __init__(
-        self, length: int, seed: int, epoch: int = 0, start: int = 0, *, rank: int = 0, world: int = 1
+        self,
+        length: int,
+        seed: int,
+        epoch: int = 0,
+        start: int = 0,
+        used: int | None = None,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.length, self.seed = length, seed
         self.rank, self.world = rank, world
+        self.used = length // world if used is None else used
         self.epoch = self.first_epoch = epoch
         self.start = start
 
     def __len__(self) -> int:
-        return self.length // self.world
+        return self.used
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields (Lightning calls this)."""
@@ -54,8 +64,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         with seeded(self.seed, _ORDER, epoch):
             order = torch.randperm(self.length).tolist()
         start = self.start if epoch == self.first_epoch else 0
-        mine = order[self.rank :: self.world][: len(self)]
-        return ((epoch, index) for index in mine[start:])
+        return ((epoch, index) for index in order[self.rank :: self.world][start : self.used])
 
 
 class TrainingSamples(Dataset[tuple[Tensor, int, dict[str, str]]]):
@@ -131,13 +140,14 @@ class ImageData(lightning.LightningDataModule):
         splits: The images.
         train_transform: Random change of a training image.
         eval_transform: What validation images go through.
-        batch_size: Images per batch. Training leaves out the incomplete last batch (another one each epoch).
+        batch_size: Images per batch.
         seed: Decides order and augmentation.
         workers: Number of loading processes.
+        accumulate: Batches per step. Training leaves out the incomplete last step (other images each epoch).
         max_unreadable: Largest share of the training images that may be unreadable; one may be, unless it is 0.
 
     Raises:
-        InputError: A batch is larger than the training data.
+        InputError: A step takes more images than there are to train on.
     """
 
     def __init__(
@@ -148,22 +158,25 @@ class ImageData(lightning.LightningDataModule):
         batch_size: int,
         seed: int,
         workers: int,
+        accumulate: int = 1,
         max_unreadable: float = 0.01,
     ) -> None:
         super().__init__()
-        if batch_size > len(splits.train):
-            raise InputError(f"--batch-size {batch_size} is larger than the {len(splits.train)} training images")
+        if batch_size * accumulate > len(splits.train):
+            size = f"--batch-size {batch_size}" + (f" times --accumulate {accumulate}" if accumulate > 1 else "")
+            raise InputError(f"{size} is larger than the {len(splits.train)} training images")
         self.splits = splits
         self.train_transform, self.eval_transform = train_transform, eval_transform
-        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.batch_size, self.seed, self.workers, self.accumulate = batch_size, seed, workers, accumulate
         self.max_unreadable = max_unreadable
         self.unreadable: dict[str, str] = {}
         self._batches_done = 0
 
     @property
     def batches_per_epoch(self) -> int:
-        """Training batches in one epoch, of each process."""
-        return len(self.splits.train) // self._place()[1] // self.batch_size
+        """Training batches in one epoch, of each process; a multiple of those in a step."""
+        images = len(self.splits.train) // self._place()[1]
+        return images // (self.batch_size * self.accumulate) * self.accumulate
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -172,10 +185,10 @@ class ImageData(lightning.LightningDataModule):
         """Training batches, from where the loaded checkpoint stopped."""
         epoch, batch = divmod(self._batches_done, self.batches_per_epoch)
         rank, world = self._place()
-        start = batch * self.batch_size
-        sampler = EpochSampler(len(self.splits.train), self.seed, epoch, start, rank=rank, world=world)
+        start, used = batch * self.batch_size, self.batches_per_epoch * self.batch_size
+        sampler = EpochSampler(len(self.splits.train), self.seed, epoch, start, used, rank=rank, world=world)
         data = TrainingSamples(self.splits.train, self.train_transform, self.seed)
-        return self._loader(data, sampler=sampler, drop_last=True, collate_fn=_collate_training)
+        return self._loader(data, sampler=sampler, collate_fn=_collate_training)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, all of them, in order."""

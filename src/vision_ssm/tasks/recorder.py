@@ -125,6 +125,8 @@ class RunRecorder(Checkpoint):
         self._ready = now
         if batch_idx + 1 == trainer.num_training_batches:
             return  # the end of the epoch follows and saves
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # checkpoints hold no gradients
         if self.stop.is_set() or now - self._saved > self.save_seconds:
             self._save(trainer, pl_module)
         if self.stop.is_set():

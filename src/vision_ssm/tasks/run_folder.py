@@ -3,7 +3,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import DigitsConfig, FolderConfig, TimmConfig, TrainConfig, from_dict, to_dict
@@ -132,6 +132,22 @@ class RunFolder:
                 raise InputError(f"cannot resume {self.path}: it was started with --{option} {before}, not {now}")
         if not self.state.is_file():
             raise InputError(f"{self.path} was stopped before anything was saved; start it again")
+
+
+def weights_file(path: Path, which: Literal["best", "last"] = "best") -> Path:
+    """The weights in the folder of a run; a file stands for itself.
+
+    Raises:
+        InputError: It is neither, or the run has no such weights yet.
+    """
+    if path.is_file():
+        return path
+    folder = RunFolder(path)
+    folder.read_config()
+    weights = folder.best if which == "best" else folder.last
+    if not weights.is_file():
+        raise InputError(f"{path} has no {weights.name}; its first epoch was never finished")
+    return weights
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Sequence[tuple[str, Any, Any]]:

@@ -74,7 +74,7 @@ class ModelSpec:
             is_training=True,
             mean=self.mean,
             std=self.std,
-            interpolation=self.interpolation,
+            interpolation=augment.interpolation or self.interpolation,
             scale=augment.scale,
             ratio=augment.ratio,
             hflip=augment.hflip,
@@ -107,7 +107,7 @@ def spec_for(config: TrainConfig, classes: tuple[str, ...]) -> ModelSpec:
         mean=tuple(known.mean),
         std=tuple(known.std),
         interpolation=known.interpolation,
-        crop=1.0 if size < 128 else known.crop_pct,
+        crop=config.crop or (1.0 if size < 128 else known.crop_pct),
     )
 
 
@@ -173,7 +173,7 @@ def _explain(name: str, args: Mapping[str, Any], error: Exception) -> str:
 
 
 def default_cfg(name: str) -> Any:
-    """Timm's configuration of a model.
+    """Timm's description of a model and its published weights.
 
     Raises:
         InputError: timm does not know the model.
@@ -198,8 +198,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     _load(model, _read(path), path)
 
 
-def create_from_file(name: str, args: Mapping[str, Any], num_classes: int, path: Path) -> nn.Module:
+def create_from_file(
+    name: str, args: Mapping[str, Any], num_classes: int, path: Path, classes: tuple[str, ...] | None = None
+) -> nn.Module:
     """A model that starts from a checkpoint file, ours or a published one, with a new classifier for other classes.
+
+    Args:
+        name: timm's name of the model.
+        args: Its keyword arguments.
+        num_classes: Number of its classes.
+        path: The file.
+        classes: Their names. As many classes of other names in the file of a run are other classes.
 
     Raises:
         InputError: The file cannot be read or does not fit.
@@ -207,7 +216,8 @@ def create_from_file(name: str, args: Mapping[str, Any], num_classes: int, path:
     model, state = create_model(name, args, num_classes), _read_for(name, path)
     wanted = model.state_dict()
     head = [key for key in wanted if key.startswith(_head_prefixes(model))]
-    if any(key in state and state[key].shape != wanted[key].shape for key in head):
+    others = classes is not None and _classes_in(path) not in (None, classes)
+    if others or any(key in state and state[key].shape != wanted[key].shape for key in head):
         state |= {key: wanted[key] for key in head}
     _load(model, state, path)
     return model
@@ -235,6 +245,28 @@ def _read_for(name: str, path: Path) -> dict[str, Tensor]:
     state = _read(path)
     # Where there is no conversion, the names can only be the model's own.
     return convert_official(name, state) if can_convert(name) else state
+
+
+def _classes_in(path: Path) -> tuple[str, ...] | None:
+    try:
+        return read_spec(path).classes
+    except InputError:  # the file of somebody else
+        return None
+
+
+@torch.no_grad()
+def check_takes(model: nn.Module, name: str, size: int) -> None:
+    """Refuse an image size that a model cannot work with; leaves the model in training mode.
+
+    Raises:
+        InputError: The model fails on an image of that size.
+    """
+    try:
+        model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{name} cannot take images of {size}x{size}; try another --image-size ({reason})") from error
+    model.train()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
