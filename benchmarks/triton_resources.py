@@ -30,29 +30,34 @@ KERNELS = ("forward_kernel", "summary_kernel", "chain_kernel", "backward_kernel"
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
 
+Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments, options of Triton
+
+
 class Recorder:
     """Stands in for a kernel: keeps what it is launched with instead of launching it."""
 
-    def __init__(self, kernel: Any, calls: list[tuple[Any, dict[str, Any], int]]) -> None:
+    def __init__(self, kernel: Any, calls: list[Launch]) -> None:
         self.kernel, self.calls = kernel, calls
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         """Return what takes the arguments."""
         return self.record
 
-    def record(self, *values: Any, num_warps: int, enable_fp_fusion: bool, **constants: Any) -> None:
-        """Keep the arguments by name."""
-        names = self.kernel.arg_names[: len(values)]
-        self.calls.append((self.kernel, dict(zip(names, values, strict=True)) | constants, num_warps))
+    def record(self, *values: Any, **more: Any) -> None:
+        """Keep the arguments by name, and what else Triton is told."""
+        names = self.kernel.arg_names
+        options = {name: value for name, value in more.items() if name not in names}
+        constants = {name: value for name, value in more.items() if name in names}
+        self.calls.append((self.kernel, dict(zip(names, values, strict=False)) | constants, options))
 
 
-def launches(side: int, channels: int, states: int, rank: int, batch: int) -> list[tuple[Any, dict[str, Any], int]]:
-    """Return what one forward and backward pass launches: kernels, arguments, warps."""
+def launches(side: int, channels: int, states: int, rank: int, batch: int) -> list[Launch]:
+    """Return what one forward and backward pass launches."""
     tensors = Shape(side, side, channels, states, rank).tensors(1, torch.bfloat16)
     tensors = {name: t.expand(batch, *t.shape[1:]) if name in ("x", "dbc") else t for name, t in tensors.items()}
     routes = build_routes(CROSS_SCAN, side, side)
     args = ScanArguments(read=routes.read, write=routes.write, **tensors)
-    calls: list[tuple[Any, dict[str, Any], int]] = []
+    calls: list[Launch] = []
     kernels = backend.load_kernels()
     originals = {name: getattr(kernels, name) for name in KERNELS}
     try:
@@ -66,7 +71,7 @@ def launches(side: int, channels: int, states: int, rank: int, batch: int) -> li
     return calls
 
 
-def compile_kernel(kernel: Any, values: dict[str, Any], warps: int, capability: int) -> Any:
+def compile_kernel(kernel: Any, values: dict[str, Any], options: dict[str, Any], capability: int) -> Any:
     """Compile a kernel ahead of time, specialised as a launch would."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -89,9 +94,7 @@ def compile_kernel(kernel: Any, values: dict[str, Any], warps: int, capability: 
         if isinstance(value, torch.Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": True}
-    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def resources(compiled: Any, capability: int) -> dict[str, int]:
@@ -135,19 +138,19 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     seen = set()
     screen = common.console()
-    for (side, channels, states, rank, batch), target, (kernel, values, warps) in track(
+    for (side, channels, states, rank, batch), target, (kernel, values, more) in track(
         work, "compiling", console=screen, transient=True, disable=not screen.is_terminal
     ):
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
         name = kernel.__name__.removesuffix("_kernel") + (" (reverse)" if constants.get("REVERSE") else "")
         row: dict[str, Any] = dict(kernel=name, target=target, map=f"{side}x{side}x{channels}", batch=batch)
-        key = (name, target, side, channels, values.get("grad_y") is None)
+        key = (name, target, side, channels, states, values.get("grad_y") is None)
         if key in seen:
             continue
         seen.add(key)
         tile = "x".join(str(constants[n]) for n in ("Q", "S", "C") if n in constants)
-        row |= dict(states=states, rank=rank, tile=tile, warps=warps)
-        rows.append(row | resources(compile_kernel(kernel, values, warps, TARGETS[target]), TARGETS[target]))
+        row |= dict(states=states, rank=rank, tile=tile, warps=more["num_warps"])
+        rows.append(row | resources(compile_kernel(kernel, values, more, TARGETS[target]), TARGETS[target]))
     columns = [("kernel", "{kernel}"), ("target", "{target}"), ("map", "{map}"), (">batch", "{batch}")]
     columns += [(">N", "{states}"), (">R", "{rank}"), ("tile Q x S x C", "{tile}"), (">warps", "{warps}")]
     columns += [(">registers", "{registers}"), (">spilled bytes", "{spilled_bytes}")]

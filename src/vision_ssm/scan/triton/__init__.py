@@ -49,11 +49,12 @@ class Plan:
         return self.groups * self.parts * self.chunks * self.blocks
 
 
-# Spills no registers on any target (benchmarks/triton_resources.py); `benchmarks/gpu.py --only tiles` times others.
-TILE = Tile(Q=4, S=8, C=16, warps=4)
-
-
-_OPTIONS = dict(enable_fp_fusion=True)  # Triton 3.10 turns it off by itself
+# They spill no registers on any target (benchmarks/triton_resources.py); `benchmarks/gpu.py --only tiles` times others.
+FORWARD = Tile(Q=4, S=8, C=16, warps=4)
+BACKWARD = Tile(Q=2, S=8, C=16, warps=4)
+# Triton 3.10 does not fuse multiply-adds by itself. NVIDIA's assembler spills registers now and then to use fewer,
+# unless told how many there are.
+_OPTIONS: dict[str, Any] = dict(enable_fp_fusion=True) | ({} if torch.version.hip else dict(maxnreg=255))
 
 
 @lru_cache(maxsize=1)
@@ -99,7 +100,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def forward(args: ScanArguments, dtype: torch.dtype, tile: Tile = TILE) -> tuple[Tensor, Tensor]:
+def forward(args: ScanArguments, dtype: torch.dtype, tile: Tile = FORWARD) -> tuple[Tensor, Tensor]:
     """Return the outputs in ``dtype``, (B, L, C), and the state after the last step, (B, K', Dk, N)."""
     args = _prepared(args)
     plan = make_plan(args, tile)
@@ -124,7 +125,9 @@ def forward(args: ScanArguments, dtype: torch.dtype, tile: Tile = TILE) -> tuple
     return (y.sum(0) if partial else y[0]).to(dtype), state
 
 
-def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None, tile: Tile = TILE) -> dict[str, Tensor]:
+def backward(
+    args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None, tile: Tile = BACKWARD
+) -> dict[str, Tensor]:
     """Return the gradients of all differentiable arguments, from those of outputs and last state."""
     wanted = args
     args = _prepared(args)
@@ -185,7 +188,7 @@ def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None, til
     return {name: grad.to(getattr(wanted, name).dtype) for name, grad in found.items()}
 
 
-def make_plan(args: ScanArguments, tile: Tile = TILE) -> Plan:
+def make_plan(args: ScanArguments, tile: Tile = FORWARD) -> Plan:
     """Choose how a call is split; the choice depends on shapes and the device alone."""
     steps, batch, taken = args.read.shape[1], args.x.shape[0], args.routes_per_image
     alone = args.route_index is not None or args.route_weight is not None

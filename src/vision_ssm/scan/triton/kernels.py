@@ -129,31 +129,28 @@ def _softplus_slope(y):
 
 
 @triton.jit
-def _load_weight(
-    dt_weight, dt_bias, route, c, inside, width, weight_stride, bias_stride, R: tl.constexpr, RP: tl.constexpr
-):
-    """Return the projection of the step sizes, (RP, C) or nothing, and their bias, (C,)."""
-    if dt_weight is not None:
-        r = tl.arange(0, RP)
-        at = dt_weight + route.to(tl.int64) * weight_stride + r[:, None] * width + c[None, :]
-        weight = tl.load(at, mask=(r < R)[:, None] & inside[None, :], other=0.0)
-    else:
-        weight = 0.0
+def _load_bias(dt_bias, route, c, inside, bias_stride):
+    """Return the bias of the step sizes, (C,)."""
+    bias = tl.zeros(c.shape, tl.float32)
     if dt_bias is not None:
         bias = tl.load(dt_bias + route.to(tl.int64) * bias_stride + c, mask=inside, other=0.0)
-    else:
-        bias = tl.zeros(c.shape, tl.float32)
-    return weight, bias
+    return bias
+
+
+@triton.jit
+def _load_weight(weight, r, c, inside, width, R: tl.constexpr):
+    """Return rows r of a route's projection of the step sizes, (r, C)."""
+    at = weight + r[:, None] * width + c[None, :]
+    return tl.load(at, mask=(r < R)[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
 def _load_low_rank(
-    first, dbc, read, end, route, dbc_group, dbc_groups, steps, tokens,
-    N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
-    PACKED: tl.constexpr, WIDE: tl.constexpr,
+    first, r, dbc, read, end, route, dbc_group, dbc_groups, steps, tokens,
+    N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return the step sizes in low rank, (Q * S, RP), where they lie in dbc, and which exist."""
-    i, r = tl.arange(0, Q * S), tl.arange(0, RP)
+    """Return columns r of the step sizes in low rank, (Q * S, r), where they lie in dbc, and which exist."""
+    i = tl.arange(0, Q * S)
     v = first + (i % S) * Q + i // S
     _, _, _, row, valid = _places(v, read, end, route, steps, tokens, tokens, PACKED, WIDE)
     at = ((row * dbc_groups + dbc_group) * (R + 2 * N))[:, None] + r[None, :]
@@ -165,7 +162,7 @@ def _load_low_rank(
 def _load_tile(
     first, x, dbc, delta, read, weight, bias, end, route, c, inside, channels, offset, width,
     dbc_groups, delta_groups, steps, tokens,
-    N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
     SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return a tile's steps (live, step, row of the token, valid), its x and step sizes, (Q, S, C)."""
@@ -175,10 +172,14 @@ def _load_tile(
     x_t = tl.load(x + (row * channels)[:, :, None] + (offset + c)[None, None, :], mask=here, other=0.0).to(tl.float32)
     if delta is None:
         dbc_group = tl.where(dbc_groups > 1, route, 0)
-        low, _, _ = _load_low_rank(
-            first, dbc, read, end, route, dbc_group, dbc_groups, steps, tokens, N, R, RP, Q, S, PACKED, WIDE
-        )
-        raw = tl.dot(low, weight, input_precision=PRECISION).reshape(Q, S, c.shape[0])
+        flat = tl.zeros((Q * S, c.shape[0]), tl.float32)
+        for first_r in range(0, R, 16):  # in portions: whole, the factors would take too many registers
+            r = first_r + tl.arange(0, 16)
+            low, low_at, there = _load_low_rank(
+                first, r, dbc, read, end, route, dbc_group, dbc_groups, steps, tokens, N, R, Q, S, PACKED, WIDE
+            )
+            flat = tl.dot(low, _load_weight(weight, r, c, inside, width, R), flat, input_precision=PRECISION)
+        raw = flat.reshape(Q, S, c.shape[0])
     else:
         at = (row * delta_groups + tl.where(delta_groups > 1, route, 0)) * width
         raw = tl.load(delta + at[:, :, None] + c[None, None, :], mask=here, other=0.0).to(tl.float32)
@@ -268,7 +269,10 @@ def summary_kernel(
     route, limit, final_step = _route(route_index, group, j, taken, routes, tokens, steps)
     offset = route * width if SIDE_BY_SIDE else 0
     dbc_group = tl.where(dbc_groups > 1, route, 0)
-    weight, bias = _load_weight(dt_weight, dt_bias, route, c, inside, width, weight_stride, bias_stride, R, RP)
+    bias = _load_bias(dt_bias, route, c, inside, bias_stride)
+    weight = dt_weight
+    if dt_weight is not None:
+        weight += route.to(tl.int64) * weight_stride
     scale = 1.0
     if route_weight is not None:
         scale = tl.load(route_weight + group * taken + j).to(tl.float32)
@@ -278,7 +282,7 @@ def summary_kernel(
         first = (chunk * tiles + tile) * Q * S
         live, step, row, valid, x_t, step_size = _load_tile(
             first, x, dbc, delta, read, weight, bias, end, route, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, RP, Q, S, SOFTPLUS, PACKED, WIDE,
+                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE,
         )  # fmt: skip
         if grad_y is not None:
             g = scale * _load_gradient(
@@ -356,7 +360,10 @@ def forward_kernel(
         route, limit, final_step = _route(route_index, group, j, taken, routes, tokens, steps)
         offset = route * width if SIDE_BY_SIDE else 0
         dbc_group = tl.where(dbc_groups > 1, route, 0)
-        weight, bias = _load_weight(dt_weight, dt_bias, route, c, inside, width, weight_stride, bias_stride, R, RP)
+        bias = _load_bias(dt_bias, route, c, inside, bias_stride)
+        weight = dt_weight
+        if dt_weight is not None:
+            weight += route.to(tl.int64) * weight_stride
         skip = tl.zeros((C,), tl.float32)
         if D is not None:
             skip = tl.load(D + route.to(tl.int64) * D_stride + c, mask=inside, other=0.0)
@@ -372,7 +379,7 @@ def forward_kernel(
             first = (chunk * tiles + tile) * Q * S
             live, step, row, valid, x_t, step_size = _load_tile(
                 first, x, dbc, delta, read, weight, bias, end, route, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, RP, Q, S, SOFTPLUS, PACKED, WIDE,
+                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE,
             )  # fmt: skip
             v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
             _, _, place, target, written = _places(v, write, end, route, steps, tokens, limit, PACKED, WIDE)
@@ -452,7 +459,10 @@ def backward_kernel(
         route, limit, final_step = _route(route_index, group, j, taken, routes, tokens, steps)
         offset = route * width if SIDE_BY_SIDE else 0
         dbc_group = tl.where(dbc_groups > 1, route, 0)
-        weight, bias = _load_weight(dt_weight, dt_bias, route, c, inside, width, weight_stride, bias_stride, R, RP)
+        bias = _load_bias(dt_bias, route, c, inside, bias_stride)
+        weight = dt_weight
+        if dt_weight is not None:
+            weight += route.to(tl.int64) * weight_stride
         skip = tl.zeros((C,), tl.float32)
         if D is not None:
             skip = tl.load(D + route.to(tl.int64) * D_stride + c, mask=inside, other=0.0)
@@ -468,7 +478,7 @@ def backward_kernel(
             first = number * Q * S
             live, step, row, valid, x_t, step_size = _load_tile(
                 first, x, dbc, delta, read, weight, bias, end, route, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, RP, Q, S, SOFTPLUS, PACKED, WIDE,
+                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE,
             )  # fmt: skip
             of_y = _load_gradient(
                 first, grad_y, write, end, route, limit, c, inside, channels, offset, steps, tokens, Q, S, PACKED, WIDE,
@@ -518,13 +528,20 @@ def backward_kernel(
             at = (row * channels)[:, :, None] + (offset + c)[None, None, :]
             _add(grad_x + at, of_x, here, ADD)
             if delta is None:
-                low, at, mask = _load_low_rank(
-                    first, dbc, read, end, route, dbc_group, dbc_groups, steps, tokens, N, R, RP, Q, S, PACKED, WIDE
-                )  # fmt: skip
                 flat = of_step.reshape(Q * S, C)
+                all_r = tl.arange(0, RP)
+                low, low_at, there = _load_low_rank(
+                    first, all_r, dbc, read, end, route, dbc_group, dbc_groups, steps, tokens, N, R, Q, S, PACKED, WIDE
+                )  # fmt: skip
                 of_weight += tl.dot(tl.trans(low), flat, input_precision=PRECISION)
-                of_low = tl.dot(flat, tl.trans(weight), input_precision=PRECISION)
-                _add(grad_dbc + at, of_low, mask, ADD_DBC)
+                for first_r in range(0, R, 16):
+                    r = first_r + tl.arange(0, 16)
+                    part_low, part_at, part_there = _load_low_rank(
+                        first, r, dbc, read, end, route, dbc_group, dbc_groups, steps, tokens, N, R, Q, S, PACKED, WIDE
+                    )  # fmt: skip
+                    across = tl.trans(_load_weight(weight, r, c, inside, width, R))
+                    of_low = tl.dot(flat, across, input_precision=PRECISION)
+                    _add(grad_dbc + part_at, of_low, part_there, ADD_DBC)
             else:
                 at = (row * delta_groups + tl.where(delta_groups > 1, route, 0)) * width
                 _add(grad_delta + at[:, :, None] + c[None, None, :], of_step, here, ADD_DELTA)
