@@ -46,7 +46,7 @@ SPLIT = [
 @pytest.mark.parametrize("case", SPLIT, ids=str)
 def test_sequences_split_into_chunks(case, many_processors):
     call = case.make(torch.float32)
-    assert triton.make_plan(arguments(call)).chunks > 1
+    assert triton.make_plan(arguments(call), triton.FORWARD_MANY_STATES).chunks > 1
     assert_equal_to_reference(call, "triton", torch.float32)
 
 
@@ -62,7 +62,7 @@ def test_sequences_split_into_chunks(case, many_processors):
 )
 def test_short_routes_share_a_program(case):
     call = case.make(torch.float32)
-    plan = triton.make_plan(arguments(call))
+    plan = triton.make_plan(arguments(call), triton.FORWARD_MANY_STATES)
     assert plan.images > 1
     assert_equal_to_reference(call, "triton", torch.float32)
 
@@ -73,7 +73,7 @@ def test_routes_are_added_in_one_program_or_in_many(monkeypatch):
     results = []
     for number, parts in ((0, 1), (1000, 4)):
         monkeypatch.setattr(triton, "processors", lambda device, number=number: number)
-        assert triton.make_plan(arguments(call)).parts == parts
+        assert triton.make_plan(arguments(call), triton.FORWARD_MANY_STATES).parts == parts
         assert_equal_to_reference(call, "triton", torch.float32)
         with use_backend("triton"):
             results.append(call.on(device("triton")).gradients())
@@ -136,7 +136,7 @@ def test_small_step_sizes_keep_their_digits():
 @needs_kernels
 def test_plans_do_not_depend_on_values():
     call = Case(batch=3).make(torch.float32)
-    plans = [triton.make_plan(arguments(c)) for c in (call, Case(batch=3).make(torch.float32, seed=5))]
+    plans = [triton.make_plan(arguments(c), triton.FORWARD) for c in (call, Case(batch=3).make(torch.float32, seed=5))]
     assert plans[0] == plans[1]
 
 

@@ -49,9 +49,11 @@ class Plan:
         return self.groups * self.parts * self.chunks * self.blocks
 
 
-# They spill no registers on any target (benchmarks/triton_resources.py); `benchmarks/gpu.py --only tiles` times others.
-FORWARD = Tile(Q=4, S=8, C=16, warps=4)
-BACKWARD = Tile(Q=2, S=8, C=16, warps=4)
+# Of those that spill no registers on any target (benchmarks/triton_resources.py), the ones with the fewest instructions;
+# `benchmarks/gpu.py --only tiles` times others.
+FORWARD = Tile(Q=4, S=16, C=32, warps=4)
+FORWARD_MANY_STATES = Tile(Q=4, S=8, C=16, warps=2)
+BACKWARD = Tile(Q=2, S=8, C=16, warps=2)
 # Triton 3.10 does not fuse multiply-adds by itself. NVIDIA's assembler spills registers now and then to use fewer,
 # unless told how many there are.
 _OPTIONS: dict[str, Any] = dict(enable_fp_fusion=True) | ({} if torch.version.hip else dict(maxnreg=255))
@@ -100,10 +102,10 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def forward(args: ScanArguments, dtype: torch.dtype, tile: Tile = FORWARD) -> tuple[Tensor, Tensor]:
+def forward(args: ScanArguments, dtype: torch.dtype, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     """Return the outputs in ``dtype``, (B, L, C), and the state after the last step, (B, K', Dk, N)."""
     args = _prepared(args)
-    plan = make_plan(args, tile)
+    plan = make_plan(args, tile or (FORWARD if args.state_size == 1 else FORWARD_MANY_STATES))
     batch, tokens, channels = args.x.shape
     once = args.side_by_side or args.routes_per_image == 1  # every output is written once
     partial = plan.parts > 1 and not once
@@ -188,7 +190,7 @@ def backward(
     return {name: grad.to(getattr(wanted, name).dtype) for name, grad in found.items()}
 
 
-def make_plan(args: ScanArguments, tile: Tile = FORWARD) -> Plan:
+def make_plan(args: ScanArguments, tile: Tile) -> Plan:
     """Choose how a call is split; the choice depends on shapes and the device alone."""
     steps, batch, taken = args.read.shape[1], args.x.shape[0], args.routes_per_image
     alone = args.route_index is not None or args.route_weight is not None
@@ -248,9 +250,8 @@ def _launch(
 ) -> None:
     kernels = load_kernels()
     assert kernels is not None  # the choice of the backend has asked `available`
-    tensors = [getattr(args, name) for name in given.split()]
     with _on(args.x.device):
-        getattr(kernels, name)[(programs,)](*tensors, *values, **options, num_warps=tile.warps, **_OPTIONS)
+        getattr(kernels, name)[(programs,)](*_given(args, given), *values, **options, num_warps=tile.warps, **_OPTIONS)
 
 
 def _prepared(args: ScanArguments) -> ScanArguments:
@@ -262,6 +263,12 @@ def _prepared(args: ScanArguments) -> ScanArguments:
             exact = name in ScanArguments.SHARED or name == "route_weight" or tensor.dtype == torch.float64
             changes[name] = (tensor.float() if exact else tensor).resolve_neg().contiguous()
     return replace(args, **changes)
+
+
+def _given(args: ScanArguments, names: str) -> list[Tensor | None]:
+    """Return arguments by name; no ``write`` where it is ``read``: the kernels then look rows up once."""
+    same = args.write.data_ptr() == args.read.data_ptr()
+    return [None if name == "write" and same else getattr(args, name) for name in names.split()]
 
 
 def _sizes(args: ScanArguments, plan: Plan, tiles: int, chunks: int) -> tuple[int, ...]:
@@ -294,6 +301,7 @@ def _constants(args: ScanArguments, plan: Plan) -> dict[str, Any]:
         SOFTPLUS=args.softplus,
         SIDE_BY_SIDE=args.side_by_side,
         PACKED=plan.images > 1,
+        WHOLE=args.channels_per_route % plan.tile.C == 0,
         WIDE=max(t[0].numel() for t in (args.x, args.dbc, args.delta) if t is not None) * plan.images >= 2**31,
     )
 

@@ -89,6 +89,15 @@ def _program(width, chunks, parts, C: tl.constexpr):
 
 
 @triton.jit
+def _mask(valid, inside, WHOLE: tl.constexpr):
+    """Return which entries of a tile exist, (Q, S, C), from its steps and channels; WHOLE if all channels do."""
+    mask = tl.broadcast_to(valid[:, :, None], (valid.shape[0], valid.shape[1], inside.shape[0]))
+    if not WHOLE:
+        mask &= inside[None, None, :]
+    return mask
+
+
+@triton.jit
 def _route(route_index, group, j, taken, routes, tokens, steps):
     """Return an image's j-th route, how many tokens it writes to and its last step: 0 and -1 if out of range."""
     route, limit, final_step = j, tokens, steps - 1
@@ -146,13 +155,13 @@ def _load_weight(weight, r, c, inside, width, R: tl.constexpr):
 
 @triton.jit
 def _load_low_rank(
-    first, r, dbc, read, end, route, dbc_group, dbc_groups, steps, tokens,
+    first, r, dbc, read, end, route, limit, dbc_group, dbc_groups, steps, tokens,
     N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return columns r of the step sizes in low rank, (Q * S, r), where they lie in dbc, and which exist."""
     i = tl.arange(0, Q * S)
     v = first + (i % S) * Q + i // S
-    _, _, _, row, valid = _places(v, read, end, route, steps, tokens, tokens, PACKED, WIDE)
+    _, _, _, row, valid = _places(v, read, end, route, steps, tokens, limit, PACKED, WIDE)
     at = ((row * dbc_groups + dbc_group) * (R + 2 * N))[:, None] + r[None, :]
     mask = valid[:, None] & (r < R)[None, :]
     return tl.load(dbc + at, mask=mask, other=0.0).to(tl.float32), at, mask
@@ -160,15 +169,15 @@ def _load_low_rank(
 
 @triton.jit
 def _load_tile(
-    first, x, dbc, delta, read, weight, bias, end, route, c, inside, channels, offset, width,
+    first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
     dbc_groups, delta_groups, steps, tokens,
     N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
-    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Return a tile's steps (live, step, row of the token, valid), its x and step sizes, (Q, S, C)."""
     v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
-    live, step, _, row, valid = _places(v, read, end, route, steps, tokens, tokens, PACKED, WIDE)
-    here = valid[:, :, None] & inside[None, None, :]
+    live, step, _, row, valid = _places(v, read, end, route, steps, tokens, limit, PACKED, WIDE)
+    here = _mask(valid, inside, WHOLE)
     x_t = tl.load(x + (row * channels)[:, :, None] + (offset + c)[None, None, :], mask=here, other=0.0).to(tl.float32)
     if delta is None:
         dbc_group = tl.where(dbc_groups > 1, route, 0)
@@ -176,7 +185,7 @@ def _load_tile(
         for first_r in range(0, R, 16):  # in portions: whole, the factors would take too many registers
             r = first_r + tl.arange(0, 16)
             low, low_at, there = _load_low_rank(
-                first, r, dbc, read, end, route, dbc_group, dbc_groups, steps, tokens, N, R, Q, S, PACKED, WIDE
+                first, r, dbc, read, end, route, limit, dbc_group, dbc_groups, steps, tokens, N, R, Q, S, PACKED, WIDE
             )
             flat = tl.dot(low, _load_weight(weight, r, c, inside, width, R), flat, input_precision=PRECISION)
         raw = flat.reshape(Q, S, c.shape[0])
@@ -212,13 +221,14 @@ def _load_column(dbc, row, valid, dbc_group, dbc_groups, column, F: tl.constexpr
 
 @triton.jit
 def _load_gradient(
-    first, grad_y, write, end, route, limit, c, inside, channels, offset, steps, tokens,
-    Q: tl.constexpr, S: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
+    first, grad_y, write, row, valid, end, route, limit, c, inside, channels, offset, steps, tokens,
+    Q: tl.constexpr, S: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of each step's output, (Q, S, C)."""
-    v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
-    _, _, _, row, valid = _places(v, write, end, route, steps, tokens, limit, PACKED, WIDE)
-    mask = valid[:, :, None] & inside[None, None, :]
+    if write is not None:
+        v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
+        _, _, _, row, valid = _places(v, write, end, route, steps, tokens, limit, PACKED, WIDE)
+    mask = _mask(valid, inside, WHOLE)
     at = (row * channels)[:, :, None] + (offset + c)[None, None, :]
     return tl.load(grad_y + at, mask=mask, other=0.0).to(tl.float32)
 
@@ -226,7 +236,7 @@ def _load_gradient(
 @triton.jit
 def _load_state_gradient(
     first, grad_state, end, j, taken, final_step, c, inside, width, steps, n,
-    N: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, PACKED: tl.constexpr,
+    N: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient of the last state at the last step of each image, 0 elsewhere, (Q, S, C)."""
     v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
@@ -235,7 +245,7 @@ def _load_state_gradient(
         image, step = v // steps, v % steps
     at = (image * taken + j) * width * N
     is_last = (step == final_step) & (v < end)
-    mask = is_last[:, :, None] & inside[None, None, :]
+    mask = _mask(is_last, inside, WHOLE)
     return tl.load(grad_state + at[:, :, None] + (c * N + n)[None, None, :], mask=mask, other=0.0)
 
 
@@ -247,7 +257,7 @@ def summary_kernel(
     dbc_groups, delta_groups, A_stride, weight_stride, bias_stride,
     N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Q: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
-    SOFTPLUS: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, SIDE_BY_SIDE: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Write the maps of all states through each chunk, (rows, chunks, N, width); a row is a group's route.
 
@@ -281,12 +291,13 @@ def summary_kernel(
     for tile in range(tiles):
         first = (chunk * tiles + tile) * Q * S
         live, step, row, valid, x_t, step_size = _load_tile(
-            first, x, dbc, delta, read, weight, bias, end, route, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE,
+            first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
+                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE,
         )  # fmt: skip
         if grad_y is not None:
             g = scale * _load_gradient(
-                first, grad_y, write, end, route, limit, c, inside, channels, offset, steps, tokens, Q, S, PACKED, WIDE,
+                first, grad_y, write, row, valid, end, route, limit, c, inside, channels, offset, steps, tokens,
+                Q, S, PACKED, WIDE, WHOLE,
             )  # fmt: skip
         for n in range(N):
             chosen = (n_all == n)[:, None]
@@ -298,7 +309,8 @@ def summary_kernel(
                 into = g * _load_column(dbc, row, valid, dbc_group, dbc_groups, R + N + n, R + 2 * N)
                 if grad_state is not None:
                     into += _load_state_gradient(
-                        first, grad_state, end, j, taken, final_step, c, inside, width, steps, n, N, Q, S, PACKED,
+                        first, grad_state, end, j, taken, final_step, c, inside, width, steps, n, N, Q, S,
+                        PACKED, WHOLE,
                     )  # fmt: skip
                 tile_a, reverse = _through(a, a * into, True)
                 all_reverse += tl.where(chosen, all_a * reverse[None, :], 0.0)
@@ -339,7 +351,7 @@ def forward_kernel(
     N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Q: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
     SOFTPLUS: tl.constexpr, INCLUSIVE: tl.constexpr, SIDE_BY_SIDE: tl.constexpr,
-    PACKED: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
     """Write the outputs of a part of the routes: one route, or all of them, each added to those before."""
@@ -378,20 +390,20 @@ def forward_kernel(
         for tile in range(tiles):
             first = (chunk * tiles + tile) * Q * S
             live, step, row, valid, x_t, step_size = _load_tile(
-                first, x, dbc, delta, read, weight, bias, end, route, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE,
+                first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
+                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE,
             )  # fmt: skip
             v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
-            _, _, place, target, written = _places(v, write, end, route, steps, tokens, limit, PACKED, WIDE)
-            final = (place * taken + j) * width * N
-            is_last = (live & (step == steps - 1))[:, :, None] & inside[None, None, :]
+            target, written = row, valid
+            if write is not None:
+                _, _, place, target, written = _places(v, write, end, route, steps, tokens, limit, PACKED, WIDE)
             ends_here = (first + Q * S >= steps) | PACKED
             y_t = skip[None, None, :] * x_t
             for n in range(N):
                 a = _decay(step_size, _load_rate(A, route, A_stride, n, c, inside, N), step)
                 drive = step_size * x_t * _load_column(dbc, row, valid, dbc_group, dbc_groups, R + n, R + 2 * N)
                 C_t = _load_column(dbc, row, valid, dbc_group, dbc_groups, R + N + n, R + 2 * N)
-                carry = tl.sum(tl.where((n_all == n)[:, None], state, 0.0), 0)
+                carry = tl.sum(state if N == 1 else tl.where((n_all == n)[:, None], state, 0.0), 0)
                 if INCLUSIVE:
                     h, carry = _scan(a, drive, carry)
                     y_t += C_t * h
@@ -399,11 +411,14 @@ def forward_kernel(
                     before, h = _scan_both(a, drive, tl.zeros_like(a), carry, False)
                     carry = _edge(_edge(h, Q - 1), S - 1)
                     y_t += C_t * a * before
-                state = tl.where((n_all == n)[:, None], carry[None, :], state)
+                state = carry[None, :] if N == 1 else tl.where((n_all == n)[:, None], carry[None, :], state)
                 if ends_here:
+                    image_in_group = v // steps if PACKED else tl.zeros_like(v)
+                    final = (image_in_group * taken + j) * width * N
+                    is_last = _mask(live & (step == steps - 1), inside, WHOLE)
                     tl.store(last_state + final[:, :, None] + (c * N + n)[None, None, :], h, mask=is_last)
             out = y + (target * channels)[:, :, None] + (offset + c)[None, None, :]
-            mask = written[:, :, None] & inside[None, None, :]
+            mask = _mask(written, inside, WHOLE)
             y_t *= scale
             if ADD:
                 y_t += tl.load(out, mask=mask, other=0.0)
@@ -428,7 +443,7 @@ def backward_kernel(
     N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Q: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
     SOFTPLUS: tl.constexpr, INCLUSIVE: tl.constexpr, SIDE_BY_SIDE: tl.constexpr,
-    PACKED: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
     ADD: tl.constexpr, ADD_DBC: tl.constexpr, ADD_DELTA: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of a part of the routes, tile by tile, from the states in front of and behind each tile.
@@ -477,11 +492,12 @@ def backward_kernel(
             number = chunk * tiles + tile
             first = number * Q * S
             live, step, row, valid, x_t, step_size = _load_tile(
-                first, x, dbc, delta, read, weight, bias, end, route, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE,
+                first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
+                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE,
             )  # fmt: skip
             of_y = _load_gradient(
-                first, grad_y, write, end, route, limit, c, inside, channels, offset, steps, tokens, Q, S, PACKED, WIDE,
+                first, grad_y, write, row, valid, end, route, limit, c, inside, channels, offset, steps, tokens,
+                Q, S, PACKED, WIDE, WHOLE,
             )  # fmt: skip
             g = of_y * scale
             of_x = skip[None, None, :] * g
@@ -503,7 +519,8 @@ def backward_kernel(
                 into = local
                 if grad_state is not None:
                     into += _load_state_gradient(
-                        first, grad_state, end, j, taken, final_step, c, inside, width, steps, n, N, Q, S, PACKED,
+                        first, grad_state, end, j, taken, final_step, c, inside, width, steps, n, N, Q, S,
+                        PACKED, WHOLE,
                     )  # fmt: skip
                 mu, nu = _scan_both(a, a * into, into, behind, True)
                 of_drive = mu if INCLUSIVE else mu - local
@@ -524,20 +541,22 @@ def backward_kernel(
                 of_step *= _softplus_slope(step_size)
             of_step = tl.where(live[:, :, None], of_step, 0.0)
             of_bias += tl.sum(tl.sum(of_step, 0), 0)
-            here = valid[:, :, None] & inside[None, None, :]
+            here = _mask(valid, inside, WHOLE)
             at = (row * channels)[:, :, None] + (offset + c)[None, None, :]
             _add(grad_x + at, of_x, here, ADD)
             if delta is None:
                 flat = of_step.reshape(Q * S, C)
                 all_r = tl.arange(0, RP)
                 low, low_at, there = _load_low_rank(
-                    first, all_r, dbc, read, end, route, dbc_group, dbc_groups, steps, tokens, N, R, Q, S, PACKED, WIDE
+                    first, all_r, dbc, read, end, route, limit, dbc_group, dbc_groups, steps, tokens, N, R, Q, S,
+                    PACKED, WIDE,
                 )  # fmt: skip
                 of_weight += tl.dot(tl.trans(low), flat, input_precision=PRECISION)
                 for first_r in range(0, R, 16):
                     r = first_r + tl.arange(0, 16)
                     part_low, part_at, part_there = _load_low_rank(
-                        first, r, dbc, read, end, route, dbc_group, dbc_groups, steps, tokens, N, R, Q, S, PACKED, WIDE
+                        first, r, dbc, read, end, route, limit, dbc_group, dbc_groups, steps, tokens, N, R, Q, S,
+                        PACKED, WIDE,
                     )  # fmt: skip
                     across = tl.trans(_load_weight(weight, r, c, inside, width, R))
                     of_low = tl.dot(flat, across, input_precision=PRECISION)
