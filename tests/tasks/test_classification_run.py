@@ -1,9 +1,7 @@
 import csv
 import dataclasses
 import json
-import signal
 
-import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -16,20 +14,6 @@ from vision_ssm.recipes import Augmentation, Optimisation, from_dict, small, to_
 from vision_ssm.tasks.classifier import evaluate, load_classifier
 from vision_ssm.tasks.recorder import RunRecorder, Stopped
 from vision_ssm.tasks.run_folder import RunFolder
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Red, green and blue noise, 20 images each."""
-    root = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for channel, name in enumerate(("red", "green", "blue")):
-        (root / name).mkdir()
-        for i in range(20):
-            pixels = generator.integers(0, 120, (32, 32, 3))
-            pixels[..., channel] += 100
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
-    return root
 
 
 @pytest.fixture
@@ -45,18 +29,6 @@ def config(images):
         augment=Augmentation(mixup=0.5, cutmix=0.5, auto_augment="rand-m5"),
         optim=Optimisation(lr=3e-3, warmup_epochs=1, ema=0.8),
     )
-
-
-def stop_at(monkeypatch, epoch, batch):
-    """Press Ctrl-C while that batch is trained on."""
-
-    class Interrupted(RunRecorder):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch_, batch_idx):
-            if (trainer.current_epoch, batch_idx) == (epoch, batch):
-                signal.raise_signal(signal.SIGINT)
-            super().on_train_batch_end(trainer, pl_module, outputs, batch_, batch_idx)
-
-    monkeypatch.setattr(training, "RunRecorder", Interrupted)
 
 
 def test_run_leaves_a_folder_that_is_enough_to_use_it(config, tmp_path):
@@ -86,11 +58,11 @@ def test_run_leaves_a_folder_that_is_enough_to_use_it(config, tmp_path):
 @pytest.mark.parametrize(
     "stops", [[(0, 2)], [(1, 0), (1, 3)], [(0, 5), (2, 5)]], ids=["early", "twice-in-one-epoch", "at-an-epoch-end"]
 )
-def test_stopped_and_resumed_run_is_bit_identical(stops, config, tmp_path, monkeypatch):
+def test_stopped_and_resumed_run_is_bit_identical(stops, config, tmp_path, monkeypatch, stop_at):
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
     training.train(config, whole)
     for i, stop in enumerate(stops):
-        stop_at(monkeypatch, *stop)
+        stop_at(*stop)
         if stop == (2, 5):  # nothing is left to do then, so the run ends
             break
         with pytest.raises(Stopped):
@@ -104,7 +76,8 @@ def test_stopped_and_resumed_run_is_bit_identical(stops, config, tmp_path, monke
     for one, other in zip(*(s["optimizer_states"][0]["state"].values() for s in states), strict=True):
         assert torch.equal(one["exp_avg"], other["exp_avg"])
     histories = [
-        [{k: v for k, v in row.items() if k != "images_per_second"} for row in _rows(f)] for f in (whole, parts)
+        [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait_ms")} for row in _rows(f)]
+        for f in (whole, parts)
     ]
     assert histories[0] == histories[1]
 
@@ -114,9 +87,9 @@ def _rows(folder):
         return list(csv.DictReader(file))
 
 
-def test_resume_under_other_settings_is_refused(config, tmp_path, monkeypatch):
+def test_resume_under_other_settings_is_refused(config, tmp_path, stop_at):
     folder = RunFolder(tmp_path / "run")
-    stop_at(monkeypatch, 0, 1)
+    stop_at(0, 1)
     with pytest.raises(Stopped):
         training.train(config, folder)
     with pytest.raises(InputError, match="--model test_convnext, not test_vit"):
@@ -153,7 +126,7 @@ def test_balance_loss_of_a_model_is_added():
     assert task.evaluated_model.aux_loss is None
 
 
-def test_weight_decay_spares_what_the_model_exempts(config, tmp_path, monkeypatch):
+def test_weight_decay_spares_what_the_model_exempts(config, tmp_path, monkeypatch, stop_at):
     seen = {}
     original = training.ClassificationTask.configure_optimizers
 
@@ -165,7 +138,7 @@ def test_weight_decay_spares_what_the_model_exempts(config, tmp_path, monkeypatc
 
     monkeypatch.setattr(training.ClassificationTask, "configure_optimizers", spy)
     monkeypatch.setattr(training, "create_model", lambda *a, **k: _exempting())
-    stop_at(monkeypatch, 0, 0)
+    stop_at(0, 0)
     with pytest.raises(Stopped):
         training.train(config, RunFolder(tmp_path / "run"))
     assert seen == {"head.weight": 0.05, "head.bias": 0.0, "A_log": 0.0}

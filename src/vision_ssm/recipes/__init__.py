@@ -1,32 +1,47 @@
 """Named, typed configurations: what to train and how.
 
-A recipe is a function that returns a configuration; change it with `dataclasses.replace`. This package imports
-nothing heavy, so that the command line can describe the recipes quickly.
+A recipe makes a configuration; change it with `dataclasses.replace`. This package imports nothing heavy, so that the
+command line can describe the recipes quickly.
 """
 
-from pathlib import Path
+import difflib
 
+from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import (
     Augmentation,
     DigitsConfig,
+    Distillation,
     FolderConfig,
     FolderData,
+    Interpolation,
     Optimisation,
     Precision,
+    TimmConfig,
+    TimmData,
     TrainConfig,
     from_dict,
     to_dict,
 )
+from vision_ssm.recipes.own import OWN, digits, finetune, scratch, small
+from vision_ssm.recipes.published import PUBLISHED
+from vision_ssm.recipes.recipe import Recipe
 
 __all__ = [
+    "RECIPES",
     "Augmentation",
     "DigitsConfig",
+    "Distillation",
     "FolderConfig",
     "FolderData",
+    "Interpolation",
     "Optimisation",
     "Precision",
+    "Recipe",
+    "TimmConfig",
+    "TimmData",
     "TrainConfig",
     "digits",
+    "find",
     "finetune",
     "from_dict",
     "scratch",
@@ -34,57 +49,18 @@ __all__ = [
     "to_dict",
 ]
 
-_SMALL, _LARGE = "vmamba_atto", "vmamba_tiny"
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*OWN, *PUBLISHED)}
+"""All recipes for folders of images, by name."""
 
 
-def digits() -> DigitsConfig:
-    """Handwritten digits, enlarged from 8x8 to 16x16 pixels: about 99 % right, in a minute or two on two cores."""
-    return DigitsConfig(
-        model=_SMALL,
-        image_size=16,
-        epochs=15,
-        batch_size=64,
-        workers=0,
-        augment=Augmentation(scale=(0.7, 1.0), hflip=0.0, color_jitter=0.0),
-        optim=Optimisation(lr=4e-3, warmup_epochs=3),
-    )
+def find(name: str) -> Recipe:
+    """The recipe of that name.
 
-
-def small(root: Path) -> FolderConfig:
-    """Small images (32 by 32) from scratch, sized for a CPU."""
-    return FolderConfig(
-        data=FolderData(root=root),
-        model=_SMALL,
-        image_size=32,
-        epochs=20,
-        batch_size=64,
-        augment=Augmentation(scale=(0.5, 1.0), color_jitter=0.2),
-        optim=Optimisation(lr=2e-3, warmup_epochs=2, label_smoothing=0.1),
-    )
-
-
-def scratch(root: Path) -> FolderConfig:
-    """Photographs from random weights, with the augmentation customary since DeiT."""
-    return FolderConfig(
-        data=FolderData(root=root),
-        model=_LARGE,
-        drop_path=0.2,
-        epochs=300,
-        batch_size=128,
-        augment=Augmentation(auto_augment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0),
-        optim=Optimisation(lr=5e-4, warmup_epochs=20, ema=0.9999),
-    )
-
-
-def finetune(root: Path) -> FolderConfig:
-    """Photographs from the published weights: few epochs, small steps, gentle augmentation."""
-    return FolderConfig(
-        data=FolderData(root=root),
-        model=_LARGE,
-        pretrained=True,
-        drop_path=0.1,
-        epochs=20,
-        batch_size=32,
-        augment=Augmentation(scale=(0.3, 1.0), color_jitter=0.3),
-        optim=Optimisation(lr=2e-4, min_lr=1e-6, warmup_epochs=2, layer_decay=0.8, label_smoothing=0.1),
-    )
+    Raises:
+        InputError: There is none.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; vision-ssm recipes lists them"
+        raise InputError(f"no recipe {name}{hint}")
+    return RECIPES[name]

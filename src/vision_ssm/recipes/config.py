@@ -9,6 +9,9 @@ from typing import Any, Literal
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 """Names of Lightning's precision settings."""
 
+Interpolation = Literal["bilinear", "bicubic", "random"]
+"""How crops are resized; random takes bilinear or bicubic for each image."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
@@ -18,6 +21,8 @@ class Augmentation:
     """Smallest and largest share of the image's area to crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest aspect ratio of the crop."""
+    interpolation: Interpolation | None = None
+    """How crops are resized; otherwise as in evaluation."""
     hflip: float = 0.5
     """Probability of mirroring left to right."""
     vflip: float = 0.0
@@ -34,6 +39,8 @@ class Augmentation:
     """Alpha of CutMix; 0 turns it off."""
     mix_prob: float = 1.0
     """Probability that a batch is mixed at all."""
+    mix_switch: float = 0.5
+    """Probability that it is mixed by CutMix, where both are on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +53,32 @@ class Optimisation:
     """Highest learning rate."""
     min_lr: float = 1e-5
     """Learning rate at the end."""
+    warmup_lr: float | None = None
+    """Learning rate at the beginning; otherwise a hundredth of lr."""
+    lr_batch: int | None = None
+    """Images per step for which the three rates are given; they grow in proportion. Otherwise they hold as they are."""
+    betas: tuple[float, float] | None = None
+    """Decays of the optimiser's moving averages; otherwise its own."""
+    eps: float | None = None
+    """Term in the optimiser's denominator; otherwise its own."""
     weight_decay: float = 0.05
     """Weight decay; biases, norms and what the model exempts get none."""
+    published_decay: bool = False
+    """Exempt what the published training of the model exempts, no more: it decays A and the bias of the step size."""
     layer_decay: float | None = None
     """Factor on the learning rate from each layer to the one below it."""
     schedule: str = "cosine"
     """timm's name of the learning-rate schedule."""
     warmup_epochs: int = 5
-    """Epochs over which the learning rate rises from near zero; at most all but one."""
+    """Epochs over which the learning rate rises; at most all but one."""
+    warmup_first: bool = False
+    """The schedule's curve begins after these epochs, not below them."""
+    warmup_by_epoch: bool = False
+    """The rate rises once per epoch, not at every step."""
+    decay_by_epoch: bool = False
+    """The rate falls once per epoch, not at every step."""
+    cooldown_epochs: int = 0
+    """Epochs at min_lr, at the end; as many as there is room for."""
     clip_grad: float | None = 5.0
     """Largest norm of the gradient."""
     label_smoothing: float = 0.1
@@ -62,10 +87,44 @@ class Optimisation:
     """One yes-or-no question per class instead of softmax cross-entropy."""
     ema: float | None = None
     """Decay of a moving average of the weights; it is what gets evaluated and saved as weights."""
+    ema_warmup: bool = True
+    """Average over fewer steps in the beginning."""
+
+    def for_batch(self, images: int) -> "Optimisation":
+        """The same with the rates of steps of that many images, as plain rates."""
+        factor = images / (self.lr_batch or images)
+        warmup_lr = self.lr / 100 if self.warmup_lr is None else self.warmup_lr
+        return dataclasses.replace(
+            self, lr=factor * self.lr, min_lr=factor * self.min_lr, warmup_lr=factor * warmup_lr, lr_batch=None
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderData:
+class Distillation:
+    """Learning from a teacher: the loss is (1 - alpha) of the targets' and alpha of the teacher's."""
+
+    teacher: str | None = None
+    """timm's name of a model with published weights, the folder of a run, or a weights file of one."""
+    soft: bool = False
+    """Learn the teacher's probabilities; otherwise its most probable class."""
+    alpha: float = 0.5
+    """Weight of the teacher."""
+    tau: float = 1.0
+    """Temperature of the probabilities; the higher, the more even."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource:
+    """What all sources of images have in common."""
+
+    max_unreadable: float = 0.01
+    """Largest share of the training images that may be unreadable (always at least one); others take their places."""
+    strict: bool = False
+    """Stop at the first training image that cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderData(ImageSource):
     """Image folders with one sub-folder per class."""
 
     root: Path
@@ -77,6 +136,28 @@ class FolderData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimmData(ImageSource):
+    """Tar files, webdataset shards or Hugging Face datasets, named as timm names them."""
+
+    dataset: str = ""
+    """hfds/NAME for a Hugging Face dataset, wds/ for webdataset shards; empty for tar files."""
+    root: Path | None = None
+    """The tar file, the folder of tar files or shards; for hfds/ the folder that keeps downloads."""
+    train_split: str = "train"
+    """Name of the training split; of shards also a pattern, such as train-{0000..0146}.tar."""
+    val_split: str = "validation"
+    """Name of the validation split."""
+    val_fraction: float | None = None
+    """Share of the training split held out for validation instead of a split."""
+    classes: int | Path | None = None
+    """Number of classes, or a text file that names one a line; needed where the data does not name them."""
+    input_key: str | None = None
+    """Column of the images (image), or extensions of images in shards (jpg;jpeg;png;webp)."""
+    target_key: str | None = None
+    """Column of the classes (label), or field of the json in shards (by default the file .cls)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides the outcome of a classification run, and where it is computed."""
 
@@ -85,25 +166,35 @@ class TrainConfig:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model, such as stem_stride=2 drop_rate=0.1."""
     pretrained: bool | Path = False
-    """Start from the published weights, or from a checkpoint file."""
+    """Start from the published weights, from a checkpoint file, or from the best weights in the folder of a run."""
     drop_path: float = 0.0
     """Stochastic depth rate (drop_path_rate of the model)."""
     image_size: int | None = None
     """Side of the square input in pixels; otherwise what the model expects."""
+    crop: float | None = None
+    """Share of the resized image's side that evaluation keeps; otherwise the model's, or all below 128 pixels."""
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 64
-    """Images per step."""
+    """Images that pass through the model together."""
+    accumulate: int = 1
+    """Such batches per step of the optimiser, over which gradients are averaged."""
     seed: int = 0
     """Decides the first weights, the order of the images and every random change."""
     augment: Augmentation = field(default_factory=Augmentation)
     optim: Optimisation = field(default_factory=Optimisation)
+    distill: Distillation = field(default_factory=Distillation)
     precision: Precision = "32-true"
     """Number format of the computation."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     workers: int | None = None
     """Processes that load images; otherwise chosen from the number of cores. Results do not depend on it."""
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that each step of the optimiser sees."""
+        return self.batch_size * self.accumulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +207,13 @@ class FolderConfig(TrainConfig):
     """Train on folders of images."""
 
     data: FolderData
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig(TrainConfig):
+    """Train on what timm's readers name."""
+
+    data: TimmData
 
 
 def to_dict(config: Any) -> Any:

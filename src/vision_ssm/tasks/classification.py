@@ -1,19 +1,21 @@
+from collections.abc import Callable
 from typing import Any
 
 import lightning
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from vision_ssm.data import seeded
-from vision_ssm.recipes import Augmentation, Optimisation
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import Augmentation, Distillation, Optimisation
+from vision_ssm.tasks.distillation import Teacher, distillation_loss
 from vision_ssm.tasks.evaluation import balanced_accuracy
+from vision_ssm.tasks.optimisation import LearningRate, make_optimizer
 
 _STEP = 2  # keeps these draws apart from those of the data module
 
@@ -32,9 +34,12 @@ class ClassificationTask(lightning.LightningModule):
         model: Maps (batch, 3, H, W) images to (batch, num_classes) logits.
         num_classes: Number of classes.
         augment: Only the mixing of images is done here.
-        optim: Optimiser, schedule, loss and averaging.
+        optim: Optimiser, schedule, loss and averaging. Its rates are taken as they are.
         epochs: Length of the schedule.
         seed: Decides all random draws of the training steps.
+        teacher: Whose answers to learn too. A model with two classifiers (one that has timm's
+            `set_distilled_training`) learns them with the second, any other with the only one.
+        distill: How to learn them.
     """
 
     train_sums: Tensor
@@ -48,16 +53,28 @@ class ClassificationTask(lightning.LightningModule):
         optim: Optimisation | None = None,
         epochs: int = 100,
         seed: int = 0,
+        teacher: Teacher | None = None,
+        distill: Distillation | None = None,
     ) -> None:
         super().__init__()
         augment, self.optim = augment or Augmentation(), optim or Optimisation()
         self.epochs, self.seed = epochs, seed
+        self.teacher, self.distill = teacher, distill or Distillation()
         self.model = model
-        self.ema = ModelEmaV3(model, self.optim.ema, use_warmup=True) if self.optim.ema else None
+        self.teacher_fingerprint = None if teacher is None else teacher.fingerprint()
+        return_both: Callable[[bool], None] | None = getattr(model, "set_distilled_training", None)
+        if teacher is not None and return_both is not None:
+            return_both(True)
+        self.ema = ModelEmaV3(model, self.optim.ema, use_warmup=self.optim.ema_warmup) if self.optim.ema else None
         self.mixup = None
         if augment.mixup > 0 or augment.cutmix > 0:
             self.mixup = Mixup(
-                augment.mixup, augment.cutmix, prob=augment.mix_prob, label_smoothing=0.0, num_classes=num_classes
+                augment.mixup,
+                augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.mix_switch,
+                label_smoothing=0.0,
+                num_classes=num_classes,
             )
         self.loss: nn.Module
         if self.optim.binary_loss:
@@ -87,14 +104,35 @@ class ClassificationTask(lightning.LightningModule):
         with seeded(self.seed, _STEP, self.current_epoch, batch_idx, device=images.device):
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
-            logits = self.model(images)
+            output = self.model(images)
+        logits, logits_dist = output if isinstance(output, tuple) else (output, output)
         loss = self.loss(logits, targets)
+        if self.teacher is not None:
+            loss = distillation_loss(loss, logits_dist, self.teacher(images), self.distill)
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         with torch.no_grad():
             right = (logits.argmax(1) == labels).sum()
             self.train_sums += torch.stack([loss.float() * len(labels), right, right.new_tensor(len(labels))])
         aux_loss = getattr(self.model, "aux_loss", None)
         return loss if aux_loss is None else loss + aux_loss
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the student's device."""
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the teacher; its weights stay where they are."""
+        checkpoint["teacher"] = self.teacher_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue with the same teacher only.
+
+        Raises:
+            InputError: The teacher has other weights.
+        """
+        if checkpoint.get("teacher") != self.teacher_fingerprint:
+            raise InputError("cannot resume: the teacher's weights are not those the run was started with")
 
     def on_train_epoch_start(self) -> None:
         """Forget the last epoch's sums (not called when an epoch is resumed)."""
@@ -104,7 +142,8 @@ class ClassificationTask(lightning.LightningModule):
         """Take the step, then update the moving average."""
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
-            self.ema.update(self.model, step=self.global_step)
+            # Without a step number timm's average begins with the first weights, as the published ones do.
+            self.ema.update(self.model, step=self.global_step if self.optim.ema_warmup else None)
 
     def training_figures(self) -> dict[str, float]:
         """Mean loss and accuracy of the epoch so far."""
@@ -138,27 +177,12 @@ class ClassificationTask(lightning.LightningModule):
         self.val_metrics.update(logits, targets)
 
     def configure_optimizers(self) -> Any:
-        """Timm's optimiser and its schedule, stepped once per batch."""
-        optimizer = create_optimizer_v2(
-            self.model,
-            opt=self.optim.optimizer,
-            lr=self.optim.lr,
-            weight_decay=self.optim.weight_decay,
-            layer_decay=self.optim.layer_decay,
-        )
-        warmup = min(self.optim.warmup_epochs, self.epochs - 1)
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=self.optim.schedule,
-            num_epochs=self.epochs,
-            min_lr=self.optim.min_lr,
-            warmup_lr=self.optim.lr / 100,
-            warmup_epochs=warmup,
-            step_on_epochs=False,
-            updates_per_epoch=int(self.trainer.estimated_stepping_batches) // self.epochs,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        """Timm's optimiser and its schedule, told of every step."""
+        optimizer = make_optimizer(self.model, self.optim)
+        steps = int(self.trainer.estimated_stepping_batches) // self.epochs
+        self.learning_rate = LearningRate(optimizer, self.optim, self.epochs, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.learning_rate.scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Timm's schedules are told the number of steps taken."""
-        scheduler.step_update(self.global_step)
+        self.learning_rate.set(self.global_step)

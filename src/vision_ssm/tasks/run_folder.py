@@ -3,13 +3,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import DigitsConfig, FolderConfig, TrainConfig, from_dict, to_dict
+from vision_ssm.recipes import DigitsConfig, FolderConfig, TimmConfig, TrainConfig, from_dict, to_dict
 from vision_ssm.tasks.files import write_json
 
-_KINDS: dict[str, type[TrainConfig]] = {"digits": DigitsConfig, "folder": FolderConfig}
+# They change neither weights nor figures.
+_FREE_ON_RESUME = ("device", "workers", "data.max_unreadable", "data.strict")
+
+KINDS: dict[str, type[TrainConfig]] = {"digits": DigitsConfig, "folder": FolderConfig, "timm": TimmConfig}
+"""The commands of `vision-ssm train`, and their configurations."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ class RunFolder:
         return self.path / "metrics.csv"
 
     @property
+    def unreadable(self) -> Path:
+        """The training images that could not be read, with the reasons; only where there are some."""
+        return self.path / "unreadable.txt"
+
+    @property
     def results(self) -> Path:
         """Figures of the best weights on the validation images."""
         return self.path / "results.json"
@@ -88,7 +97,7 @@ class RunFolder:
 
     def write_config(self, config: TrainConfig) -> None:
         """Write `config.json`."""
-        kind = next(name for name, kind in _KINDS.items() if isinstance(config, kind))
+        kind = next(name for name, kind in KINDS.items() if isinstance(config, kind))
         write_json(self.config, {"train": kind, **to_dict(config)})
 
     def read_config(self) -> TrainConfig:
@@ -103,7 +112,7 @@ class RunFolder:
             raise InputError(f"{self.path} is not a run folder (it has no config.json)")
         try:
             values: dict[str, Any] = json.loads(self.config.read_text())
-            return from_dict(_KINDS[values.pop("train")], values)
+            return from_dict(KINDS[values.pop("train")], values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"cannot read {self.config}: {error}") from error
 
@@ -112,17 +121,33 @@ class RunFolder:
 
         Raises:
             InputError: There is no run, or nothing saved of it yet, or `config` differs from its configuration in
-                more than where and with how many workers it is computed.
+                more than where and with how many workers it is computed, and how many images may be unreadable.
         """
         saved = self.read_config()
         if type(saved) is not type(config):
             raise InputError(f"{self.path} was started with other data; resume it with --resume {self.path} alone")
         for name, before, now in _differences(to_dict(saved), to_dict(config)):
-            if name not in ("device", "workers"):
+            if name not in _FREE_ON_RESUME:
                 option = name.replace("_", "-")
                 raise InputError(f"cannot resume {self.path}: it was started with --{option} {before}, not {now}")
         if not self.state.is_file():
             raise InputError(f"{self.path} was stopped before anything was saved; start it again")
+
+
+def weights_file(path: Path, which: Literal["best", "last"] = "best") -> Path:
+    """The weights in the folder of a run; a file stands for itself.
+
+    Raises:
+        InputError: It is neither, or the run has no such weights yet.
+    """
+    if path.is_file():
+        return path
+    folder = RunFolder(path)
+    folder.read_config()
+    weights = folder.best if which == "best" else folder.last
+    if not weights.is_file():
+        raise InputError(f"{path} has no {weights.name}; its first epoch was never finished")
+    return weights
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Sequence[tuple[str, Any, Any]]:

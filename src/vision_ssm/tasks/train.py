@@ -9,21 +9,23 @@ from typing import Any
 import lightning
 import torch
 from rich.console import Console
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 
 from vision_ssm.data import ImageData, LabelledImages, load_splits, seeded
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import TrainConfig, to_dict
+from vision_ssm.recipes import FolderConfig, Optimisation, TimmConfig, TrainConfig, to_dict
 from vision_ssm.tasks.classification import ClassificationTask
-from vision_ssm.tasks.classifier import evaluate, find_device, load_classifier, loader_workers
+from vision_ssm.tasks.classifier import check_readable, evaluate, find_device, load_classifier, loader_workers
+from vision_ssm.tasks.distillation import load_teacher
 from vision_ssm.tasks.evaluation import Evaluation
 from vision_ssm.tasks.files import write_json
+from vision_ssm.tasks.optimisation import make_optimizer
 from vision_ssm.tasks.pictures import draw_confusion, draw_curves, draw_predictions
 from vision_ssm.tasks.progress import TrainingProgress
 from vision_ssm.tasks.recorder import RunRecorder, SafeCheckpointIO, stop_on_signals
 from vision_ssm.tasks.report import is_uneven, report_data, report_evaluation
-from vision_ssm.tasks.run_folder import RunFolder
-from vision_ssm.tasks.spec import ModelSpec, create_from_file, create_model, spec_for
+from vision_ssm.tasks.run_folder import RunFolder, weights_file
+from vision_ssm.tasks.spec import ModelSpec, check_takes, create_from_file, create_model, spec_for
 
 _WEIGHTS = 3  # keeps the draws of the first weights apart from those of data and steps
 
@@ -88,23 +90,42 @@ def train(
         config.batch_size,
         config.seed,
         loader_workers(config.workers),
+        config.accumulate,
+        _max_unreadable(config),
     )
+    teacher = load_teacher(config.distill.teacher, spec) if config.distill.teacher else None
     model = _first_model(config, spec, resume=resume)
-    check_takes(model, spec)
+    check_takes(model, spec.model, spec.image_size)
+    optim = config.optim.for_batch(config.images_per_step)
+    make_optimizer(model, optim)  # Lightning makes another one, but only once the folder has been cleared
     parameters = sum(p.numel() for p in model.parameters())
     size = f"{spec.image_size}×{spec.image_size}"
     console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input, {device}", highlight=False)
+    if teacher is not None:
+        console.print(f"       learns from {config.distill.teacher}", highlight=False, soft_wrap=True)
+    steps = config.epochs * data.batches_per_epoch // config.accumulate
+    if optim.ema and not optim.ema_warmup and steps * (1 - optim.ema) < 3:  # over 5 % of the first weights
+        console.print(
+            f"Note   {steps} steps are few for --optim.ema {optim.ema}: the average keeps much of the first weights; "
+            "add --optim.ema-warmup, or --optim.ema None",
+            highlight=False,
+        )
+    if not resume:
+        with console.status(f"reading {len(splits.val):,} validation images once"):
+            check_readable(splits.val, config.workers)
     task = ClassificationTask(
         model,
         len(spec.classes),
         augment=config.augment,
-        optim=config.optim,
+        optim=optim,
         epochs=config.epochs,
         seed=config.seed,
+        teacher=teacher,
+        distill=config.distill,
     )
     with stop_on_signals() as stop, _quiet_lightning():
         recorder = RunRecorder(folder, spec, stop)
-        progress = TrainingProgress(console, uneven=is_uneven(splits.train))
+        progress = TrainingProgress(console, recorder, uneven=is_uneven(splits.train))
         trainer = make_trainer(config, device, folder, [recorder, progress])
         if not resume:
             folder.clear()
@@ -129,7 +150,11 @@ def check(config: TrainConfig) -> None:
     positive: dict[str, Any] = {
         "epochs": config.epochs,
         "batch-size": config.batch_size,
+        "accumulate": config.accumulate,
         "optim.lr": optim.lr,
+        "optim.lr-batch": optim.lr_batch,
+        "optim.eps": optim.eps,
+        "distill.tau": config.distill.tau,
         "image-size": config.image_size,
         "optim.layer-decay": optim.layer_decay,
         "optim.clip-grad": optim.clip_grad,
@@ -137,10 +162,14 @@ def check(config: TrainConfig) -> None:
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise InputError(f"--{name} must be positive, got {value}")
+    if not 0 <= _max_unreadable(config) <= 1:
+        raise InputError(f"--data.max-unreadable must lie between 0 and 1, got {_max_unreadable(config)}")
     not_negative: dict[str, Any] = {
         "optim.min-lr": optim.min_lr,
+        "optim.warmup-lr": optim.warmup_lr,
         "optim.weight-decay": optim.weight_decay,
         "optim.warmup-epochs": optim.warmup_epochs,
+        "optim.cooldown-epochs": optim.cooldown_epochs,
         "augment.mixup": augment.mixup,
         "augment.cutmix": augment.cutmix,
         "augment.color-jitter": augment.color_jitter,
@@ -155,9 +184,12 @@ def check(config: TrainConfig) -> None:
         "augment.vflip": augment.vflip,
         "augment.erase": augment.erase,
         "augment.mix-prob": augment.mix_prob,
+        "augment.mix-switch": augment.mix_switch,
         "optim.label-smoothing": optim.label_smoothing,
         "optim.ema": optim.ema,
+        "distill.alpha": config.distill.alpha,
         "drop-path": config.drop_path,
+        "crop": config.crop,
     }
     for name, value in shares.items():
         if value is not None and not 0 <= value <= 1:
@@ -165,31 +197,31 @@ def check(config: TrainConfig) -> None:
     for name, (low, high) in (("augment.scale", augment.scale), ("augment.ratio", augment.ratio)):
         if not 0 < low <= high:
             raise InputError(f"--{name} takes a smallest and a largest value, both positive, got {low} {high}")
+    if config.crop == 0:
+        raise InputError("--crop must be positive, got 0")
+    _check_optimizer(optim)
+    if (augment.mixup or augment.cutmix) and config.batch_size % 2:
+        raise InputError(f"mixup and CutMix pair images, so --batch-size must be even, not {config.batch_size}")
+
+
+def _check_optimizer(optim: Optimisation) -> None:
     if optim.optimizer not in list_optimizers():
         near = " or ".join(difflib.get_close_matches(optim.optimizer, list_optimizers())) or "adamw"
         raise InputError(f"timm has no optimiser called {optim.optimizer}; did you mean {near}?")
     if optim.schedule not in _SCHEDULES:
         raise InputError(f"--optim.schedule must be one of {', '.join(_SCHEDULES)}, not {optim.schedule}")
-    if (augment.mixup or augment.cutmix) and config.batch_size % 2:
-        raise InputError(f"mixup and CutMix pair images, so --batch-size must be even, not {config.batch_size}")
-
-
-@torch.no_grad()
-def check_takes(model: torch.nn.Module, spec: ModelSpec) -> None:
-    """Refuse an image size that the model cannot work with.
-
-    Raises:
-        InputError: The model fails on an image of that size.
-    """
-    size = spec.image_size
-    try:
-        model.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        reason = str(error) or type(error).__name__
-        raise InputError(
-            f"{spec.model} cannot take images of {size}x{size}; try another --image-size ({reason})"
-        ) from error
-    model.train()
+    known = get_optimizer_info(optim.optimizer)
+    if optim.eps is not None and not known.has_eps:
+        raise InputError(f"{optim.optimizer} has no eps; say --optim.eps None")
+    if optim.betas is not None and not (known.has_betas and known.num_betas == 2):
+        raise InputError(f"{optim.optimizer} has no two betas; say --optim.betas None")
+    if optim.betas is not None and not all(0 <= beta < 1 for beta in optim.betas):
+        raise InputError(f"--optim.betas takes two values from 0 to below 1, got {optim.betas[0]} {optim.betas[1]}")
+    for name, rate in (("min-lr", optim.min_lr), ("warmup-lr", optim.warmup_lr)):
+        if rate is not None and rate > optim.lr:
+            raise InputError(f"--optim.{name} must not exceed --optim.lr {optim.lr}, got {rate}")
+    if optim.published_decay and optim.layer_decay is not None:
+        raise InputError("--optim.published-decay goes with --optim.layer-decay None only")
 
 
 def make_trainer(
@@ -207,6 +239,7 @@ def make_trainer(
             precision=config.precision,
             max_epochs=config.epochs,
             gradient_clip_val=config.optim.clip_grad,
+            accumulate_grad_batches=config.accumulate,
             callbacks=callbacks,
             plugins=[SafeCheckpointIO()],
             default_root_dir=folder.path,
@@ -214,6 +247,7 @@ def make_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the data module divides the images itself
         )
     except (ValueError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
         raise InputError(f"cannot train on {device} in {config.precision}: {error}") from error
@@ -245,11 +279,18 @@ def finish(
     return evaluation
 
 
+def _max_unreadable(config: TrainConfig) -> float:
+    if not isinstance(config, FolderConfig | TimmConfig) or config.data.strict:
+        return 0.0
+    return config.data.max_unreadable
+
+
 def _first_model(config: TrainConfig, spec: ModelSpec, *, resume: bool) -> torch.nn.Module:
     count = len(spec.classes)
     with seeded(config.seed, _WEIGHTS):
         if isinstance(config.pretrained, Path) and not resume:
-            return create_from_file(spec.model, spec.model_args, count, config.pretrained)
+            path = weights_file(config.pretrained) if config.pretrained.is_dir() else config.pretrained
+            return create_from_file(spec.model, spec.model_args, count, path, spec.classes)
         return create_model(spec.model, spec.model_args, count, pretrained=bool(config.pretrained) and not resume)
 
 

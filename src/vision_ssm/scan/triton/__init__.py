@@ -49,7 +49,7 @@ class Plan:
         return self.groups * self.parts * self.chunks * self.blocks
 
 
-# Of those that spill no registers on any target (benchmarks/triton_resources.py), the ones with the fewest instructions;
+# Of those that spill nothing on any target (benchmarks/triton_resources.py), the ones with the fewest instructions;
 # `benchmarks/gpu.py --only tiles` times others.
 FORWARD = Tile(Q=4, S=16, C=32, warps=4)
 FORWARD_MANY_STATES = Tile(Q=4, S=8, C=16, warps=2)

@@ -1,0 +1,105 @@
+import fnmatch
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional
+
+from vision_ssm import recipes as library
+from vision_ssm.cli.options import parse_options
+from vision_ssm.cli.output import make_table, print_json
+from vision_ssm.errors import InputError
+
+
+@dataclass(frozen=True)
+class RecipesOptions:
+    """List the recipes for training on folders of images, or show all values of one and where they come from."""
+
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")] = "*"
+    """A recipe to show in full; with wildcards, such as 'vmamba-*', those to list."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def recipes(words: Sequence[str]) -> int:
+    """List recipes or show one; `words` follow `vision-ssm recipes`."""
+    options = parse_options(RecipesOptions, words, "recipes")
+    if not any(mark in options.name for mark in "*?["):
+        return _show(library.find(options.name), json=options.json)
+    chosen = [recipe for name, recipe in library.RECIPES.items() if fnmatch.fnmatch(name, options.name)]
+    if not chosen:
+        raise InputError(f"no recipe matches {options.name}; vision-ssm recipes lists all")
+    rows = [_row(recipe) for recipe in chosen]
+    if options.json:
+        print_json(rows)
+        return 0
+    from rich.console import Console
+
+    console = Console()
+    for text, group in itertools.groupby(rows, key=lambda row: row["text"]):
+        console.print(f"[bold]{text}[/]", highlight=False)
+        table = make_table("recipe", "model", ">epochs", ">batch", ">lr")
+        for column, least in zip(table.columns, (26, 22, 6, 5, 7), strict=True):
+            column.min_width = least  # the tables' columns stand below one another
+        for row in group:
+            table.add_row(row["name"], row["model"], str(row["epochs"]), str(row["batch"]), f"{row['lr']:g}")
+        console.print(table)
+        console.print()
+    console.print(
+        "batch: images per step; lr: highest learning rate at that batch.\n"
+        "vision-ssm recipes NAME shows all values; vision-ssm train folder --recipe NAME uses them.",
+        style="dim",
+        highlight=False,
+    )
+    return 0
+
+
+def _row(recipe: library.Recipe) -> dict[str, Any]:
+    config = recipe.make(Path())
+    batch = config.images_per_step
+    lr = config.optim.for_batch(batch).lr
+    return dict(name=recipe.name, model=config.model, epochs=config.epochs, batch=batch, lr=lr, text=recipe.text)
+
+
+def _show(recipe: library.Recipe, *, json: bool) -> int:
+    values = {
+        name: {"value": value, "source": recipe.sources.get(name)}
+        for name, value in recipe.values().items()
+        if name not in ("device", "workers")
+    }
+    if json:
+        print_json({**_row(recipe), "notes": recipe.notes, "values": values})
+        return 0
+    from rich.console import Console
+
+    console, row = Console(), _row(recipe)
+    console.print(f"[bold]{recipe.name}[/]: {recipe.text}", highlight=False)
+    console.print(f"{row['batch']} images per step, highest learning rate {row['lr']:g} at that batch", highlight=False)
+    for note in recipe.notes:
+        console.print(note, highlight=False)
+    console.print()
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for name, entry in values.items():
+        groups.setdefault(entry["source"] or "this package's choice", []).append((name, entry["value"]))
+    for source, pairs in groups.items():
+        console.print(f"[bold]{source}[/]", highlight=False)
+        table = make_table("option", "value", header=False)
+        table.columns[0].min_width = 25
+        for name, value in pairs:
+            table.add_row("--" + name.replace("_", "-"), _shown(value))
+        console.print(table)
+        console.print()
+    return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{k}={v}" for k, v in value.items()) or "none"
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

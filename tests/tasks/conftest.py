@@ -1,0 +1,38 @@
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vision_ssm.tasks.train as training
+from vision_ssm.tasks.recorder import RunRecorder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Red, green and blue noise, 20 images each."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (root / name).mkdir()
+        for i in range(20):
+            pixels = generator.integers(0, 120, (32, 32, 3))
+            pixels[..., channel] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Press Ctrl-C while a batch is trained on."""
+
+    def arrange(epoch, batch):
+        class Interrupted(RunRecorder):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch_, batch_idx):
+                if (trainer.current_epoch, batch_idx) == (epoch, batch):
+                    signal.raise_signal(signal.SIGINT)
+                super().on_train_batch_end(trainer, pl_module, outputs, batch_, batch_idx)
+
+        monkeypatch.setattr(training, "RunRecorder", Interrupted)
+
+    return arrange
