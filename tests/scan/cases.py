@@ -146,6 +146,7 @@ CASES = [
     Case(),
     Case(paths="one", states=1),
     Case(states=1, rank=1),
+    Case(states=1, rank=21),
     Case(states=16),
     Case(side_by_side=True),
     Case(side_by_side=True, channels=87, states=1, rank=6),

@@ -51,7 +51,7 @@ class Plan:
 
 # Of those that spill nothing on any target (benchmarks/triton_resources.py), the ones with the fewest instructions;
 # `benchmarks/gpu.py --only tiles` times others.
-FORWARD = Tile(Q=4, S=16, C=32, warps=4)
+FORWARD = Tile(Q=4, S=8, C=32, warps=2)
 FORWARD_MANY_STATES = Tile(Q=4, S=8, C=16, warps=2)
 BACKWARD = Tile(Q=2, S=8, C=16, warps=2)
 # Triton 3.10 does not fuse multiply-adds by itself. NVIDIA's assembler spills registers now and then to use fewer,

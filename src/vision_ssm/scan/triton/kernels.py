@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 # Three products in TF32 are as exact as one in float32; AMD has no such mode.
 PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
@@ -125,9 +124,17 @@ def _places(v, index, end, route, steps, tokens, limit, PACKED: tl.constexpr, WI
 @triton.jit
 def _softplus(raw):
     e = tl.exp2(-tl.abs(raw) * LOG2_E)
-    # log(1 + e) of a small e would lose its digits in the sum.
-    series = e * (1.0 + e * (-0.5 + e * (0.33333333 + e * (-0.25 + e * 0.2))))
-    return tl.maximum(raw, 0.0) + tl.where(e < 0.0625, series, tl.log2(1.0 + e) * LN_2)
+    # log(1 + e) / e on 0..1, within 2e-7. The sum 1 + e would lose the digits of a small e, and log takes longer.
+    ratio = 0.00525345793
+    ratio = ratio * e - 0.0295885075
+    ratio = ratio * e + 0.0783616677
+    ratio = ratio * e - 0.136747703
+    ratio = ratio * e + 0.191114306
+    ratio = ratio * e - 0.248443693
+    ratio = ratio * e + 0.333192706
+    ratio = ratio * e - 0.499995023
+    ratio = ratio * e + 1.0
+    return ratio * e + tl.maximum(raw, 0.0)
 
 
 @triton.jit
@@ -181,14 +188,21 @@ def _load_tile(
     x_t = tl.load(x + (row * channels)[:, :, None] + (offset + c)[None, None, :], mask=here, other=0.0).to(tl.float32)
     if delta is None:
         dbc_group = tl.where(dbc_groups > 1, route, 0)
-        flat = tl.zeros((Q * S, c.shape[0]), tl.float32)
-        for first_r in range(0, R, 16):  # in portions: whole, the factors would take too many registers
-            r = first_r + tl.arange(0, 16)
-            low, low_at, there = _load_low_rank(
-                first, r, dbc, read, end, route, limit, dbc_group, dbc_groups, steps, tokens, N, R, Q, S, PACKED, WIDE
-            )
-            flat = tl.dot(low, _load_weight(weight, r, c, inside, width, R), flat, input_precision=PRECISION)
-        raw = flat.reshape(Q, S, c.shape[0])
+        if R <= 16:  # so few multiply-adds that the way to the tensor cores would take longer
+            raw = tl.zeros(x_t.shape, tl.float32)
+            for r in tl.static_range(R):
+                low = _load_column(dbc, row, valid, dbc_group, dbc_groups, r, R + 2 * N)
+                raw += low * tl.load(weight + r * width + c, mask=inside, other=0.0)[None, None, :]
+        else:
+            flat = tl.zeros((Q * S, c.shape[0]), tl.float32)
+            for first_r in range(0, R, 16):  # in portions: whole, the factors would take too many registers
+                r = first_r + tl.arange(0, 16)
+                low, low_at, there = _load_low_rank(
+                    first, r, dbc, read, end, route, limit, dbc_group, dbc_groups, steps, tokens, N, R, Q, S,
+                    PACKED, WIDE,
+                )  # fmt: skip
+                flat = tl.dot(low, _load_weight(weight, r, c, inside, width, R), flat, input_precision=PRECISION)
+            raw = flat.reshape(Q, S, c.shape[0])
     else:
         at = (row * delta_groups + tl.where(delta_groups > 1, route, 0)) * width
         raw = tl.load(delta + at[:, :, None] + c[None, None, :], mask=here, other=0.0).to(tl.float32)
