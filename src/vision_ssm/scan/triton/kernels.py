@@ -179,7 +179,7 @@ def _load_tile(
     first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
     dbc_groups, delta_groups, steps, tokens,
     N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
-    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     """Return a tile's steps (live, step, row of the token, valid), its x and step sizes, (Q, S, C)."""
     v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
@@ -188,7 +188,7 @@ def _load_tile(
     x_t = tl.load(x + (row * channels)[:, :, None] + (offset + c)[None, None, :], mask=here, other=0.0).to(tl.float32)
     if delta is None:
         dbc_group = tl.where(dbc_groups > 1, route, 0)
-        if R <= 16:  # so few multiply-adds that the way to the tensor cores would take longer
+        if R <= FEW:  # so few multiply-adds that the way to the tensor cores would take longer
             raw = tl.zeros(x_t.shape, tl.float32)
             for r in tl.static_range(R):
                 low = _load_column(dbc, row, valid, dbc_group, dbc_groups, r, R + 2 * N)
@@ -306,7 +306,7 @@ def summary_kernel(
         first = (chunk * tiles + tile) * Q * S
         live, step, row, valid, x_t, step_size = _load_tile(
             first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE,
+                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, 16,
         )  # fmt: skip
         if grad_y is not None:
             g = scale * _load_gradient(
@@ -405,7 +405,7 @@ def forward_kernel(
             first = (chunk * tiles + tile) * Q * S
             live, step, row, valid, x_t, step_size = _load_tile(
                 first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE,
+                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, 16,
             )  # fmt: skip
             v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
             target, written = row, valid
@@ -507,7 +507,7 @@ def backward_kernel(
             first = number * Q * S
             live, step, row, valid, x_t, step_size = _load_tile(
                 first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE,
+                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, 8,
             )  # fmt: skip
             of_y = _load_gradient(
                 first, grad_y, write, row, valid, end, route, limit, c, inside, channels, offset, steps, tokens,
