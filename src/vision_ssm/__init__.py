@@ -5,7 +5,8 @@ Importing the package registers its models with timm, so that
 """
 
 from vision_ssm import models
+from vision_ssm.scan.warmup import warmup
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["__version__", "models"]
+__all__ = ["__version__", "models", "warmup"]

@@ -116,6 +116,11 @@ class Call:
 
         return replace(self, tensors={name: cast(name, tensor) for name, tensor in self.tensors.items()})
 
+    def on(self, device: str) -> Call:
+        """The same call on another device."""
+        tensors = {name: None if tensor is None else tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, routes=self.routes.to(device), tensors=tensors)
+
     def run(self, **options: bool) -> tuple[Tensor, Tensor]:
         """Outputs and last state."""
         tensors = dict(self.tensors)
@@ -128,10 +133,11 @@ class Call:
         y, state = replace(self, tensors=self.tensors | leaves).run()
         generator = torch.Generator().manual_seed(seed)
         # Sixteenths are the same numbers in every precision.
-        grads = [(16 * torch.randn(t.shape, generator=generator)).round().to(t.dtype) / 16 for t in (y, state)]
+        draws = ((t, 16 * torch.randn(t.shape, generator=generator)) for t in (y, state))
+        grads = [draw.round().to(t) / 16 for t, draw in draws]
         # A route over padding alone depends on nothing; the last output ties every leaf in, with gradient 0.
         outputs = [(t, g) for t, g in zip((y, state), grads, strict=True) if t.requires_grad]
-        outputs.append((sum(leaf.sum() for leaf in leaves.values()), torch.zeros(())))
+        outputs.append((sum(leaf.sum() for leaf in leaves.values()), y.new_zeros(())))
         found = torch.autograd.grad([e for e, _ in outputs], list(leaves.values()), [w.to(e.dtype) for e, w in outputs])
         return y.detach(), state.detach(), dict(zip(leaves, found, strict=True))
 
@@ -140,6 +146,7 @@ CASES = [
     Case(),
     Case(paths="one", states=1),
     Case(states=1, rank=1),
+    Case(states=1, rank=21),
     Case(states=16),
     Case(side_by_side=True),
     Case(side_by_side=True, channels=87, states=1, rank=6),

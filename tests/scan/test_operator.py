@@ -315,7 +315,8 @@ def test_choice_needs_routes_with_all_channels():
         type(case)(case.routes, tensors, case.switches).run()
 
 
-@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
+# The Triton kernels mask such indices instead, see test_triton.py.
+@pytest.mark.parametrize("backend", [name for name in available_backends() if name not in ("reference", "triton")])
 @pytest.mark.parametrize("name", ["read", "write"])
 @pytest.mark.parametrize("offset", [1000, -1000, 1], ids=["far above", "far below", "one above"])
 def test_the_operator_itself_never_reads_out_of_bounds(name, offset, backend):

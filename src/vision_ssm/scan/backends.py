@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vision_ssm.scan import cpu, portable, reference
+from vision_ssm.scan import cpu, portable, reference, triton
 from vision_ssm.scan.arguments import ScanArguments
 from vision_ssm.scan.cpu.library import LEVELS
 
@@ -27,7 +27,8 @@ class Backend:
     ``forward`` returns the outputs in the dtype asked for, (B, L, C), and the last state, (B, K', Dk, N).
     ``backward`` takes the gradients of both (the state's may be ``None``) and returns those of all
     differentiable arguments by name. ``image_group`` tells how many images to process at once, ``available``
-    whether this machine runs it; ``cpu_only`` backends take float32, bfloat16 and float16 on a CPU.
+    whether this machine runs it. ``compiled`` tells for a type of device whether it runs there, on float32, bfloat16
+    and float16; a backend without it is made of torch's operators, which take any device and dtype.
     """
 
     name: str
@@ -35,7 +36,11 @@ class Backend:
     backward: Callable[[ScanArguments, Tensor, Tensor | None], dict[str, Tensor]]
     image_group: Callable[[ScanArguments], int]
     available: Callable[[], bool] = lambda: True
-    cpu_only: bool = False
+    compiled: Callable[[str], bool] | None = None
+
+    def takes(self, device: str, dtype: torch.dtype) -> bool:
+        """Return whether it runs on a type of device, on tokens of a dtype."""
+        return self.compiled is None or (dtype != torch.float64 and self.compiled(device))
 
     def run_forward(self, args: ScanArguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Run :attr:`forward`, some images at a time."""
@@ -74,15 +79,9 @@ def _all_images(args: ScanArguments) -> int:
     return args.x.shape[0]
 
 
-def _compiled(name: str, level: str | None) -> Backend:
-    return Backend(
-        name,
-        partial(cpu.forward, level=level),
-        partial(cpu.backward, level=level),
-        _all_images,
-        partial(cpu.available, level),
-        cpu_only=True,
-    )
+def _cpu(name: str, level: str | None) -> Backend:
+    run = partial(cpu.forward, level=level), partial(cpu.backward, level=level)
+    return Backend(name, *run, _all_images, partial(cpu.available, level), lambda device: device == "cpu")
 
 
 BACKENDS: dict[str, Backend] = {
@@ -90,9 +89,12 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend("reference", reference.scan, portable.backward, _portable_group),
     "portable": Backend("portable", portable.scan, portable.backward, _portable_group),
     # The best instruction set of the machine, and each of them by name.
-    "cpu": _compiled("cpu", None),
-    **{f"cpu-{level}": _compiled(f"cpu-{level}", level) for level in LEVELS},
+    "cpu": _cpu("cpu", None),
+    **{f"cpu-{level}": _cpu(f"cpu-{level}", level) for level in LEVELS},
+    "triton": Backend("triton", triton.forward, triton.backward, _all_images, triton.available, triton.takes),
 }
+
+_BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 
 _override: ContextVar[str | None] = ContextVar("vision_ssm_backend", default=None)
 _last = threading.local()
@@ -115,10 +117,13 @@ def backend_for(device: torch.device | str, dtype: torch.dtype = torch.float32) 
     if chosen is None and (chosen := os.environ.get(ENVIRONMENT_VARIABLE) or None):
         _check(chosen, f"environment variable {ENVIRONMENT_VARIABLE}")
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type
-    compiled = kind == "cpu" and dtype != torch.float64
     if chosen is None:
-        return "cpu" if compiled and cpu.available() else "portable"
-    return "portable" if BACKENDS[chosen].cpu_only and not compiled else chosen
+        chosen = _BY_DEVICE.get(kind, "portable")
+        if not BACKENDS[chosen].available():
+            chosen = "portable"
+            if kind == "cuda":
+                triton.warn_of_fallback()
+    return chosen if BACKENDS[chosen].takes(kind, dtype) else "portable"
 
 
 @contextmanager

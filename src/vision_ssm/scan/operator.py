@@ -129,7 +129,7 @@ def _run(args: ScanArguments, float_output: bool, return_state: bool) -> tuple[T
         y, state = _empty_results(args, float_output, return_state)
         return y.zero_(), state.zero_()
     backend, dtype = select(args.x), _output_dtype(args, float_output)
-    if backend.cpu_only:
+    if backend.compiled is not None:
         y, state = backend.run_forward(args, dtype)
     else:
         # Autocast would round the step sizes' projection; the operator decides its own precision.

@@ -1,0 +1,309 @@
+"""Speed and memory on a GPU: the scan operator beside its floor, the models beside their peers, growth with the image.
+
+python benchmarks/gpu.py --csv gpu.csv
+python benchmarks/gpu.py --only operator
+python benchmarks/gpu.py --only tiles      # times the candidates from which the kernels' tiles are chosen
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import common
+import timm
+import torch
+from peers import cross_merge, cross_scan
+from rich.progress import track
+from torch import Tensor
+
+from models import SETS, SWIN, build, names_of
+from scan import Shape
+from vision_ssm.analysis import machine_settings, measure_speed
+from vision_ssm.scan import CROSS_SCAN, available_backends, build_routes, route_scan, use_backend
+from vision_ssm.scan import triton as backend
+from vision_ssm.scan.arguments import ScanArguments
+
+# The four stages of VMamba-T and VMamba-B, then 16 states; height = width, channels, N, R.
+STAGES = [(56, 96, 1, 6), (28, 192, 1, 12), (14, 384, 1, 24), (7, 768, 1, 48)]
+STAGES += [(56, 128, 1, 8), (28, 256, 1, 16), (14, 512, 1, 32), (7, 1024, 1, 64)]
+STAGES += [(56, 96, 16, 6), (14, 384, 16, 24)]
+PEERS = [SWIN, "convnext_tiny", "vit_small_patch16_224"]
+BATCHES = {224: 128, 512: 32, 1024: 8}
+TABLES = ("operator", "models", "growth", "tiles")
+FLOOR = """\
+floor: the longest of three times, each at a rate measured before.
+  x, dbc and y moved once, {copy_gb_per_s:.0f} GB/s in a copy;
+  2 + N exponentials or logarithms per token x channel x route, {exponentials_per_ns:.0f} per ns;
+  R + 6 + 4 N multiply-adds, {multiply_adds_per_ns:.0f} per ns."""
+OTHERS = """\
+portable: torch.compile of the portable backend.
+published: mamba-ssm's kernel between an explicit cross scan and merge."""
+
+
+def milliseconds(step: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Return the median time of a step."""
+    if device.type != "cuda":
+        return common.interleaved({"step": step}, seconds)["step"].median * 1e3
+    from triton.testing import do_bench  # empties the L2 cache before every call
+
+    return float(do_bench(step, warmup=int(seconds * 250), rep=int(seconds * 1000), return_mode="median"))
+
+
+def measure_rates(device: torch.device, quick: bool, seconds: float) -> dict[str, float]:
+    """Measure what bounds a scan: a copy, exponentials, multiply-adds."""
+    from gpu_rates import exponentials_kernel, multiply_adds_kernel
+
+    size = 2**16 if quick else 2**28
+    source = torch.ones(size, device=device)
+    target = torch.empty_like(source)
+    found = {"copy_gb_per_s": 2 * source.nbytes / milliseconds(lambda: target.copy_(source), device, seconds) / 1e6}
+    programs, rounds = (1, 1) if quick else (16 * backend.processors(device), 256)
+    for name, kernel in (("exponentials_per_ns", exponentials_kernel), ("multiply_adds_per_ns", multiply_adds_kernel)):
+        time = milliseconds(partial(kernel[(programs,)], target, rounds, num_warps=4), device, seconds)
+        found[name] = programs * rounds * 16 * 1024 / time / 1e6
+    return found
+
+
+def measure_operator(
+    shape: Shape, batch: int, device: torch.device, rates: dict[str, float], quick: bool, seconds: float
+) -> dict[str, Any]:
+    """Time one shape in bfloat16, forward and with its gradient, beside its floor and other ways."""
+    tensors = {name: tensor.to(device) for name, tensor in shape.tensors(batch, torch.bfloat16).items()}
+    routes = build_routes(CROSS_SCAN, shape.height, shape.width, device)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    grad = torch.randn_like(tensors["x"])
+
+    def forward() -> Tensor:
+        return route_scan(**tensors, routes=routes)
+
+    def both() -> None:
+        torch.autograd.grad(route_scan(**leaves, routes=routes), list(leaves.values()), grad)
+
+    with use_backend("triton"):
+        row: dict[str, Any] = dict(
+            table="operator", shape=str(shape), states=shape.states, rank=shape.rank, batch=batch,
+            forward_ms=milliseconds(forward, device, seconds), both_ms=milliseconds(both, device, seconds),
+        )  # fmt: skip
+    elements = batch * shape.elements
+    moved = 2 * tensors["x"].nbytes + tensors["dbc"].nbytes
+    floors = dict(
+        bytes_ms=moved / rates["copy_gb_per_s"] / 1e6,
+        exponentials_ms=elements * (2 + shape.states) / rates["exponentials_per_ns"] / 1e6,
+        multiply_adds_ms=elements * (shape.rank + 6 + 4 * shape.states) / rates["multiply_adds_per_ns"] / 1e6,
+    )
+    row |= rates | floors | dict(floor_ms=max(floors.values()))
+    row["ratio_to_floor"] = row["forward_ms"] / row["floor_ms"]
+    row["ratio_to_forward"] = row["both_ms"] / row["forward_ms"]
+    if not quick:
+        row["portable_ms"] = _or_none(partial(_time_portable, forward, device, seconds))
+    if importlib.util.find_spec("mamba_ssm") and device.type == "cuda":
+        row["published_ms"] = _or_none(partial(_time_published, shape, tensors, routes, device, seconds))
+    for name in ("portable", "published"):
+        row[f"{name}_ms"] = row.get(f"{name}_ms")
+        row[f"{name}_ratio"] = row[f"{name}_ms"] / row["forward_ms"] if row[f"{name}_ms"] else None
+    return row
+
+
+def _time_portable(forward: Callable[[], Tensor], device: torch.device, seconds: float) -> float:
+    with use_backend("portable"):
+        return milliseconds(torch.compile(forward), device, seconds)
+
+
+def _time_published(shape: Shape, tensors: dict[str, Tensor], routes: Any, device: Any, seconds: float) -> float:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    image = tensors["x"].unflatten(1, (shape.height, shape.width)).permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
+    along = torch.stack([tensors["dbc"][:, routes.read[k].long(), k] for k in range(len(routes))], 1)
+    low_rank, B, C = along.transpose(2, 3).split([shape.rank, shape.states, shape.states], 2)  # (B, K, ., T)
+    weight, A = tensors["dt_weight"].to(torch.bfloat16), tensors["A"].flatten(0, 1)
+    bias, D = tensors["dt_bias"].flatten(), tensors["D"].flatten()
+
+    def step() -> Tensor:
+        u = cross_scan(image, 2).flatten(1, 2)  # (B, K C, T)
+        delta = torch.einsum("bkrt,krc->bkct", low_rank, weight).flatten(1, 2)
+        y = selective_scan_fn(u, delta, A, B.contiguous(), C.contiguous(), D, None, bias, True)
+        return cross_merge(y.unflatten(1, (len(routes), -1)), 2, shape.height, shape.width)
+
+    return milliseconds(step, device, seconds)
+
+
+def _or_none(measure: Callable[[], float]) -> float | None:
+    """Return a measurement, or nothing where memory does not suffice or the other way does not run."""
+    try:
+        return measure()
+    except (RuntimeError, ImportError) as error:
+        common.console().print(f"left out: {str(error).splitlines()[0]}")
+        return None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def measure_tiles(shape: Shape, batch: int, device: torch.device, quick: bool, seconds: float) -> list[dict[str, Any]]:
+    """Time the candidates for a shape's tiles."""
+    tensors = {name: tensor.to(device) for name, tensor in shape.tensors(batch, torch.bfloat16).items()}
+    routes = build_routes(CROSS_SCAN, shape.height, shape.width, device)
+    args = ScanArguments(read=routes.read, write=routes.write, **tensors)
+    grad = torch.randn_like(args.x)
+    rows = []
+    candidates = itertools.product((4, 8), (8, 16, 32), (16, 32, 64), (1, 2, 4))
+    for tile in [backend.Tile(*candidate) for candidate in candidates][: 1 if quick else None]:
+        row: dict[str, Any] = dict(table="tiles", shape=str(shape), states=shape.states, rank=shape.rank, batch=batch)
+        row |= dict(Q=tile.Q, S=tile.S, C=tile.C, warps=tile.warps)
+        for name, step in (
+            ("forward", partial(backend.forward, args, torch.bfloat16, tile)),
+            ("backward", partial(backend.backward, args, grad, None, tile)),
+        ):
+            row[f"{name}_ms"] = _or_none(partial(milliseconds, step, device, seconds))
+        rows.append(row)
+    return rows
+
+
+def measure_model(
+    name: str, size: int, batch: int, training: bool, device: torch.device, seconds: float
+) -> dict[str, Any]:
+    """Measure images per second and peak memory under bfloat16 autocast; nothing where memory does not suffice."""
+    row: dict[str, Any] = dict(table="models", model=name, size=size, batch=batch, training=training)
+    model = build(name, size, "float32").to(device)
+    try:
+        speed = measure_speed(model, batch, size, size, training=training, autocast=torch.bfloat16, seconds=seconds)
+        row |= dict(milliseconds=speed.milliseconds, images_per_second=speed.images_per_second)
+        row |= dict(peak_mib=speed.peak_memory_mib, backend=speed.backend)
+    except torch.OutOfMemoryError:
+        common.console().print(f"{name}, {size}x{size}, batch {batch}: out of memory")
+        row |= dict(milliseconds=None, images_per_second=None, peak_mib=None, backend=None)
+    finally:
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return row
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Compare every model's row with Swin-T's of the same setting."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["size"], row["batch"], row["training"]
+
+    first = {key(row): row for row in rows if row["model"] == SWIN}
+    for row in rows:
+        base = first.get(key(row), {})
+        for name, ratio in (("images_per_second", "speed_ratio"), ("peak_mib", "memory_ratio")):
+            row[ratio] = row[name] / base[name] if row[name] and base.get(name) else None
+
+
+def show_operator(rows: list[dict[str, Any]]) -> None:
+    """Print the table of the operator."""
+    call = [("shape", "{shape}"), (">N", "{states}"), (">R", "{rank}"), (">batch", "{batch}")]
+    floor = [(">forward ms", "{forward_ms:.3f}"), (">bytes", "{bytes_ms:.3f}")]
+    floor += [(">exponentials", "{exponentials_ms:.3f}"), (">multiply-adds", "{multiply_adds_ms:.3f}")]
+    floor += [(">floor", "{floor_ms:.3f}"), (">times floor", "{ratio_to_floor:.2f}")]
+    title = "Cross scan on the backend triton, bfloat16"
+    common.show(f"{title}: forward beside its floor", rows, call + floor, [FLOOR.format(**rows[0])])
+    others = [(">forward ms", "{forward_ms:.3f}"), (">with backward", "{both_ms:.3f}")]
+    others += [(">x", "{ratio_to_forward:.2f}")]
+    for name in ("portable", "published"):
+        others += [(f">{name}", f"{{{name}_ms:.3f}}"), (">x", f"{{{name}_ratio:.2f}}")]
+    notes = [OTHERS]
+    if importlib.util.find_spec("mamba_ssm") is None:
+        notes.append("published was not measured: mamba-ssm is not installed.")
+    common.show(f"{title}: with its gradient, and other ways (x: times forward)", rows, call + others, notes)
+
+
+def show_models(rows: list[dict[str, Any]], title: str) -> None:
+    """Print a table of models."""
+    columns = [("model", "{model}"), (">size", "{size}"), (">batch", "{batch}"), ("training", "{training}")]
+    columns += [(">ms", "{milliseconds:.1f}"), (">images/s", "{images_per_second:.0f}")]
+    columns += [(">ratio", "{speed_ratio:.2f}")]
+    columns += [(">peak MiB", "{peak_mib:.0f}"), (">ratio", "{memory_ratio:.2f}"), ("scan", "{backend}")]
+    common.show(title, rows, columns, [f"bfloat16 autocast. Ratios: to {SWIN} in the same setting."])
+
+
+def show_tiles(rows: list[dict[str, Any]]) -> None:
+    """Print the fastest tiles of each shape."""
+    best: list[dict[str, Any]] = []
+    for name in ("forward", "backward"):
+        settings = dict.fromkeys((row["shape"], row["states"], row["batch"]) for row in rows)
+        for setting in settings:
+            of_setting = [row for row in rows if (row["shape"], row["states"], row["batch"]) == setting]
+            timed = sorted((r for r in of_setting if r[f"{name}_ms"]), key=lambda r: float(r[f"{name}_ms"]))
+            best += [{**row, "pass": name, "ms": row[f"{name}_ms"]} for row in timed[:3]]
+    columns = [("pass", "{pass}"), ("shape", "{shape}"), (">N", "{states}"), (">batch", "{batch}"), (">Q", "{Q}")]
+    columns += [(">S", "{S}"), (">C", "{C}"), (">warps", "{warps}"), (">ms", "{ms:.3f}")]
+    common.show("The three fastest tiles: S segments of Q steps, C channels", best, columns)
+
+
+def machine_line(device: torch.device) -> str:
+    """Return what the measurements depend on, on one line."""
+    settings = machine_settings(device)
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        try:
+            settings["clocks (SM, memory, largest SM), power limit"] = subprocess.check_output(query, text=True).strip()
+        except (OSError, subprocess.CalledProcessError):
+            settings["clocks"] = "unknown"
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = common.Parser("Speed and memory on a GPU.", seconds=0.5)
+    parser.add_argument("--only", nargs="+", choices=TABLES, help="these tables (default: all but tiles)")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="timm names (default: every T model and its peers)")
+    options = parser.parse_args()
+    quick, only = options.quick, options.only or TABLES[:3]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not (quick and backend.interpreted()):
+        parser.error(
+            "there is no CUDA device, so nothing was measured (TRITON_INTERPRET=1 and --quick try the script without)"
+        )
+    if "triton" not in available_backends():
+        parser.error("Triton is not installed")
+    names = options.models or (
+        ["vmamba_atto"] if quick else [*names_of("tiny", False)[: -len(SETS["tiny"][1])], *PEERS]
+    )
+    unknown = [name for name in names if not timm.is_model(name)]
+    if unknown:
+        parser.error(f"timm knows no model named {', '.join(unknown)}")
+    seconds = 0.01 if quick else options.seconds
+    common.console().print(machine_line(device))
+    screen = common.console()
+    bar = partial(track, console=screen, transient=True, disable=not screen.is_terminal)
+    shapes = [Shape(side, side, *rest) for side, *rest in ([(4, 16, 1, 3)] if quick else STAGES)]
+    batches = (1, 2) if quick else (1, 128)
+    rows: list[dict[str, Any]] = []
+    if "operator" in only:
+        rates = measure_rates(device, quick, seconds)
+        calls = list(itertools.product(shapes, batches))
+        rows += [measure_operator(s, b, device, rates, quick, seconds) for s, b in bar(calls, "operator")]
+        show_operator(rows)
+    for table in ("models", "growth"):
+        if table not in only:
+            continue
+        sizes = {32: 2} if quick else BATCHES if table == "models" else dict.fromkeys((224, 448, 896, 1344, 2048), 1)
+        of_table = names if table == "models" or options.models or quick else ["vmamba_tiny", *PEERS]
+        settings = list(itertools.product(sizes.items(), (False, True), of_table))
+        found = [
+            measure_model(name, size, batch, training, device, seconds)
+            for (size, batch), training, name in bar(settings, table)
+        ]
+        add_ratios(found)
+        show_models(found, "Models" if table == "models" else "Growth with the image")
+        rows += [{**row, "table": table} for row in found]
+    if "tiles" in only:
+        calls = list(itertools.product(shapes, batches))
+        tiles = [row for s, b in bar(calls, "tiles") for row in measure_tiles(s, b, device, quick, seconds / 5)]
+        show_tiles(tiles)
+        rows += tiles
+    if options.csv:
+        common.write_csv(options.csv, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

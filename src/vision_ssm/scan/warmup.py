@@ -1,0 +1,51 @@
+"""Compile what a model will need before it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def warmup(
+    model: nn.Module, sizes: int | Sequence[int | tuple[int, int]], *, batch: int = 1, training: bool = False
+) -> None:
+    """Run a model on blank images, so that its kernels are compiled (or found in Triton's cache) and its routes built.
+
+    A kernel is compiled for dtypes, channels, states and ranks, and anew for a batch so small that a scan is split
+    differently; so give the batch that will be used. Run it inside the autocast context that will be used. Weights,
+    gradients, statistics of normalisations and the mode of the model stay as they are.
+
+    Args:
+        model: The model, on its device and in its dtype.
+        sizes: Height and width of the images in pixels, or one number for both; one or several.
+        batch: Images at once.
+        training: Also compile the backward pass.
+
+    Raises:
+        ValueError: If a size or the batch is smaller than 1, or there is no size.
+    """
+    pairs = [(s, s) if isinstance(s, int) else tuple(s) for s in ([sizes] if isinstance(sizes, int) else sizes)]
+    if not pairs or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+        raise ValueError(f"sizes must be positive numbers of pixels or pairs of them, at least one, got {sizes!r}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    parameter = next(model.parameters())
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for height, width in pairs:
+            images = parameter.new_zeros(batch, getattr(model, "in_chans", 3), height, width)
+            with torch.set_grad_enabled(training):
+                found = model(images)
+                outputs = [found] if isinstance(found, torch.Tensor) else list(found)
+                if training and leaves:
+                    total = torch.stack([y.float().sum() for y in outputs]).sum()
+                    torch.autograd.grad(total, leaves, allow_unused=True)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if parameter.device.type == "cuda":
+        torch.cuda.synchronize(parameter.device)
