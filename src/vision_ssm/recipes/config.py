@@ -154,6 +154,8 @@ class TrainConfig:
     distill: Distillation = field(default_factory=Distillation)
     precision: Precision = "32-true"
     """Number format of the computation."""
+    max_skipped: int = 10
+    """Steps in a row without a finite loss and gradient, each of which is skipped, after which training stops."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     workers: int | None = None

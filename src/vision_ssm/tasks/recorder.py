@@ -133,6 +133,7 @@ class RunRecorder(Checkpoint):
         }
         row |= {name.replace("/", "_"): value for name, value in figures.items() if name.startswith("val/")}
         row |= {"images_per_second": round(self.images / max(self.seconds, 1e-9), 1)}
+        row |= {"skipped_steps": pl_module.skipped}
         best = max((self._rank(r) for r in self.history), default=None)
         self.history.append(row)
         self.images, self.seconds = 0, 0.0
@@ -150,7 +151,7 @@ class RunRecorder(Checkpoint):
         """Write the table of metrics as CSV."""
         if self.history:
             text = io.StringIO()
-            writer = csv.DictWriter(text, list(self.history[0]), lineterminator="\n")
+            writer = csv.DictWriter(text, list(self.history[-1]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.history)
             write_text(self.folder.metrics, text.getvalue())

@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import DigitsConfig, FolderConfig, TrainConfig, from_dict, to_dict
-from vision_ssm.tasks.files import write_json
+from vision_ssm.tasks.files import temporary, write_json
 
 _KINDS: dict[str, type[TrainConfig]] = {"digits": DigitsConfig, "folder": FolderConfig}
+
+# They change neither weights nor figures.
+_FREE_ON_RESUME = ("device", "workers", "max_skipped")
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,17 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file, not a folder")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if not overwrite and not self.is_unused():
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.is_unused():
+            if not overwrite:
                 raise InputError(f"{self.path} is not empty; add --overwrite, or --resume to continue the run in it")
             if not self.config.is_file():
                 raise InputError(f"{self.path} holds something else than a run; not overwriting it")
 
     def is_unused(self) -> bool:
-        """Whether a run was begun here but stopped before it saved anything."""
-        return {entry.name for entry in self.path.iterdir()} <= {self.config.name, self.model.name}
+        """Whether a run was begun here but stopped, or killed, before it saved its state."""
+        begun = (self.config, self.model, self.best, self.state)
+        names = {path.name for path in begun[:3]} | {temporary(path).name for path in begun}
+        return {entry.name for entry in self.path.iterdir()} <= names
 
     def clear(self) -> None:
         """Make the folder, empty; call `check_free` first."""
@@ -112,13 +117,13 @@ class RunFolder:
 
         Raises:
             InputError: There is no run, or nothing saved of it yet, or `config` differs from its configuration in
-                more than where and with how many workers it is computed.
+                what changes the outcome.
         """
         saved = self.read_config()
         if type(saved) is not type(config):
             raise InputError(f"{self.path} was started with other data; resume it with --resume {self.path} alone")
         for name, before, now in _differences(to_dict(saved), to_dict(config)):
-            if name not in ("device", "workers"):
+            if name not in _FREE_ON_RESUME:
                 option = name.replace("_", "-")
                 raise InputError(f"cannot resume {self.path}: it was started with --{option} {before}, not {now}")
         if not self.state.is_file():

@@ -102,6 +102,15 @@ def train(
     console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input, {device}", highlight=False)
     if teacher is not None:
         console.print(f"       learns from {config.distill.teacher}", highlight=False, soft_wrap=True)
+    if resume and folder.results.is_file():
+        console.print(f"Note   this run was complete: all {config.epochs} epochs are trained", highlight=False)
+    if optim.warmup_epochs >= config.epochs:
+        console.print(
+            f"Note   --optim.warmup-epochs {optim.warmup_epochs} do not fit into {config.epochs} epochs; "
+            f"the learning rate rises over {config.epochs - 1}",
+            highlight=False,
+            soft_wrap=True,
+        )
     steps = config.epochs * data.batches_per_epoch // config.accumulate
     if optim.ema and not optim.ema_warmup and steps * (1 - optim.ema) < 3:  # over 5 % of the first weights
         console.print(
@@ -118,6 +127,7 @@ def train(
         seed=config.seed,
         teacher=teacher,
         distill=config.distill,
+        max_skipped=config.max_skipped,
     )
     with stop_on_signals() as stop, _quiet_lightning():
         recorder = RunRecorder(folder, spec, stop)
@@ -147,6 +157,7 @@ def check(config: TrainConfig) -> None:
         "epochs": config.epochs,
         "batch-size": config.batch_size,
         "accumulate": config.accumulate,
+        "max-skipped": config.max_skipped,
         "optim.lr": optim.lr,
         "optim.lr-batch": optim.lr_batch,
         "optim.eps": optim.eps,
