@@ -26,17 +26,30 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: Decides the orders.
         epoch: The first epoch to yield.
         start: How many samples to leave out at the beginning of that first epoch, because they have been used.
-        used: How many samples an epoch uses; all of them by default.
+        used: How many samples an epoch uses, a multiple of `world`; all of them by default.
+        rank: Which of several processes this is.
+        world: How many there are. Each gets as many samples, none of which another one gets.
     """
 
-    def __init__(self, length: int, seed: int, epoch: int = 0, start: int = 0, used: int | None = None) -> None:
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        epoch: int = 0,
+        start: int = 0,
+        used: int | None = None,
+        *,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         self.length, self.seed = length, seed
         self.used = length if used is None else used
+        self.rank, self.world = rank, world
         self.epoch = self.first_epoch = epoch
         self.start = start
 
     def __len__(self) -> int:
-        return self.used
+        return self.used // self.world
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields (Lightning calls this)."""
@@ -47,7 +60,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         with seeded(self.seed, _ORDER, epoch):
             order = torch.randperm(self.length).tolist()
         start = self.start if epoch == self.first_epoch else 0
-        return ((epoch, index) for index in order[start : self.used])
+        return ((epoch, index) for index in order[self.rank : self.used : self.world][start:])
 
 
 class TrainingSamples(Dataset[tuple[Tensor, int]]):
@@ -93,6 +106,9 @@ class Samples(Dataset[tuple[Tensor, int]]):
 class ImageData(lightning.LightningDataModule):
     """Training and validation batches whose content does not depend on workers or on interruptions.
 
+    In a trainer of several processes (made with `use_distributed_sampler=False`) each gets its own part of the images,
+    in validation too, where none is left out and none comes twice.
+
     A checkpoint taken anywhere in an epoch continues with the very next batch of that epoch.
 
     Args:
@@ -129,20 +145,27 @@ class ImageData(lightning.LightningDataModule):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Training batches in one epoch, a multiple of those in a step."""
-        return len(self.splits.train) // (self.batch_size * self.accumulate) * self.accumulate
+        """Training batches in one epoch of each process, a multiple of those in a step."""
+        return len(self.splits.train) // (self.batch_size * self.accumulate * self._place()[1]) * self.accumulate
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training batches, from where the loaded checkpoint stopped."""
         epoch, batch = divmod(self._batches_done, self.batches_per_epoch)
-        used = self.batches_per_epoch * self.batch_size
-        sampler = EpochSampler(len(self.splits.train), self.seed, epoch, batch * self.batch_size, used)
+        rank, world = self._place()
+        start, used = batch * self.batch_size, self.batches_per_epoch * self.batch_size * world
+        sampler = EpochSampler(len(self.splits.train), self.seed, epoch, start, used, rank=rank, world=world)
         data = TrainingSamples(self.splits.train, self.train_transform, self.seed)
         return self._loader(data, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, all of them, in order."""
-        return self._loader(Samples(self.splits.val, self.eval_transform))
+        rank, world = self._place()
+        return self._loader(
+            Samples(self.splits.val, self.eval_transform), sampler=range(rank, len(self.splits.val), world)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """How far training has come (Lightning stores it in the checkpoint)."""

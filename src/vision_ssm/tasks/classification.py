@@ -24,8 +24,8 @@ _STEP = 2  # keeps these draws apart from those of the data module
 class ClassificationTask(lightning.LightningModule):
     """Trains an image classifier.
 
-    Mixup and stochastic depth draw from generators seeded by (seed, epoch, batch), so a run that is stopped and
-    resumed takes the same course as one that is not. If the model has a scalar `aux_loss` after a training
+    Mixup and stochastic depth draw from generators seeded by (seed, epoch, batch, process), so a run that is stopped
+    and resumed takes the same course as one that is not. If the model has a scalar `aux_loss` after a training
     forward, it is added to the loss.
 
     A step whose loss or gradient is not finite is skipped: weights, optimiser, average and batch norms stay as they
@@ -97,7 +97,8 @@ class ClassificationTask(lightning.LightningModule):
         if num_classes > 5:
             metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
         self.val_metrics = MetricCollection(metrics, compute_groups=False)
-        self.val_loss = MeanMetric(nan_strategy="disable")
+        # NaN stays NaN ("disable" says that too, but forgets the weights in torchmetrics 1.9).
+        self.val_loss = MeanMetric(nan_strategy=float("nan"))
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -121,7 +122,8 @@ class ClassificationTask(lightning.LightningModule):
 
     def _forward_loss(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         images, targets = batch
-        with seeded(self.seed, _STEP, self.current_epoch, batch_idx, device=images.device):
+        key = self.seed, _STEP, self.current_epoch, batch_idx, self.global_rank
+        with seeded(*key, device=images.device):
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             output = self.model(images)
@@ -155,6 +157,8 @@ class ClassificationTask(lightning.LightningModule):
         if checkpoint.get("teacher") != self.teacher_fingerprint:
             raise InputError("cannot resume: the teacher's weights are not those the run was started with")
         self.skipped, self._skipped_in_a_row = checkpoint.get("skipped", (0, 0))
+        if self.global_rank:  # the first process has the sums of all
+            checkpoint["state_dict"]["train_sums"].zero_()
 
     def on_train_epoch_start(self) -> None:
         """Forget the last epoch's sums (not called when an epoch is resumed)."""
@@ -197,9 +201,9 @@ class ClassificationTask(lightning.LightningModule):
                 with self.trainer.precision_plugin.forward_context():
                     where = first_in_forward(self.model, lambda: self._forward_loss(batch, batch_idx)) or where
             raise InputError(
-                f"training diverges: {self._skipped_in_a_row} steps in a row, up to step {self.global_step + 1}, have no "
-                f"finite loss or gradient; the first value that is not finite is in {where or 'the loss'}; try a lower "
-                "--optim.lr, more --optim.warmup-epochs or --precision 32-true (the limit is --max-skipped)"
+                f"training diverges: {self._skipped_in_a_row} steps in a row, up to step {self.global_step + 1}, "
+                f"have no finite loss or gradient; the first value that is not finite is in {where or 'the loss'}; "
+                "try a lower --optim.lr, more --optim.warmup-epochs or --precision 32-true (the limit is --max-skipped)"
             )
         self._running.put_back()
 
@@ -207,6 +211,20 @@ class ClassificationTask(lightning.LightningModule):
         """Mean loss and accuracy of the epoch so far."""
         loss, right, images = self.train_sums.tolist()
         return {"loss": loss / max(images, 1), "accuracy": right / max(images, 1)}
+
+    def gather_sums(self) -> None:
+        """Hand the sums of the epoch so far to the first of several processes; all have to call it."""
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(self.train_sums)
+            if self.global_rank:
+                self.train_sums.zero_()
+
+    def on_validation_start(self) -> None:
+        """Let several processes validate the same model: that with the first one's running statistics."""
+        self.gather_sums()
+        if self.trainer.world_size > 1:
+            for buffer in (*self.model.buffers(), *self.evaluated_model.buffers()):
+                torch.distributed.broadcast(buffer, 0)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures of the epoch."""

@@ -69,6 +69,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
 class RunRecorder(Checkpoint):
     """Keeps a run folder up to date: metrics, best and last weights, state to resume from.
 
+    The first of several processes writes; all stop together when one of them is told to.
+
     Args:
         folder: The run folder.
         spec: Written into the weights files.
@@ -100,6 +102,9 @@ class RunRecorder(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clocks."""
+        if threading.current_thread() is threading.main_thread():
+            # In place of Lightning's handler, which interrupts several processes at different steps.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         self._since = self._saved = time.monotonic()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -109,16 +114,16 @@ class RunRecorder(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count images; save inside the epoch if asked to stop or if it takes long."""
         now = time.monotonic()
-        self.images += len(batch[1])
+        self.images += len(batch[1]) * trainer.world_size
         self.seconds, self._since = self.seconds + now - self._since, now
         if batch_idx + 1 == trainer.num_training_batches:
             return  # the end of the epoch follows and saves
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # checkpoints hold no gradients
-        if self.stop.is_set() or now - self._saved > self.save_seconds:
+        if _any(trainer, self.stop.is_set() or now - self._saved > self.save_seconds):
             self._save(trainer, pl_module)
-        if self.stop.is_set():
-            raise Stopped
+            if _any(trainer, self.stop.is_set()):
+                raise Stopped
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Add a row of metrics and save."""
@@ -137,10 +142,10 @@ class RunRecorder(Checkpoint):
         best = max((self._rank(r) for r in self.history), default=None)
         self.history.append(row)
         self.images, self.seconds = 0, 0.0
-        if best is None or self._rank(row) > best:
+        if trainer.is_global_zero and (best is None or self._rank(row) > best):
             save_classifier(self.folder.best, pl_module.evaluated_model, self.spec)
         self._save(trainer, pl_module)
-        if self.stop.is_set() and trainer.max_epochs != trainer.current_epoch + 1:
+        if _any(trainer, self.stop.is_set()) and trainer.max_epochs != trainer.current_epoch + 1:
             raise Stopped
 
     def best_row(self) -> dict[str, Any]:
@@ -157,11 +162,18 @@ class RunRecorder(Checkpoint):
             write_text(self.folder.metrics, text.getvalue())
 
     def _save(self, trainer: Trainer, module: ClassificationTask) -> None:
+        module.gather_sums()
         trainer.save_checkpoint(self.folder.state)
-        save_classifier(self.folder.last, module.evaluated_model, self.spec)
-        self.write_metrics()
+        if trainer.is_global_zero:
+            save_classifier(self.folder.last, module.evaluated_model, self.spec)
+            self.write_metrics()
         self._saved = time.monotonic()
 
     @staticmethod
     def _rank(row: dict[str, Any]) -> tuple[float, float]:
         return row["val_accuracy"], -row["val_loss"]
+
+
+def _any(trainer: Trainer, decision: bool) -> bool:
+    """Whether one of the processes says so; all have to ask."""
+    return trainer.strategy.reduce_boolean_decision(decision, all=False)
