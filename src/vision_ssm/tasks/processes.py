@@ -1,3 +1,4 @@
+import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
@@ -27,5 +28,13 @@ def process_rank(config: TrainConfig) -> int:
 
 def strategy_for(config: TrainConfig) -> Strategy | str:
     """How the processes of a run work together: each has all weights, and gradients are averaged."""
-    # Buffers differ between processes during an epoch (see `ClassificationTask.on_validation_start`).
-    return DDPStrategy(broadcast_buffers=False) if config.processes > 1 else "auto"
+    if config.processes == 1:
+        return "auto"
+    # Buffers differ between processes during an epoch (see `ClassificationTask.on_validation_start`). Some of timm's
+    # models have parameters that they do not use.
+    return DDPStrategy(broadcast_buffers=False, find_unused_parameters=True)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error only says that another process of the run has ended."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)

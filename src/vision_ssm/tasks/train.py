@@ -22,7 +22,7 @@ from vision_ssm.tasks.evaluation import Evaluation
 from vision_ssm.tasks.files import write_json
 from vision_ssm.tasks.optimisation import make_optimizer
 from vision_ssm.tasks.pictures import draw_confusion, draw_curves, draw_predictions
-from vision_ssm.tasks.processes import process_rank, strategy_for
+from vision_ssm.tasks.processes import lost_another, process_rank, strategy_for
 from vision_ssm.tasks.progress import TrainingProgress
 from vision_ssm.tasks.recorder import RunRecorder, SafeCheckpointIO, stop_on_signals
 from vision_ssm.tasks.report import is_uneven, report_data, report_evaluation
@@ -44,6 +44,7 @@ _EXPECTED = (
     ".*sync_dist=True.*",
     ".*LeafSpec.*is deprecated.*",
     ".*`broadcast_buffers` is deprecated.*",
+    ".*find_unused_parameters=True was specified in DDP constructor, but did not find any.*",
     ".*Grad strides do not match bucket view strides.*",
 )
 
@@ -159,6 +160,10 @@ def train(
             trainer.fit(task, data, ckpt_path=str(folder.state) if resume else None)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
+        except RuntimeError as error:
+            if lost_another(error):
+                raise InputError("another process of this run has ended before; its own message says why") from error
+            raise
     classifier = load_classifier(folder.best, str(trainer.strategy.root_device), config.precision)
     evaluation = evaluate(classifier, splits.val, config.batch_size, config.workers, console=console)
     if rank == 0:
