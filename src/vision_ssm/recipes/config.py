@@ -9,6 +9,9 @@ from typing import Any, Literal
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 """Names of Lightning's precision settings."""
 
+Tracker = Literal["tensorboard", "wandb"]
+"""Where else than in the folder of the run the figures of every epoch are shown."""
+
 Interpolation = Literal["bilinear", "bicubic", "random"]
 """How crops are resized; random takes bilinear or bicubic for each image."""
 
@@ -164,6 +167,8 @@ class TrainConfig:
     """Machines."""
     sync_batchnorm: bool = False
     """Batch norms take the statistics of the images on all devices; not on the CPU."""
+    tracker: Tracker | None = None
+    """Show the figures of every epoch in TensorBoard or Weights & Biases too."""
     workers: int | None = None
     """Processes that load images; otherwise chosen from the number of cores. Results do not depend on it."""
 

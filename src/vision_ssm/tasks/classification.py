@@ -237,13 +237,13 @@ class ClassificationTask(lightning.LightningModule):
         }
         if "top5" in values:
             figures["val/top5_accuracy"] = values["top5"]
-        self.log_dict(figures)
+        self.log_dict(figures, logger=False)  # the recorder tells trackers all figures at once
         self.val_metrics.reset()
         self.val_loss.reset()
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training figures."""
-        self.log_dict({f"train/{name}": value for name, value in self.training_figures().items()})
+        self.log_dict({f"train/{name}": value for name, value in self.training_figures().items()}, logger=False)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Collect the figures of one batch."""

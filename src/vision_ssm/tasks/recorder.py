@@ -67,7 +67,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class RunRecorder(Checkpoint):
-    """Keeps a run folder up to date: metrics, best and last weights, state to resume from.
+    """Keeps a run folder up to date: metrics, best and last weights, state to resume from. Tells trackers.
 
     The first of several processes writes; all stop together when one of them is told to.
 
@@ -139,6 +139,9 @@ class RunRecorder(Checkpoint):
         row |= {name.replace("/", "_"): value for name, value in figures.items() if name.startswith("val/")}
         row |= {"images_per_second": round(self.images / max(self.seconds, 1e-9), 1)}
         row |= {"skipped_steps": pl_module.skipped}
+        for tracker in trainer.loggers:
+            tracker.log_metrics({name: value for name, value in row.items() if name != "epoch"}, step=row["epoch"])
+            tracker.save()
         best = max((self._rank(r) for r in self.history), default=None)
         self.history.append(row)
         self.images, self.seconds = 0, 0.0

@@ -12,7 +12,7 @@ from vision_ssm.tasks.files import temporary, write_json
 _KINDS: dict[str, type[TrainConfig]] = {"digits": DigitsConfig, "folder": FolderConfig}
 
 # They change neither weights nor figures.
-_FREE_ON_RESUME = ("device", "workers", "max_skipped")
+_FREE_ON_RESUME = ("device", "workers", "max_skipped", "tracker")
 
 
 @dataclass(frozen=True)

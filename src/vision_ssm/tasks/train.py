@@ -28,20 +28,22 @@ from vision_ssm.tasks.recorder import RunRecorder, SafeCheckpointIO, stop_on_sig
 from vision_ssm.tasks.report import is_uneven, report_data, report_evaluation
 from vision_ssm.tasks.run_folder import RunFolder, weights_file
 from vision_ssm.tasks.spec import ModelSpec, check_takes, create_from_file, create_model, spec_for
+from vision_ssm.tasks.trackers import check_tracker, make_loggers
 
 _WEIGHTS = 3  # keeps the draws of the first weights apart from those of data and steps
 
 # Those of timm's that are functions of the step alone (not of the validation accuracy).
 _SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
 
-# True of Lightning's own loaders and modules, but not of these: the sampler resumes inside an epoch, the moving average is
-# in evaluation mode on purpose, and what is logged is the same in all processes. The others are between Lightning and
-# torch, or of speed alone.
+# True of Lightning's own loaders and modules, but not of these: the sampler resumes inside an epoch, the moving average
+# is in evaluation mode on purpose, and what is logged is the same in all processes. The others are between Lightning
+# and torch, or of speed alone.
 _EXPECTED = (
     ".*ended before the epoch ended and your dataloader is not resumable.*",
     ".*does not have many workers.*",
     ".*in eval mode at the start of training.*",
     ".*sync_dist=True.*",
+    ".*smaller than the logging interval.*",
     ".*LeafSpec.*is deprecated.*",
     ".*`broadcast_buffers` is deprecated.*",
     ".*find_unused_parameters=True was specified in DDP constructor, but did not find any.*",
@@ -156,6 +158,7 @@ def train(
             folder.clear()
             folder.write_config(config)
             write_json(folder.model, to_dict(spec))
+        trainer.loggers = make_loggers(config.tracker, folder.path) if rank == 0 else []
         try:
             trainer.fit(task, data, ckpt_path=str(folder.state) if resume else None)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
@@ -232,6 +235,7 @@ def check(config: TrainConfig) -> None:
     if config.crop == 0:
         raise InputError("--crop must be positive, got 0")
     _check_optimizer(optim)
+    check_tracker(config.tracker)
     if (augment.mixup or augment.cutmix) and config.batch_size % 2:
         raise InputError(f"mixup and CutMix pair images, so --batch-size must be even, not {config.batch_size}")
 
@@ -280,7 +284,7 @@ def make_trainer(
             callbacks=callbacks,
             plugins=[SafeCheckpointIO()],
             default_root_dir=folder.path,
-            logger=False,
+            logger=False,  # added later: some write at once
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
