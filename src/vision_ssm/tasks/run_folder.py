@@ -65,6 +65,11 @@ class RunFolder:
         """Learning curves, confusion matrix and sheet of predictions."""
         return self.path / "curves.png", self.path / "confusion.png", self.path / "predictions.png"
 
+    @property
+    def tracker(self) -> Path:
+        """What a tracker keeps, if there is one."""
+        return self.path / "tracker"
+
     def check_free(self, *, overwrite: bool) -> None:
         """Refuse a folder that must not be written to.
 
@@ -81,8 +86,8 @@ class RunFolder:
 
     def is_unused(self) -> bool:
         """Whether a run was begun here but stopped, or killed, before it saved its state."""
-        begun = (self.config, self.model, self.best, self.state)
-        names = {path.name for path in begun[:3]} | {temporary(path).name for path in begun}
+        begun = (self.config, self.model, self.best, self.tracker, self.state)
+        names = {path.name for path in begun[:-1]} | {temporary(path).name for path in begun}
         return {entry.name for entry in self.path.iterdir()} <= names
 
     def clear(self) -> None:

@@ -1,10 +1,10 @@
 import importlib.util
-from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Tracker
+from vision_ssm.tasks.run_folder import RunFolder
 
 
 def check_tracker(tracker: Tracker | None) -> None:
@@ -17,17 +17,17 @@ def check_tracker(tracker: Tracker | None) -> None:
         raise InputError(f"--tracker {tracker} needs a package that is not installed: pip install {tracker}")
 
 
-def make_loggers(tracker: Tracker | None, folder: Path) -> list[Logger]:
+def make_loggers(tracker: Tracker | None, folder: RunFolder) -> list[Logger]:
     """What sends the figures of every epoch elsewhere, beside the table in the folder of the run.
 
     Args:
         tracker: Where to.
-        folder: The folder of the run; its name is that of the run. What a tracker writes is put into `tracker` there.
+        folder: The folder of the run; its name is that of the run.
     """
     if tracker == "tensorboard":
-        return [TensorBoardLogger(folder, name="", version="tracker")]
+        return [TensorBoardLogger(folder.path, name="", version=folder.tracker.name)]
     if tracker == "wandb":
-        (folder / "tracker").mkdir(exist_ok=True)
-        # The same id continues the same curves when a run is resumed.
-        return [WandbLogger(folder.name, folder / "tracker", id=folder.name, project="vision-ssm", resume="allow")]
+        folder.tracker.mkdir(exist_ok=True)
+        name = folder.path.name
+        return [WandbLogger(name, folder.tracker, project="vision-ssm", group=name)]
     return []

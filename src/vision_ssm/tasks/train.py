@@ -150,7 +150,7 @@ def train(
         distill=config.distill,
         max_skipped=config.max_skipped,
     )
-    with stop_on_signals() as stop, _quiet_lightning():
+    with stop_on_signals() as stop, quiet_lightning():
         recorder = RunRecorder(folder, spec, stop)
         progress = TrainingProgress(console, uneven=is_uneven(splits.train))
         trainer = make_trainer(config, device, folder, [recorder, progress])
@@ -158,7 +158,7 @@ def train(
             folder.clear()
             folder.write_config(config)
             write_json(folder.model, to_dict(spec))
-        trainer.loggers = make_loggers(config.tracker, folder.path) if rank == 0 else []
+        trainer.loggers = make_loggers(config.tracker, folder) if rank == 0 else []
         try:
             trainer.fit(task, data, ckpt_path=str(folder.state) if resume else None)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
@@ -328,7 +328,7 @@ def _first_model(config: TrainConfig, spec: ModelSpec, *, resume: bool) -> torch
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Keep Lightning's tips and the warnings that do not apply off the terminal, and only those."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
