@@ -1,6 +1,12 @@
+import lightning
+import timm
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch.utils.data import DataLoader, TensorDataset
 
+from vision_ssm.recipes import Optimisation
 from vision_ssm.scan import selective_scan_fn
+from vision_ssm.tasks.classification import ClassificationTask
 
 
 def test_the_state_overflows_in_half_precision_but_not_in_the_scan():
@@ -22,3 +28,29 @@ def test_the_state_overflows_in_half_precision_but_not_in_the_scan():
     torch.testing.assert_close(y[0, 0].double(), exact, rtol=2e-3, atol=0)
     gradients = torch.autograd.grad(y.float().mean(), leaves)
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_loss_scale_of_float16_finds_its_way_without_counting_as_skipped(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        max_epochs=1,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    torch.manual_seed(0)
+    model = timm.create_model("vmamba_atto", num_classes=3)
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    task = ClassificationTask(model, 3, optim=Optimisation(lr=1e-3, warmup_epochs=0), epochs=1, max_skipped=1)
+    images = TensorDataset(torch.randn(80, 3, 32, 32), torch.arange(80) % 3)
+    trainer.fit(task, DataLoader(images, batch_size=4))
+    assert scaler.get_scale() < 2.0**29
+    assert task.skipped == 0
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert any(not torch.equal(first[name], value) for name, value in model.state_dict().items())
