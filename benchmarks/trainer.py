@@ -96,7 +96,7 @@ def measure(name: str, size: int, batch: int, steps: int, workers: int) -> dict[
     with tempfile.TemporaryDirectory() as place, quiet_lightning():
         folder = RunFolder(Path(place))
         recorder = RunRecorder(folder, spec, threading.Event())
-        callbacks = [recorder, TrainingProgress(Console(quiet=True)), bare]
+        callbacks = [recorder, TrainingProgress(Console(quiet=True), recorder), bare]
         make_trainer(config, torch.device("cpu"), folder, callbacks).fit(task, data)
     whole, plain = (statistics.median(times[WARM_UP:]) for times in (bare.trainer_seconds, bare.bare_seconds))
     row = dict(model=name, size=size, batch=batch, steps=steps, workers=workers)

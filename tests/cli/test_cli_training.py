@@ -155,7 +155,9 @@ def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
         pytest.param("digits --epoch 3", "Unrecognized options: --epoch, 3; did you mean --epochs", id="typo"),
         pytest.param("digits --model-args foo", "expected KEY=VALUE, not foo", id="no-pair"),
         pytest.param("folder", "--data.root", id="no-root"),
-        pytest.param("folders", "digits or folder, not folders", id="train-what"),
+        pytest.param("folders", "digits, folder, timm, not folders", id="train-what"),
+        pytest.param("timm", "give --data.root", id="no-tars"),
+        pytest.param("timm --data.dataset hfids/x", "must be hfds/NAME, wds/ or empty", id="stream"),
     ],
 )
 def test_bad_options_get_one_line_and_leave_nothing(words, message, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,5 @@
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +47,22 @@ def test_order_is_a_function_of_the_epoch_and_can_start_inside():
     assert list(resumed) == orders[1][4:]
     resumed.set_epoch(0)
     assert list(resumed) == orders[0]
+
+
+def test_processes_share_the_images():
+    def seen(rank, batches_done=0):
+        data = module()
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=3)
+        data._batches_done = batches_done
+        train, val = data.train_dataloader(), data.val_dataloader()
+        assert len(train) == data.batches_per_epoch == 1437 // 3 // 64
+        return [index for _, index in train.sampler], list(val.sampler)
+
+    parts = [seen(rank) for rank in range(3)]
+    used = [i for train, _ in parts for i in train]
+    assert len(used) == len(set(used)) == 1437 // 3 // 64 * 64 * 3
+    assert sorted(i for _, val in parts for i in val) == list(range(360))
+    assert seen(1, batches_done=2)[0] == parts[1][0][128:]
 
 
 def test_augmentation_does_not_depend_on_workers():

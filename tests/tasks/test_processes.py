@@ -116,10 +116,10 @@ def test_two_processes_train_as_one_and_resume_exactly(config, tmp_path):
 
 def test_processes_share_the_same_global_batches():
     whole = list(EpochSampler(45, seed=0, epoch=2, used=36))
-    parts = [list(EpochSampler(45, 0, epoch=2, used=36, rank=rank, world=3)) for rank in range(3)]
+    parts = [list(EpochSampler(45, 0, epoch=2, used=12, rank=rank, world=3)) for rank in range(3)]
     assert [len(part) for part in parts] == [12, 12, 12]
     assert [sample for samples in zip(*parts, strict=True) for sample in samples] == whole
-    resumed = EpochSampler(45, 0, epoch=2, start=4, used=36, rank=1, world=3)
+    resumed = EpochSampler(45, 0, epoch=2, start=4, used=12, rank=1, world=3)
     assert list(resumed) == parts[1][4:]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("vision_ssm.cli.train:train", "train a classifier on the digits or on folders of images"),
     "recipes": ("vision_ssm.cli.recipes:recipes", "list the recipes for training, and where their values come from"),
-    "eval": ("vision_ssm.cli.use:evaluate", "measure a trained classifier"),
+    "eval": ("vision_ssm.cli.use:evaluate", "measure a trained classifier, or any timm model"),
     "predict": ("vision_ssm.cli.use:predict", "classify images with a trained classifier"),
     "models": ("vision_ssm.cli.models:models", "list the models of this package"),
     "info": ("vision_ssm.cli.models:info", "show what a model costs and the maps it gives"),

@@ -92,7 +92,7 @@ def models(words: Sequence[str]) -> int:
             model = timm.create_model(name, device="meta")
             cost = complexity(model, model.pretrained_cfg["input_size"])
             counts = dict(parameters=cost.parameters, macs=cost.macs, paper_ops=cost.paper_ops)
-            rows.append({"model": name, **counts, **_published(name, model.pretrained_cfg)})
+            rows.append({"model": name, **counts, **published(name, model.pretrained_cfg)})
     if options.json:
         print_json(rows)
         return 0
@@ -100,7 +100,7 @@ def models(words: Sequence[str]) -> int:
     return 0
 
 
-def _published(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
+def published(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Say what a model's authors published."""
     from vision_ssm.checkpoints import can_convert
 

@@ -15,17 +15,19 @@ from vision_ssm import recipes
 from vision_ssm.cli import INTERRUPTED
 from vision_ssm.cli.options import parse_options
 from vision_ssm.errors import InputError
-from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.tasks.run_folder import KINDS, RunFolder
 
 _USAGE = """usage: vision-ssm train digits [OPTIONS]
        vision-ssm train folder --data.root DIR [OPTIONS]
+       vision-ssm train timm --data.root DIR [--data.dataset hfds/NAME|wds/] [OPTIONS]
        vision-ssm train --resume RUN
 
   digits    scikit-learn's handwritten digits, about a minute on two cores
   folder    your images, one sub-folder per class
+  timm      tar files, webdataset shards or Hugging Face datasets, named as timm names them
   --resume  continue a stopped run at the batch where it stopped
 
-`vision-ssm train digits --help` and `vision-ssm train folder --help` list all options.
+`vision-ssm train digits --help`, and so on, lists all options.
 """
 
 
@@ -61,9 +63,15 @@ class _Folder:
     run: Annotated[FolderOptions, tyro.conf.arg(name="")]
 
 
+@dataclass(frozen=True)
+class _Timm:
+    config: Annotated[recipes.TimmConfig, tyro.conf.arg(name="")]
+    run: Annotated[FolderOptions, tyro.conf.arg(name="")]
+
+
 def train(words: Sequence[str]) -> int:
     """Train a classifier; `words` follow `vision-ssm train`."""
-    kind, rest = (words[0], words[1:]) if words and words[0] in ("digits", "folder") else (None, words)
+    kind, rest = (words[0], words[1:]) if words and words[0] in KINDS else (None, words)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--resume", nargs="?", const=True, default=False)
     peek.add_argument("--out", default=None)
@@ -72,7 +80,7 @@ def train(words: Sequence[str]) -> int:
     if kind is None and not peeked.resume:
         wants_help = not words or words[0] in ("-h", "--help")
         if words and not wants_help and not words[0].startswith("-"):
-            raise InputError(f"train on what? digits or folder, not {words[0]}")
+            raise InputError(f"train on what? {', '.join(KINDS)}, not {words[0]}")
         (sys.stdout if wants_help else sys.stderr).write(_USAGE)
         return 0 if words and wants_help else 2
     saved: recipes.TrainConfig | None = None
@@ -81,12 +89,14 @@ def train(words: Sequence[str]) -> int:
         if place is None:
             raise InputError("--resume needs the folder of a run")
         saved = RunFolder(Path(place)).read_config()
-        kind = kind or ("digits" if isinstance(saved, recipes.DigitsConfig) else "folder")
+        kind = kind or next(name for name, each in KINDS.items() if isinstance(saved, each))
     parsed = _parse(kind or "digits", rest, saved, peeked.recipe)
     return _run(parsed.config, parsed.run)
 
 
-def _parse(kind: str, words: Sequence[str], saved: recipes.TrainConfig | None, recipe: str) -> _Digits | _Folder:
+def _parse(
+    kind: str, words: Sequence[str], saved: recipes.TrainConfig | None, recipe: str
+) -> _Digits | _Folder | _Timm:
     registry = ConstructorRegistry()
     registry.primitive_rule(_flag_or_path)
     command, options = f"train {kind}", {"registry": registry}
@@ -95,8 +105,15 @@ def _parse(kind: str, words: Sequence[str], saved: recipes.TrainConfig | None, r
         default = _Digits(digits, RunOptions())
         return parse_options(_Digits, words, command, default=default, description=recipes.digits.__doc__, **options)
     chosen = recipes.find(recipe)
+    text = f"Defaults of the recipe {recipe}: {chosen.text}."
+    if kind == "timm":
+        same = {f.name: getattr(chosen.make(Path()), f.name) for f in dataclasses.fields(recipes.TrainConfig)}
+        config = saved if isinstance(saved, recipes.TimmConfig) else recipes.TimmConfig(data=recipes.TimmData(), **same)
+        text = f"Train on tar files, webdataset shards or Hugging Face datasets.\n\n{text}"
+        default_timm = _Timm(config, FolderOptions())
+        return parse_options(_Timm, words, command, default=default_timm, description=text, **options)
     folder = saved if isinstance(saved, recipes.FolderConfig) else chosen.make(tyro.MISSING)
-    text = f"Train on image folders, one sub-folder per class.\n\nDefaults of the recipe {recipe}: {chosen.text}."
+    text = f"Train on image folders, one sub-folder per class.\n\n{text}"
     default_folder = _Folder(folder, FolderOptions())
     return parse_options(_Folder, words, command, default=default_folder, description=text, **options)
 
@@ -137,6 +154,17 @@ def _absolute(config: recipes.TrainConfig) -> recipes.TrainConfig:
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, root=config.data.root.absolute(), val=val)
         )
+    if isinstance(config, recipes.TimmConfig):
+        root, classes = config.data.root, config.data.classes
+        prefix, _, name = config.data.dataset.partition("/")
+        local = prefix == "hfds" and Path(name).exists()
+        data = dataclasses.replace(
+            config.data,
+            dataset=f"hfds/{Path(name).absolute()}" if local else config.data.dataset,
+            root=root.absolute() if root else None,
+            classes=classes.absolute() if isinstance(classes, Path) else classes,
+        )
+        config = dataclasses.replace(config, data=data)
     return config
 
 

@@ -1,7 +1,9 @@
+import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -13,17 +15,28 @@ from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision
 from vision_ssm.tasks.run_folder import RunFolder, weights_file
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vision_ssm.data import LabelledImages
+    from vision_ssm.tasks.classifier import Classifier
+
+_PUBLISHED_ON = "the 50,000 validation images of ImageNet-1K"
+
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Measure a trained classifier: accuracy, balanced accuracy, top-5 and a table of the classes."""
+    """Measure a trained classifier, or any timm model: accuracy, balanced accuracy, top-5, a table of the classes."""
 
-    run: Positional[Path]
-    """Folder of a run, or a weights file of one."""
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
+    """Folder of a run, a weights file of one, or the name of a model (with --pretrained or --weights FILE)."""
     data: Path | None = None
-    """Image folder with one sub-folder per class; otherwise the run's own validation images."""
-    weights: Literal["best", "last"] = "best"
-    """Which weights of the run to use."""
+    """Image folder with one sub-folder per class, or a tar file of such folders; otherwise the run's own validation
+    images."""
+    weights: Annotated[Literal["best", "last"] | Path | None, tyro.conf.arg(metavar="best|last|FILE")] = None
+    """Which weights of the run to use (best by default), or a checkpoint file of the model."""
+    pretrained: bool = False
+    """Measure the model with its published weights."""
     json: bool = False
     """Print JSON instead of tables."""
     pictures: Path | None = None
@@ -65,36 +78,116 @@ class PredictOptions:
 def evaluate(words: Sequence[str]) -> int:
     """Measure a classifier; `words` follow `vision-ssm eval`."""
     options = parse_options(EvalOptions, words, "eval")
-    path = weights_file(options.run, options.weights)
-
     from rich.console import Console
 
-    from vision_ssm.data import load_splits, read_folder
     from vision_ssm.tasks.classifier import evaluate as measure
-    from vision_ssm.tasks.classifier import load_classifier
     from vision_ssm.tasks.pictures import draw_confusion, draw_predictions
     from vision_ssm.tasks.report import report_evaluation
 
-    classifier = load_classifier(path, options.device, options.precision)
-    if options.data is None:
-        images = load_splits(RunFolder(path.parent).read_config()).val
-    else:
-        images = read_folder(options.data, classifier.spec.classes)
+    subject = _run_and_images(options) if Path(options.model).exists() else _model_and_images(options)
+    classifier, images = subject.classifier, subject.images
     console = Console(stderr=options.json)
-    absent = images.counts().count(0)
-    if absent:
-        count = len(classifier.spec.classes)
-        console.print(f"{absent} of {count} classes have no images here; the figures leave them out", highlight=False)
+    _name_absent(images, console)
+    start = time.monotonic()
     evaluation = measure(classifier, images, options.batch_size, options.workers, console=console)
+    speed = len(images) / (time.monotonic() - start)
     if options.pictures is not None:
         options.pictures.mkdir(parents=True, exist_ok=True)
         draw_confusion(evaluation, options.pictures / "confusion.png")
         draw_predictions(evaluation, images, options.pictures / "predictions.png")
     if options.json:
-        print_json({"weights": str(path), **evaluation.summary(), "per_class": evaluation.per_class()})
-    else:
-        report_evaluation(evaluation, console, per_class=True)
+        values = {"model": classifier.spec.model, "weights": subject.weights, **evaluation.summary()}
+        values |= {"images_per_second": round(speed, 1)}
+        if subject.published_top1 is not None:
+            values |= {"published_top1": subject.published_top1, "published_on": _PUBLISHED_ON}
+        print_json({**values, "per_class": evaluation.per_class()})
+        return 0
+    report_evaluation(evaluation, console, per_class=True)
+    if subject.published_top1 is not None:
+        note = "" if len(images) == 50_000 and 0 not in images.counts() else ", which is not what was measured here"
+        console.print(
+            f"published accuracy {subject.published_top1:.1f}%, on {_PUBLISHED_ON}{note}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    spec = classifier.spec
+    console.print(
+        f"{spec.model}, {spec.image_size}×{spec.image_size} of {spec.crop:g} of the side, {spec.interpolation}; "
+        f"{speed:,.1f} images/s with loading",
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured, and on what; a published accuracy only if the weights are the published ones."""
+
+    classifier: "Classifier"
+    images: "LabelledImages"
+    weights: str
+    published_top1: float | None = None
+
+
+def _run_and_images(options: EvalOptions) -> _Subject:
+    from vision_ssm.data import load_splits
+    from vision_ssm.tasks.classifier import load_classifier
+
+    if options.pretrained or isinstance(options.weights, Path):
+        given = "--pretrained" if options.pretrained else f"--weights {options.weights}"
+        raise InputError(f"{given} belongs to the name of a model, and {options.model} is a file or folder here")
+    path = weights_file(Path(options.model), options.weights or "best")
+    classifier = load_classifier(path, options.device, options.precision)
+    if options.data is None:
+        images = load_splits(RunFolder(path.parent).read_config()).val
+    else:
+        images = _read_images(options.data, classifier.spec.classes)
+    return _Subject(classifier, images, str(path))
+
+
+def _model_and_images(options: EvalOptions) -> _Subject:
+    from vision_ssm.cli.models import published
+    from vision_ssm.data import assign_outputs
+    from vision_ssm.tasks.classifier import load_model
+    from vision_ssm.tasks.spec import default_cfg
+
+    name, file = options.model, options.weights
+    try:
+        cfg = default_cfg(name)
+    except InputError as error:
+        raise InputError(f"no such run folder or weights file: {name}; and as a model: {error.line}") from None
+    if (file is not None) == options.pretrained or isinstance(file, str):
+        raise InputError(f"which weights of {name}? give either --pretrained or --weights FILE")
+    if options.data is None:
+        raise InputError(f"what is {name} to be measured on? give a folder of class folders with --data DIR")
+    images = _read_images(options.data)
+    classifier = load_model(name, file, options.device, options.precision)
+    images = assign_outputs(images, len(classifier.spec.classes))
+    classifier = dataclasses.replace(classifier, spec=dataclasses.replace(classifier.spec, classes=images.classes))
+    if file is not None:
+        return _Subject(classifier, images, str(file))
+    return _Subject(classifier, images, "published", published(name, cfg.to_dict())["published_top1"])
+
+
+def _read_images(data: Path, classes: tuple[str, ...] | None = None) -> "LabelledImages":
+    from vision_ssm.data import read_folder, read_tars
+
+    return read_tars(data, classes) if data.is_file() else read_folder(data, classes)
+
+
+def _name_absent(images: "LabelledImages", console: "Console") -> None:
+    from vision_ssm.data import shorten
+
+    counts = images.counts()
+    present = [name for name, count in zip(images.classes, counts, strict=True) if count]
+    if len(present) < len(counts):
+        console.print(
+            f"{len(counts) - len(present)} of {len(counts)} classes have no images here; the figures leave them out "
+            f"and are for {shorten(present)}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def predict(words: Sequence[str]) -> int:
@@ -142,17 +235,10 @@ def predict(words: Sequence[str]) -> int:
 
 
 def _readable(images: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    from vision_ssm.data.images import open_image
+    from vision_ssm.data import LabelledImages, find_unreadable
 
-    good, broken = [], []
-    for image in images:
-        try:
-            open_image(image)
-        except InputError as error:
-            broken.append(error.line)
-        else:
-            good.append(image)
-    return good, broken
+    broken = find_unreadable(LabelledImages(images, [0] * len(images), ("",), [str(path) for path in images]))
+    return [path for path in images if str(path) not in broken], list(broken.values())
 
 
 def _report(broken: Sequence[str]) -> int:

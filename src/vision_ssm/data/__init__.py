@@ -8,10 +8,13 @@ from vision_ssm.data.datasets import (
     load_folder,
     load_splits,
     read_folder,
+    shorten,
 )
 from vision_ssm.data.images import open_image, to_rgb
-from vision_ssm.data.module import EpochSampler, ImageData, Samples, TrainingSamples, Transform
+from vision_ssm.data.module import EpochSampler, ImageData, Samples, TrainingSamples, Transform, find_unreadable
+from vision_ssm.data.outputs import assign_outputs
 from vision_ssm.data.seeding import seeded
+from vision_ssm.data.tars import read_tars
 
 __all__ = [
     "EpochSampler",
@@ -21,12 +24,16 @@ __all__ = [
     "Splits",
     "TrainingSamples",
     "Transform",
+    "assign_outputs",
     "find_images",
+    "find_unreadable",
     "load_digits",
     "load_folder",
     "load_splits",
     "open_image",
     "read_folder",
+    "read_tars",
     "seeded",
+    "shorten",
     "to_rgb",
 ]

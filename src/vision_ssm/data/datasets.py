@@ -2,16 +2,24 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
 
 from vision_ssm.data.images import open_image
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import FolderConfig, TrainConfig
+from vision_ssm.recipes import FolderConfig, TimmConfig, TrainConfig
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 _VALIDATION_NAMES = ("val", "valid", "validation", "test")
+
+
+class Stored(Protocol):
+    """An encoded image that lies in something else than a file of its own."""
+
+    def open(self) -> BinaryIO:
+        """Its bytes."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +27,13 @@ class LabelledImages:
     """Images in a fixed order, each with a class.
 
     Args:
-        images: What to load: a path, or a ready image.
+        images: What to load: a path, something that can be opened, or a ready image.
         targets: Index of each image's class.
         classes: Names of the classes.
         names: What to call each image in messages and pictures.
     """
 
-    images: Sequence[Path | Image.Image]
+    images: Sequence[Path | Stored | Image.Image]
     targets: Sequence[int]
     classes: tuple[str, ...]
     names: Sequence[str]
@@ -37,10 +45,18 @@ class LabelledImages:
         """Image number `index` as 8-bit RGB.
 
         Raises:
-            InputError: The file cannot be read.
+            InputError: It cannot be read.
         """
         item = self.images[index]
-        return open_image(item) if isinstance(item, Path) else item
+        if isinstance(item, Image.Image):
+            return item
+        if isinstance(item, Path):
+            return open_image(item)
+        try:
+            file = item.open()
+        except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
+            raise InputError(f"cannot read image {self.names[index]}: {error or type(error).__name__}") from error
+        return open_image(file, self.names[index])
 
     def counts(self) -> list[int]:
         """Number of images of each class."""
@@ -79,6 +95,10 @@ def load_splits(config: TrainConfig) -> Splits:
     """
     if isinstance(config, FolderConfig):
         return load_folder(config.data.root, config.data.val, config.data.val_fraction, seed=config.seed)
+    if isinstance(config, TimmConfig):
+        from vision_ssm.data.sources import load_source  # which needs this module
+
+        return load_source(config.data, config.seed)
     return load_digits()
 
 
@@ -124,7 +144,7 @@ def load_folder(root: Path, val: Path | None = None, val_fraction: float | None 
         raise InputError(f"{root} holds one class only ({train.classes[0]}); at least two are needed")
     if val is not None:
         return Splits(train, read_folder(val, train.classes))
-    return _hold_out(train, 0.1 if val_fraction is None else val_fraction, seed)
+    return hold_out(train, 0.1 if val_fraction is None else val_fraction, seed)
 
 
 def read_folder(root: Path, classes: tuple[str, ...] | None = None) -> LabelledImages:
@@ -193,7 +213,17 @@ def _require_folder(path: Path) -> None:
         raise InputError(f"{path} is not a folder")
 
 
-def _hold_out(images: LabelledImages, fraction: float, seed: int) -> Splits:
+def hold_out(images: LabelledImages, fraction: float, seed: int) -> Splits:
+    """Split images in two, in every class at random with the same share.
+
+    Args:
+        images: All of them.
+        fraction: Share for validation.
+        seed: Decides which.
+
+    Raises:
+        InputError: The share is none, or there are too few images.
+    """
     if not 0 < fraction < 1:
         raise InputError(f"--data.val-fraction must lie between 0 and 1, both excluded, got {fraction}")
     # scikit-learn's stratified split refuses classes of one image and may leave small ones out of validation.

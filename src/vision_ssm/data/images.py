@@ -1,6 +1,6 @@
 import struct
 from os import PathLike
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -10,17 +10,21 @@ from vision_ssm.errors import InputError
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
-def open_image(path: str | PathLike[str]) -> Image.Image:
+def open_image(file: str | PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
     """Read an image file as 8-bit RGB.
 
     The EXIF orientation is applied, transparency is laid on white, and samples deeper than 8 bits are scaled by
     the range of their format (see `to_rgb`).
 
+    Args:
+        file: Its path, or its content.
+        name: What to call it in messages, if not by its path.
+
     Raises:
         InputError: The file is missing, truncated or not an image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except _BROKEN as error:
@@ -30,7 +34,7 @@ def open_image(path: str | PathLike[str]) -> Image.Image:
             reason = "not an image, or damaged"
         else:
             reason = str(error) or type(error).__name__
-        raise InputError(f"cannot read image {Path(path)}: {reason}") from error
+        raise InputError(f"cannot read image {name or file}: {reason}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -117,7 +117,17 @@ class Distillation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderData:
+class ImageSource:
+    """What all sources of images have in common."""
+
+    max_unreadable: float = 0.01
+    """Largest share of the training images that may be unreadable (always at least one); others take their places."""
+    strict: bool = False
+    """Stop at the first training image that cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderData(ImageSource):
     """Image folders with one sub-folder per class."""
 
     root: Path
@@ -126,6 +136,28 @@ class FolderData:
     """Validation images."""
     val_fraction: float | None = None
     """Share of the training images held out for validation (0.1 if there is no validation folder)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmData(ImageSource):
+    """Tar files, webdataset shards or Hugging Face datasets, named as timm names them."""
+
+    dataset: str = ""
+    """hfds/NAME for a Hugging Face dataset, wds/ for webdataset shards; empty for tar files."""
+    root: Path | None = None
+    """The tar file, the folder of tar files or shards; for hfds/ the folder that keeps downloads."""
+    train_split: str = "train"
+    """Name of the training split; of shards also a pattern, such as train-{0000..0146}.tar."""
+    val_split: str = "validation"
+    """Name of the validation split."""
+    val_fraction: float | None = None
+    """Share of the training split held out for validation instead of a split."""
+    classes: int | Path | None = None
+    """Number of classes, or a text file that names one a line; needed where the data does not name them."""
+    input_key: str | None = None
+    """Column of the images (image), or extensions of images in shards (jpg;jpeg;png;webp)."""
+    target_key: str | None = None
+    """Column of the classes (label), or field of the json in shards (by default the file .cls)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +225,13 @@ class FolderConfig(TrainConfig):
     """Train on folders of images."""
 
     data: FolderData
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig(TrainConfig):
+    """Train on what timm's readers name."""
+
+    data: TimmData
 
 
 def to_dict(config: Any) -> Any:

@@ -8,11 +8,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vision_ssm.data import LabelledImages, Samples
+from vision_ssm.data import LabelledImages, Samples, find_unreadable
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision
 from vision_ssm.tasks.evaluation import Evaluation, predict
-from vision_ssm.tasks.spec import ModelSpec, load_weights, read_spec
+from vision_ssm.tasks.spec import ModelSpec, create_for_evaluation, load_weights, read_spec, spec_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,23 @@ def load_classifier(weights: Path, device: str = "auto", precision: Precision = 
     return Classifier(model.to(where).eval(), spec, where, precision)
 
 
+def load_model(name: str, weights: Path | None, device: str = "auto", precision: Precision = "32-true") -> Classifier:
+    """A timm model with its own test settings; its classes are the numbers of the outputs.
+
+    Args:
+        name: timm's name.
+        weights: A checkpoint file of it; otherwise the published weights.
+        device: Where to compute.
+        precision: In which number format.
+
+    Raises:
+        InputError: The model is unknown, the file is damaged or does not fit, or there is no such device.
+    """
+    where = find_device(device)
+    model = create_for_evaluation(name, weights)
+    return Classifier(model.to(where).eval(), spec_of(name, model), where, precision)
+
+
 def evaluate(
     classifier: Classifier,
     images: LabelledImages,
@@ -74,13 +91,29 @@ def evaluate(
     """Measure a classifier on labelled images.
 
     Raises:
-        InputError: The images have other classes than the classifier, or one cannot be read.
+        InputError: The images have other classes than the classifier, or some cannot be read.
     """
     if images.classes != classifier.spec.classes:
         raise InputError("the images' classes are not those of the classifier")
     with (console or Console(quiet=True)).status(f"evaluating on {len(images):,} images"):
-        probabilities = classifier.predict(images, batch_size, workers)
+        try:
+            probabilities = classifier.predict(images, batch_size, workers)
+        except InputError:
+            check_readable(images, workers)  # names all of them at once
+            raise
     return Evaluation(images.classes, probabilities, torch.tensor(images.targets))
+
+
+def check_readable(images: LabelledImages, workers: int | None = None) -> None:
+    """Refuse images to measure on that cannot be read: without them, accuracy would mean something else.
+
+    Raises:
+        InputError: Naming them.
+    """
+    lines = list(find_unreadable(images, loader_workers(workers)).values())
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise InputError(f"{'; '.join(lines[:3])}{more}; mend or remove what accuracy is to be measured on")
 
 
 def loader_workers(workers: int | None) -> int:

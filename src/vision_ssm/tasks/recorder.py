@@ -14,11 +14,15 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from vision_ssm.data import ImageData
 from vision_ssm.errors import InputError
 from vision_ssm.tasks.classification import ClassificationTask
 from vision_ssm.tasks.files import atomic_write, write_text
 from vision_ssm.tasks.run_folder import RunFolder
 from vision_ssm.tasks.spec import ModelSpec, save_classifier
+
+# What a recorder counts in each epoch, and keeps in checkpoints.
+_COUNTED = ("images", "seconds", "steps", "waited")
 
 
 class Stopped(Exception):
@@ -83,8 +87,9 @@ class RunRecorder(Checkpoint):
     ) -> None:
         self.folder, self.spec, self.stop, self.save_seconds = folder, spec, stop, 60 * save_minutes
         self.history: list[dict[str, Any]] = []
-        self.images, self.seconds = 0, 0.0
-        self._since = self._saved = 0.0
+        self.images = self.steps = 0
+        self.seconds = self.waited = 0.0
+        self._since = self._saved = self._ready = 0.0
 
     @property
     def state_key(self) -> str:
@@ -93,29 +98,36 @@ class RunRecorder(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The table of metrics, and what of the current epoch has been counted."""
-        return {"history": self.history, "images": self.images, "seconds": self.seconds}
+        return {"history": self.history} | {name: getattr(self, name) for name in _COUNTED}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a stored table."""
         self.history = list(state_dict["history"])
-        self.images, self.seconds = state_dict["images"], state_dict["seconds"]
+        for name in _COUNTED:
+            setattr(self, name, state_dict.get(name, 0))
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clocks."""
         if threading.current_thread() is threading.main_thread():
             # In place of Lightning's handler, which interrupts several processes at different steps.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
-        self._since = self._saved = time.monotonic()
+        self._since = self._saved = self._ready = time.monotonic()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Restart the epoch's clock."""
-        self._since = time.monotonic()
+        """Restart the epoch's clocks."""
+        self._since = self._ready = time.monotonic()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Count the time since the last step was over: Lightning only fetched the batch in it."""
+        self.steps += 1
+        self.waited += time.monotonic() - self._ready
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count images; save inside the epoch if asked to stop or if it takes long."""
         now = time.monotonic()
         self.images += len(batch[1]) * trainer.world_size
         self.seconds, self._since = self.seconds + now - self._since, now
+        self._ready = now
         if batch_idx + 1 == trainer.num_training_batches:
             return  # the end of the epoch follows and saves
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -124,6 +136,7 @@ class RunRecorder(Checkpoint):
             self._save(trainer, pl_module)
             if _any(trainer, self.stop.is_set()):
                 raise Stopped
+        self._ready = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Add a row of metrics and save."""
@@ -137,19 +150,34 @@ class RunRecorder(Checkpoint):
             "train_accuracy": training["accuracy"],
         }
         row |= {name.replace("/", "_"): value for name, value in figures.items() if name.startswith("val/")}
-        row |= {"images_per_second": round(self.images / max(self.seconds, 1e-9), 1)}
+        row |= {"images_per_second": round(self.images_per_second, 1), "data_wait_ms": round(self.data_wait_ms, 2)}
         row |= {"skipped_steps": pl_module.skipped}
         for tracker in trainer.loggers:
             tracker.log_metrics({name: value for name, value in row.items() if name != "epoch"}, step=row["epoch"])
             tracker.save()
         best = max((self._rank(r) for r in self.history), default=None)
         self.history.append(row)
-        self.images, self.seconds = 0, 0.0
+        self._reset()
         if trainer.is_global_zero and (best is None or self._rank(row) > best):
             save_classifier(self.folder.best, pl_module.evaluated_model, self.spec)
         self._save(trainer, pl_module)
         if _any(trainer, self.stop.is_set()) and trainer.max_epochs != trainer.current_epoch + 1:
             raise Stopped
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Leave the list of unreadable images, which may be the reason."""
+        if trainer.is_global_zero:
+            self.write_unreadable(trainer.datamodule)
+
+    @property
+    def images_per_second(self) -> float:
+        """Speed of training in the epoch so far."""
+        return self.images / max(self.seconds, 1e-9)
+
+    @property
+    def data_wait_ms(self) -> float:
+        """Mean time that a step of the epoch waited for its batch."""
+        return 1000 * self.waited / max(self.steps, 1)
 
     def best_row(self) -> dict[str, Any]:
         """The epoch whose weights were kept: the first with the highest accuracy, then the lowest loss."""
@@ -164,12 +192,24 @@ class RunRecorder(Checkpoint):
             writer.writerows(self.history)
             write_text(self.folder.metrics, text.getvalue())
 
+    def write_unreadable(self, data: ImageData) -> None:
+        """Write the list of training images that could not be read, if there are any."""
+        if data.unreadable:
+            write_text(self.folder.unreadable, "".join(f"{n}\t{why}\n" for n, why in sorted(data.unreadable.items())))
+
+    def _reset(self) -> None:
+        self.images, self.seconds, self.steps, self.waited = 0, 0.0, 0, 0.0
+
     def _save(self, trainer: Trainer, module: ClassificationTask) -> None:
         module.gather_sums()
-        trainer.save_checkpoint(self.folder.state)
+        trainer.datamodule.gather_unreadable()
+        # Weights first: a run that is killed after its last state was saved has no step left that would write them.
         if trainer.is_global_zero:
             save_classifier(self.folder.last, module.evaluated_model, self.spec)
+        trainer.save_checkpoint(self.folder.state)
+        if trainer.is_global_zero:
             self.write_metrics()
+            self.write_unreadable(trainer.datamodule)
         self._saved = time.monotonic()
 
     @staticmethod

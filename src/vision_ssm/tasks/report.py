@@ -4,6 +4,8 @@ from rich.table import Table
 from vision_ssm.data import LabelledImages, Splits
 from vision_ssm.tasks.evaluation import Evaluation
 
+_MANY = 20  # rows of a table
+
 
 def report_data(splits: Splits, console: Console) -> None:
     """Print how many images of each class there are."""
@@ -13,7 +15,7 @@ def report_data(splits: Splits, console: Console) -> None:
         f"Data   {len(train):,} training and {len(val):,} validation images in {len(train.classes)} classes",
         highlight=False,
     )
-    if len(train.classes) > 20:
+    if len(train.classes) > _MANY:
         few, many = min(counts), max(counts)
         console.print(f"       {few:,} to {many:,} training images per class", highlight=False)
         return
@@ -34,15 +36,22 @@ def is_uneven(images: LabelledImages) -> bool:
 def report_evaluation(
     evaluation: Evaluation, console: Console, *, title: str | None = None, per_class: bool = False
 ) -> None:
-    """Print the figures, on request with a row for each class."""
+    """Print the figures, on request with a row for each class; of many, those found least."""
     if per_class:
+        rows = evaluation.per_class()
+        hidden = 0
+        if len(rows) > _MANY:
+            rows = sorted((row for row in rows if row["images"]), key=lambda row: row["recall"])
+            rows, hidden = rows[:_MANY], max(0, len(rows) - _MANY)
         table = Table("class", box=None, padding=(0, 2, 0, 0), header_style="dim")
         for name in ("images", "recall", "precision"):
             table.add_column(name, justify="right")
-        for row in evaluation.per_class():
+        for row in rows:
             shares = ["–" if row[k] is None else f"{row[k]:.1%}" for k in ("recall", "precision")]
             table.add_row(row["class"], f"{row['images']:,}", *shares)
         console.print(table)
+        if hidden:
+            console.print(f"and {hidden:,} classes with a recall at least as high; --json lists all", highlight=False)
     values = evaluation.summary()
     table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in values.items():

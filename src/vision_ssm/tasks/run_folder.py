@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import DigitsConfig, FolderConfig, TrainConfig, from_dict, to_dict
+from vision_ssm.recipes import DigitsConfig, FolderConfig, TimmConfig, TrainConfig, from_dict, to_dict
 from vision_ssm.tasks.files import temporary, write_json
 
-_KINDS: dict[str, type[TrainConfig]] = {"digits": DigitsConfig, "folder": FolderConfig}
-
 # They change neither weights nor figures.
-_FREE_ON_RESUME = ("device", "workers", "max_skipped", "tracker")
+_FREE_ON_RESUME = ("device", "workers", "max_skipped", "tracker", "data.max_unreadable", "data.strict")
+
+KINDS: dict[str, type[TrainConfig]] = {"digits": DigitsConfig, "folder": FolderConfig, "timm": TimmConfig}
+"""The commands of `vision-ssm train`, and their configurations."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class RunFolder:
         return self.path / "metrics.csv"
 
     @property
+    def unreadable(self) -> Path:
+        """The training images that could not be read, with the reasons; only where there are some."""
+        return self.path / "unreadable.txt"
+
+    @property
     def results(self) -> Path:
         """Figures of the best weights on the validation images."""
         return self.path / "results.json"
@@ -86,8 +92,8 @@ class RunFolder:
 
     def is_unused(self) -> bool:
         """Whether a run was begun here but stopped, or killed, before it saved its state."""
-        begun = (self.config, self.model, self.best, self.tracker, self.state)
-        names = {path.name for path in begun[:-1]} | {temporary(path).name for path in begun}
+        begun = (self.config, self.model, self.best, self.last, self.tracker, self.unreadable)
+        names = {path.name for path in begun} | {temporary(path).name for path in (*begun, self.state)}
         return {entry.name for entry in self.path.iterdir()} <= names
 
     def clear(self) -> None:
@@ -98,7 +104,7 @@ class RunFolder:
 
     def write_config(self, config: TrainConfig) -> None:
         """Write `config.json`."""
-        kind = next(name for name, kind in _KINDS.items() if isinstance(config, kind))
+        kind = next(name for name, kind in KINDS.items() if isinstance(config, kind))
         write_json(self.config, {"train": kind, **to_dict(config)})
 
     def read_config(self) -> TrainConfig:
@@ -113,7 +119,7 @@ class RunFolder:
             raise InputError(f"{self.path} is not a run folder (it has no config.json)")
         try:
             values: dict[str, Any] = json.loads(self.config.read_text())
-            return from_dict(_KINDS[values.pop("train")], values)
+            return from_dict(KINDS[values.pop("train")], values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"cannot read {self.config}: {error}") from error
 

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from vision_ssm.checkpoints import CheckpointError, can_convert, convert_official, load_checkpoint_file, load_strict
@@ -44,6 +44,8 @@ class ModelSpec:
     """How images are resized."""
     crop: float
     """Share of the resized image's side that is kept."""
+    crop_mode: str = "center"
+    """timm's name of how the resized image is cropped to a square."""
 
     def create(self) -> nn.Module:
         """The model with random weights.
@@ -62,6 +64,7 @@ class ModelSpec:
             std=self.std,
             interpolation=self.interpolation,
             crop_pct=self.crop,
+            crop_mode=self.crop_mode,
         )
 
     def train_transform(self, augment: Augmentation) -> Transform:
@@ -108,6 +111,29 @@ def spec_for(config: TrainConfig, classes: tuple[str, ...]) -> ModelSpec:
     )
 
 
+def spec_of(name: str, model: Any) -> ModelSpec:
+    """The settings in which a model's authors measure it; the classes are numbers.
+
+    Raises:
+        InputError: It does not take square images of three channels.
+    """
+    fixed = bool(model.pretrained_cfg.get("fixed_input_size"))
+    settings = resolve_data_config({}, model=model, use_test_size=not fixed)
+    channels, height, width = settings["input_size"]
+    if channels != 3 or height != width:
+        raise InputError(f"{name} takes images of {channels}x{height}x{width}; only square RGB images can be measured")
+    return ModelSpec(
+        model=name,
+        classes=tuple(map(str, range(model.num_classes))),
+        image_size=height,
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        interpolation=settings["interpolation"],
+        crop=settings["crop_pct"],
+        crop_mode=settings["crop_mode"],
+    )
+
+
 def create_model(name: str, args: Mapping[str, Any], num_classes: int, *, pretrained: bool = False) -> nn.Module:
     """Timm's `create_model`, with errors that say what to do.
 
@@ -116,7 +142,7 @@ def create_model(name: str, args: Mapping[str, Any], num_classes: int, *, pretra
     """
     known = default_cfg(name)
     if pretrained and not (known.url or known.hf_hub_id or known.file):
-        raise InputError(f"{name} has no published weights; give a file with --pretrained FILE")
+        raise InputError(f"{name} has no published weights; give a file of your own instead")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args)
     except (TypeError, ValueError, AssertionError, AttributeError) as error:
@@ -187,9 +213,7 @@ def create_from_file(
     Raises:
         InputError: The file cannot be read or does not fit.
     """
-    model, state = create_model(name, args, num_classes), _read(path)
-    if can_convert(name):  # otherwise the names can only be the model's own
-        state = convert_official(name, state)
+    model, state = create_model(name, args, num_classes), _read_for(name, path)
     wanted = model.state_dict()
     head = [key for key in wanted if key.startswith(_head_prefixes(model))]
     others = classes is not None and _classes_in(path) not in (None, classes)
@@ -197,6 +221,30 @@ def create_from_file(
         state |= {key: wanted[key] for key in head}
     _load(model, state, path)
     return model
+
+
+def create_for_evaluation(name: str, path: Path | None) -> nn.Module:
+    """A model with as many outputs as its weights have: those in a checkpoint file, or the published ones.
+
+    Raises:
+        InputError: The model is unknown, has no published weights, or the file cannot be read or does not fit.
+    """
+    known = default_cfg(name)
+    if path is None:
+        return create_model(name, {}, known.num_classes, pretrained=True)
+    state = _read_for(name, path)
+    heads = [known.classifier] if isinstance(known.classifier, str) else list(known.classifier or ())
+    weight = next((state[f"{head}.weight"] for head in heads if f"{head}.weight" in state), None)
+    model = create_model(name, {}, known.num_classes if weight is None else len(weight))
+    _load(model, state, path)
+    return model
+
+
+def _read_for(name: str, path: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint file, under our names."""
+    state = _read(path)
+    # Where there is no conversion, the names can only be the model's own.
+    return convert_official(name, state) if can_convert(name) else state
 
 
 def _classes_in(path: Path) -> tuple[str, ...] | None:

@@ -14,9 +14,9 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 from vision_ssm.data import ImageData, LabelledImages, load_splits, seeded
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Optimisation, TrainConfig, to_dict
+from vision_ssm.recipes import FolderConfig, Optimisation, TimmConfig, TrainConfig, to_dict
 from vision_ssm.tasks.classification import ClassificationTask
-from vision_ssm.tasks.classifier import evaluate, find_device, load_classifier, loader_workers
+from vision_ssm.tasks.classifier import check_readable, evaluate, find_device, load_classifier, loader_workers
 from vision_ssm.tasks.distillation import load_teacher
 from vision_ssm.tasks.evaluation import Evaluation
 from vision_ssm.tasks.files import write_json
@@ -110,6 +110,7 @@ def train(
         config.seed,
         loader_workers(config.workers),
         config.accumulate,
+        _max_unreadable(config),
     )
     teacher = load_teacher(config.distill.teacher, spec) if config.distill.teacher else None
     model = _first_model(config, spec, resume=resume)
@@ -139,6 +140,9 @@ def train(
             "add --optim.ema-warmup, or --optim.ema None",
             highlight=False,
         )
+    if not resume:
+        with console.status(f"reading {len(splits.val):,} validation images once"):
+            check_readable(splits.val, config.workers)
     task = ClassificationTask(
         model,
         len(spec.classes),
@@ -152,7 +156,7 @@ def train(
     )
     with stop_on_signals() as stop, quiet_lightning():
         recorder = RunRecorder(folder, spec, stop)
-        progress = TrainingProgress(console, uneven=is_uneven(splits.train))
+        progress = TrainingProgress(console, recorder, uneven=is_uneven(splits.train))
         trainer = make_trainer(config, device, folder, [recorder, progress])
         if not resume and rank == 0:
             folder.clear()
@@ -199,6 +203,8 @@ def check(config: TrainConfig) -> None:
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise InputError(f"--{name} must be positive, got {value}")
+    if not 0 <= _max_unreadable(config) <= 1:
+        raise InputError(f"--data.max-unreadable must lie between 0 and 1, got {_max_unreadable(config)}")
     not_negative: dict[str, Any] = {
         "optim.min-lr": optim.min_lr,
         "optim.warmup-lr": optim.warmup_lr,
@@ -276,7 +282,6 @@ def make_trainer(
             devices=config.devices if device.index is None or device.type == "cpu" else [device.index],
             num_nodes=config.nodes,
             strategy=strategy_for(config),
-            use_distributed_sampler=False,
             precision=config.precision,
             max_epochs=config.epochs,
             gradient_clip_val=config.optim.clip_grad,
@@ -288,6 +293,7 @@ def make_trainer(
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the data module divides the images itself
         )
     except (ValueError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
         raise InputError(f"cannot train on {device} in {config.precision}: {error}") from error
@@ -316,6 +322,12 @@ def finish(
         ("Weights", folder.best),
     ):
         console.print(f"{what:<12} {path}", highlight=False, soft_wrap=True)
+
+
+def _max_unreadable(config: TrainConfig) -> float:
+    if not isinstance(config, FolderConfig | TimmConfig) or config.data.strict:
+        return 0.0
+    return config.data.max_unreadable
 
 
 def _first_model(config: TrainConfig, spec: ModelSpec, *, resume: bool) -> torch.nn.Module:

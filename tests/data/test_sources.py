@@ -1,0 +1,305 @@
+"""Tar files, webdataset shards and Hugging Face tables, made here from pictures, as training data."""
+
+import dataclasses
+import io
+import json
+import signal
+import sys
+import tarfile
+
+import lightning
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import vision_ssm.tasks.train as training
+from vision_ssm.cli import main
+from vision_ssm.data import ImageData, Splits, load_splits
+from vision_ssm.data.shards import expand_braces
+from vision_ssm.data.sources import load_source
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import Augmentation, Optimisation, TimmConfig, TimmData
+from vision_ssm.tasks.recorder import RunRecorder, Stopped
+from vision_ssm.tasks.run_folder import RunFolder
+
+CLASSES = ("ash", "oak", "yew")
+
+
+def picture(number):
+    """A PNG whose pixels tell its number."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (number, 10 * (number % 20), 90)).save(file, "png")
+    return file.getvalue()
+
+
+def number_of(image):
+    return np.asarray(image)[0, 0, 0].item()
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def class_folders(start, each):
+    return {f"{c}/{i}.png": picture(start + each * k + i) for k, c in enumerate(CLASSES) for i in range(each)}
+
+
+def one_tar_per_split(root):
+    write_tar(root / "train.tar", class_folders(0, 4))
+    write_tar(root / "val.tar", class_folders(100, 2))
+    return TimmData(root=root)
+
+
+def one_tar_per_class(root):
+    for split, start, each in (("training", 0, 4), ("validation", 100, 2)):
+        for k, c in enumerate(CLASSES):
+            write_tar(root / split / f"{c}.tar", {f"{i}.png": picture(start + each * k + i) for i in range(each)})
+    return TimmData(root=root)
+
+
+def tar_of_tars(root):
+    for split, start, each in (("train", 0, 4), ("val", 100, 2)):
+        parts = {}
+        for k, c in enumerate(CLASSES):
+            inner = write_tar(root / "x.tar", {f"{i}.png": picture(start + each * k + i) for i in range(each)})
+            parts[f"{c}.tar"] = inner.read_bytes()
+            inner.unlink()
+        write_tar(root / f"{split}.tar", parts)
+    return TimmData(root=root)
+
+
+def shards(root):
+    for split, start, each, count in (("train", 0, 4, 3), ("val", 100, 2, 1)):
+        samples = [(start + each * k + i, k) for k in range(3) for i in range(each)]
+        for s in range(count):
+            members = {}
+            for number, k in samples[s::count]:
+                members[f"{number:04}.cls"] = str(k).encode()
+                members[f"{number:04}.PNG"] = picture(number)
+                members[f"{number:04}.seg.txt"] = b"else"
+            write_tar(root / f"{split}-{s:02}.tar", members)
+    names = root / "names.txt"
+    names.write_text("\n".join(CLASSES) + "\n")
+    splits = {"validation": {"filenames": ["val-00.tar"], "shard_lengths": [6], "num_samples": 6}}
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+    return TimmData(dataset="wds/", root=root, train_split="train-{00..02}.tar|12", classes=names)
+
+
+def table(root):
+    datasets = pytest.importorskip("datasets")
+    for split, start, each in (("train", 0, 4), ("validation", 100, 2)):
+        rows = [(start + each * k + i, k) for k in range(3) for i in range(each)]
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
+        columns = {"image": [{"bytes": picture(n), "path": None} for n, _ in rows], "label": [k for _, k in rows]}
+        made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        (root / "table").mkdir(exist_ok=True, parents=True)
+        made.to_parquet(root / "table" / f"{split}.parquet")
+    return TimmData(dataset=f"hfds/{root / 'table'}", root=root / "cache")
+
+
+SOURCES = [one_tar_per_split, one_tar_per_class, tar_of_tars, shards, table]
+every_source = pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
+
+
+def config_for(data):
+    return TimmConfig(
+        data=data,
+        model="test_convnext",
+        image_size=32,
+        epochs=2,
+        batch_size=4,
+        workers=0,
+        device="cpu",
+        augment=Augmentation(hflip=0.5),
+        optim=Optimisation(lr=3e-3, warmup_epochs=0),
+    )
+
+
+@every_source
+def test_every_image_with_its_class(make, tmp_path):
+    splits = load_source(make(tmp_path))
+    assert splits.train.classes == splits.val.classes == CLASSES
+    for images, start, each in ((splits.train, 0, 4), (splits.val, 100, 2)):
+        found = {number_of(images.load(i)): images.targets[i] for i in range(len(images))}
+        assert found == {start + each * k + i: k for k in range(3) for i in range(each)}
+        assert len(set(images.names)) == len(images)
+    assert load_source(make(tmp_path / "again")).train.fingerprint() == splits.train.fingerprint()
+
+
+@every_source
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_image_twice_and_none_lost(make, workers, tmp_path):
+    splits = load_source(make(tmp_path))
+
+    def as_tensor(image):
+        return torch.tensor([number_of(image)])
+
+    data = ImageData(splits, as_tensor, as_tensor, 4, 0, workers)
+    seen = [n for images, *_ in data.train_dataloader() for n in images.flatten().tolist()]
+    assert sorted(seen) == list(range(12))
+    assert seen != sorted(seen)
+    assert [n for images, _ in data.val_dataloader() for n in images.flatten().tolist()] == [*range(100, 106)]
+
+
+@pytest.mark.parametrize("make", [one_tar_per_class, shards, table], ids=lambda make: make.__name__)
+def test_stopped_and_resumed_run_is_bit_identical(make, tmp_path, monkeypatch):
+    config = config_for(make(tmp_path / "data"))
+    whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
+    training.train(config, whole)
+
+    class Interrupted(RunRecorder):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, 0):
+                signal.raise_signal(signal.SIGINT)
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    monkeypatch.setattr(training, "RunRecorder", Interrupted)
+    with pytest.raises(Stopped):
+        training.train(config, parts)
+    monkeypatch.setattr(training, "RunRecorder", RunRecorder)
+    training.train(dataclasses.replace(config, workers=2), parts, resume=True)
+    one, other = (safetensors.torch.load_file(f.last) for f in (whole, parts))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@every_source
+def test_held_out_share(make, tmp_path):
+    data = dataclasses.replace(make(tmp_path), val_split="none", val_fraction=0.25)
+    splits = load_splits(config_for(data))
+    assert (splits.train.counts(), splits.val.counts()) == ([3, 3, 3], [1, 1, 1])
+    assert not set(splits.train.names) & set(splits.val.names)
+
+
+def test_unreadable_members_are_named_and_replaced(tmp_path):
+    data = one_tar_per_split(tmp_path)
+    write_tar(tmp_path / "train.tar", class_folders(0, 4) | {"oak/2.png": b"no picture"})
+    folder = RunFolder(tmp_path / "run")
+    training.train(config_for(data), folder)
+    assert folder.unreadable.read_text().startswith("oak/2.png\tcannot read image oak/2.png: ")
+
+
+def test_command_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
+    data = one_tar_per_split(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "test_convnext", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+    words += ["--data.root", "data", "--epochs", "1", "--out", "run"]
+    assert main(["train", "timm", *words]) == 0
+    assert "12 training and 6 validation images in 3 classes" in capsys.readouterr().out
+    monkeypatch.chdir(data.root)
+    assert main(["eval", "../run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 6
+    assert main(["eval", "../run", "--data", "train.tar", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 12
+    assert main(["train", "--resume", "../run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        pytest.param(None, {}, "give --data.root", id="nowhere"),
+        pytest.param(one_tar_per_split, {"dataset": "tfds/mnist"}, "must be hfds/NAME, wds/ or empty", id="unknown"),
+        pytest.param(one_tar_per_split, {"val_split": "check"}, "neither check.tar nor a folder check", id="no-split"),
+        pytest.param(one_tar_per_split, {"val_fraction": 2.0}, "between 0 and 1", id="bad-fraction"),
+        pytest.param(shards, {"classes": None}, "--data.classes", id="unnamed-classes"),
+        pytest.param(shards, {"classes": 2}, "is of class 2, and there are 2", id="too-few-classes"),
+        pytest.param(shards, {"train_split": "train-{00..04}.tar"}, "lacks train-03.tar, train-04.tar", id="shards"),
+        pytest.param(shards, {"train_split": "train"}, "names no split train", id="no-split-of-shards"),
+        pytest.param(shards, {"target_key": "label"}, "has no .json", id="no-json"),
+        pytest.param(table, {"train_split": "trian"}, "trian", id="no-split-of-a-table"),
+        pytest.param(table, {"input_key": "img"}, "no column img; --data.input-key takes image, label", id="no-column"),
+        pytest.param(table, {"dataset": "hfds/./nowhere"}, "cannot read train of hfds/./nowhere", id="no-table"),
+    ],
+)
+def test_bad_sources_get_one_line(make, changes, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = make(tmp_path) if make else TimmData()
+    with pytest.raises(InputError) as caught:
+        load_source(dataclasses.replace(data, **changes))
+    assert message in caught.value.line
+
+
+@pytest.mark.parametrize("damage", ["truncated-header", "truncated-content", "bad-header", "compressed", "text"])
+def test_damaged_tars(damage, tmp_path):
+    data = one_tar_per_split(tmp_path)
+    path = tmp_path / "train.tar"
+    if damage == "compressed":
+        with tarfile.open(path, "w:gz") as tar:
+            tar.add(tmp_path / "val.tar", "val.tar")
+    else:
+        whole = path.read_bytes()
+        half = whole[:1024] + b"?" * 512 + whole[1536:]
+        parts = {"truncated-header": whole[:1500], "truncated-content": whole[:1700], "bad-header": half}
+        path.write_bytes(parts.get(damage, b"hello" * 200))
+    with pytest.raises(InputError, match="uncompressed tar file"):
+        load_source(data)
+
+
+def test_missing_library(tmp_path, monkeypatch):
+    data = table(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'vision-ssm\[data\]'"):
+        load_source(data)
+
+
+def test_braces():
+    assert expand_braces("a-{008..011}.tar") == [f"a-{i:03}.tar" for i in range(8, 12)]
+    assert expand_braces("{x,y}-{0..1}.tar") == ["x-0.tar", "x-1.tar", "y-0.tar", "y-1.tar"]
+
+
+class Listing(lightning.LightningModule):
+    """Writes down which images each process sees."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.layer = folder, torch.nn.Linear(1, 1)
+
+    def note(self, kind, images):
+        with (self.folder / f"{kind}-{self.global_rank}").open("a") as file:
+            file.writelines(f"{number:.0f}\n" for number in images.flatten().tolist())
+
+    def training_step(self, batch, batch_idx):
+        self.note(f"train-{self.current_epoch}", batch[0])
+        return self.layer(batch[0]).mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.note(f"val-{self.current_epoch}", batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Number:
+    def __call__(self, image):
+        return torch.tensor([float(number_of(image))])
+
+
+def test_two_processes_see_every_image_once(tmp_path):
+    splits = load_source(one_tar_per_split(tmp_path))
+    splits = Splits(splits.train, splits.val.subset(range(5)))  # an odd number, which must not be padded
+    data = ImageData(splits, Number(), Number(), 2, 0, 0)
+    lightning.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        max_epochs=2,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+    ).fit(Listing(tmp_path), data)
+    for epoch in (0, 1):
+        for kind, numbers in (("train", range(12)), ("val", range(100, 105))):
+            parts = [(tmp_path / f"{kind}-{epoch}-{rank}").read_text().split() for rank in (0, 1)]
+            assert sorted(int(number) for part in parts for number in part) == list(numbers)
+            assert abs(len(parts[0]) - len(parts[1])) <= 1

@@ -1,0 +1,164 @@
+import csv
+import dataclasses
+import io
+import signal
+import time
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from rich.console import Console
+
+import vision_ssm.tasks.train as training
+from vision_ssm.cli import main
+from vision_ssm.data import LabelledImages, TrainingSamples, find_unreadable, load_folder
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import Augmentation, FolderData, Optimisation, small
+from vision_ssm.tasks.recorder import RunRecorder, Stopped
+from vision_ssm.tasks.run_folder import RunFolder
+
+BROKEN = ("cat/03.png", "dog/05.png")
+
+
+def fill(root, **counts):
+    generator = np.random.default_rng(0)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(root / name / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture
+def images(tmp_path):
+    """24 training images, two of them damaged, and 4 for validation."""
+    fill(tmp_path / "train", cat=12, dog=12)
+    fill(tmp_path / "val", cat=2, dog=2)
+    for name in BROKEN:
+        path = tmp_path / "train" / name
+        path.write_bytes(path.read_bytes()[:100])
+    return tmp_path
+
+
+@pytest.fixture
+def config(images):
+    return dataclasses.replace(
+        small(images),
+        data=FolderData(root=images, max_unreadable=0.1),
+        model="test_convnext",
+        image_size=32,
+        epochs=2,
+        batch_size=4,
+        workers=0,
+        device="cpu",
+        augment=Augmentation(mixup=0.5),
+        optim=Optimisation(lr=3e-3, warmup_epochs=0),
+    )
+
+
+def interrupt(monkeypatch, epoch, batch):
+    class Interrupted(RunRecorder):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch_, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (epoch, batch):
+                signal.raise_signal(signal.SIGINT)
+            super().on_train_batch_end(trainer, pl_module, outputs, batch_, batch_idx)
+
+    monkeypatch.setattr(training, "RunRecorder", Interrupted)
+
+
+def test_replacement_is_a_function_of_seed_epoch_and_index(images):
+    train = load_folder(images).train
+    broken = [train.names.index(name) for name in BROKEN]
+
+    def drawn(seed, epoch, index):
+        image, target, unreadable = TrainingSamples(train, np.asarray, seed)[epoch, index]
+        chosen = [i for i in range(24) if i not in broken and np.array_equal(np.asarray(train.load(i)), image)]
+        assert train.targets[chosen[0]] == target
+        assert (train.names[index] in unreadable) == (index in broken)
+        return chosen[0]
+
+    assert drawn(0, 0, 0) == 0
+    assert drawn(0, 0, broken[0]) == drawn(0, 0, broken[0])
+    assert len({drawn(seed, epoch, i) for seed in (0, 1) for epoch in range(4) for i in broken}) > 4
+
+
+def test_run_goes_on_and_names_each_file_once(config, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    console = Console(record=True, width=400, file=io.StringIO())
+    training.train(config, folder, console=console)
+    lines = folder.unreadable.read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == list(BROKEN)
+    shown = console.export_text()
+    for name in BROKEN:
+        assert shown.count(f"{name}: ") == 1
+    assert shown.count("2 of 24 training images cannot be read") == 1
+    with folder.metrics.open() as file:
+        rows = list(csv.DictReader(file))
+    assert all(float(row["data_wait_ms"]) > 0 for row in rows)
+    assert shown.count("data wait") == 2
+
+
+def test_waiting_is_for_data_alone(config, tmp_path, monkeypatch):
+    load = LabelledImages.load
+    monkeypatch.setattr(LabelledImages, "load", lambda self, index: (time.sleep(0.02), load(self, index))[1])
+    step = training.ClassificationTask.training_step
+    monkeypatch.setattr(training.ClassificationTask, "training_step", lambda *a: (time.sleep(0.3), step(*a))[1])
+    folder = RunFolder(tmp_path / "run")
+    training.train(dataclasses.replace(config, epochs=1), folder)
+    waited = float(folder.metrics.read_text().splitlines()[1].split(",")[-1])
+    assert 80 < waited < 300
+
+
+def test_workers_and_interruptions_do_not_change_the_weights(config, tmp_path, monkeypatch):
+    whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
+    training.train(config, whole)
+    interrupt(monkeypatch, 0, 3)
+    with pytest.raises(Stopped):
+        training.train(config, parts)
+    monkeypatch.setattr(training, "RunRecorder", RunRecorder)
+    # How many may be unreadable can be changed on the way.
+    data = dataclasses.replace(config.data, max_unreadable=0.5)
+    training.train(dataclasses.replace(config, workers=2, data=data), parts, resume=True)
+    one, other = (safetensors.torch.load_file(f.last) for f in (whole, parts))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert whole.unreadable.read_text() == parts.unreadable.read_text()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param([], "2 of 24 training images cannot be read, --data.max-unreadable 0.01 allows 1", id="limit"),
+        pytest.param(["--data.strict"], "to train without such images", id="strict"),
+        pytest.param(["--data.max-unreadable", "2"], "must lie between 0 and 1, got 2", id="no-share"),
+    ],
+)
+def test_too_many_stop_the_run_with_one_line(options, message, workers, images, tmp_path, capsys):
+    words = ["train", "folder", "--data.root", str(images), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    words += ["--model", "test_convnext", "--batch-size", "4", "--workers", str(workers), "--epochs", "1"]
+    assert main([*words, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    if "between" not in message:
+        assert "cannot read image" in error
+        assert (tmp_path / "run" / "unreadable.txt").read_text().count("\n") == 2 - ("strict" in str(options))
+
+
+def test_nothing_readable(images):
+    for path in (images / "train").rglob("*.png"):
+        path.write_text("")
+    train = load_folder(images).train
+    with pytest.raises(InputError, match="hardly any training image can be read"):
+        TrainingSamples(train, np.asarray, 0)[0, 0]
+    assert list(find_unreadable(train)) == train.names
+
+
+def test_unreadable_validation_images_are_refused_before_training(config, tmp_path):
+    for name in ("cat/00.png", "dog/01.png"):
+        (tmp_path / "val" / name).write_text("no picture")
+    with pytest.raises(InputError, match=r"cat/00.png: .*; .*dog/01.png: .*; mend or remove"):
+        training.train(config, RunFolder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
