@@ -73,6 +73,8 @@ class ClassificationTask(lightning.LightningModule):
         if teacher is not None and return_both is not None:
             return_both(True)
         self.ema = ModelEmaV3(model, self.optim.ema, use_warmup=self.optim.ema_warmup) if self.optim.ema else None
+        if self.ema is not None:
+            self.ema.requires_grad_(False)  # or several processes would wait for its gradients
         self.mixup = None
         if augment.mixup > 0 or augment.cutmix > 0:
             self.mixup = Mixup(

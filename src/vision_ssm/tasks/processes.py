@@ -30,9 +30,8 @@ def strategy_for(config: TrainConfig) -> Strategy | str:
     """How the processes of a run work together: each has all weights, and gradients are averaged."""
     if config.processes == 1:
         return "auto"
-    # Buffers differ between processes during an epoch (see `ClassificationTask.on_validation_start`). Some of timm's
-    # models have parameters that they do not use.
-    return DDPStrategy(broadcast_buffers=False, find_unused_parameters=True)
+    # Buffers differ between processes during an epoch (see `ClassificationTask.on_validation_start`).
+    return DDPStrategy(broadcast_buffers=False)
 
 
 def lost_another(error: BaseException) -> bool:

@@ -150,8 +150,8 @@ class RunRecorder(Checkpoint):
             "train_accuracy": training["accuracy"],
         }
         row |= {name.replace("/", "_"): value for name, value in figures.items() if name.startswith("val/")}
-        row |= {"images_per_second": round(self.images_per_second, 1), "data_wait_ms": round(self.data_wait_ms, 2)}
         row |= {"skipped_steps": pl_module.skipped}
+        row |= {"images_per_second": round(self.images_per_second, 1), "data_wait_ms": round(self.data_wait_ms, 2)}
         for tracker in trainer.loggers:
             tracker.log_metrics({name: value for name, value in row.items() if name != "epoch"}, step=row["epoch"])
             tracker.save()

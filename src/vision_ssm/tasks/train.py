@@ -46,7 +46,6 @@ _EXPECTED = (
     ".*smaller than the logging interval.*",
     ".*LeafSpec.*is deprecated.*",
     ".*`broadcast_buffers` is deprecated.*",
-    ".*find_unused_parameters=True was specified in DDP constructor, but did not find any.*",
     ".*Grad strides do not match bucket view strides.*",
 )
 
