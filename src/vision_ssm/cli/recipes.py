@@ -68,7 +68,7 @@ def _show(recipe: library.Recipe, *, json: bool) -> int:
     values = {
         name: {"value": value, "source": recipe.sources.get(name)}
         for name, value in recipe.values().items()
-        if name not in ("device", "workers")
+        if name not in ("device", "devices", "nodes", "workers", "max_skipped", "tracker")
     }
     if json:
         print_json({**_row(recipe), "notes": recipe.notes, "values": values})

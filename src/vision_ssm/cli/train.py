@@ -122,16 +122,21 @@ def _run(config: recipes.TrainConfig, run: RunOptions) -> int:
     # Not before the options are known to be right: these imports take seconds.
     from rich.console import Console
 
+    from vision_ssm.tasks.processes import process_rank
     from vision_ssm.tasks.recorder import Stopped
     from vision_ssm.tasks.train import train as train_classifier
 
     config = _absolute(config)
     path = run.resume if isinstance(run.resume, Path) else run.out
+    if path is None and config.processes > 1:
+        raise InputError("with several processes, say --out DIR: all of them have to know the folder of the run")
     if path is None:
         path = Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         train_classifier(config, RunFolder(path), resume=bool(run.resume), overwrite=run.overwrite, console=Console())
     except Stopped:
+        if process_rank(config):
+            return 0
         sys.stderr.write(f"\nStopped. Continue with: vision-ssm train --resume {path}\n")
         return INTERRUPTED
     return 0

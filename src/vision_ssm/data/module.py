@@ -209,6 +209,15 @@ class ImageData(lightning.LightningDataModule):
             self._check_unreadable(line)
         return images, targets
 
+    def gather_unreadable(self) -> None:
+        """Tell each of several processes what the others could not read; all have to call it."""
+        world = self._place()[1]
+        if world > 1:
+            parts: list[Any] = [None] * world
+            torch.distributed.all_gather_object(parts, self.unreadable)
+            for part in parts:
+                self.unreadable |= part
+
     def _check_unreadable(self, last: str) -> None:
         count, share = len(self.splits.train), self.max_unreadable
         allowed = max(1, int(share * count)) if share else 0

@@ -9,6 +9,9 @@ from typing import Any, Literal
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 """Names of Lightning's precision settings."""
 
+Tracker = Literal["tensorboard", "wandb"]
+"""Where else than in the folder of the run the figures of every epoch are shown."""
+
 Interpolation = Literal["bilinear", "bicubic", "random"]
 """How crops are resized; random takes bilinear or bicubic for each image."""
 
@@ -176,7 +179,7 @@ class TrainConfig:
     epochs: int = 100
     """Passes over the training images."""
     batch_size: int = 64
-    """Images that pass through the model together."""
+    """Images that pass through the model together, on each device."""
     accumulate: int = 1
     """Such batches per step of the optimiser, over which gradients are averaged."""
     seed: int = 0
@@ -186,15 +189,30 @@ class TrainConfig:
     distill: Distillation = field(default_factory=Distillation)
     precision: Precision = "32-true"
     """Number format of the computation."""
+    max_skipped: int = 10
+    """Steps in a row without a finite loss and gradient, each of which is skipped, after which training stops."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
+    devices: int = 1
+    """Devices of each machine; one process for each, or that many processes on the CPU."""
+    nodes: int = 1
+    """Machines."""
+    sync_batchnorm: bool = False
+    """Batch norms take the statistics of the images on all devices; not on the CPU."""
+    tracker: Tracker | None = None
+    """Show the figures of every epoch in TensorBoard or Weights & Biases too."""
     workers: int | None = None
     """Processes that load images; otherwise chosen from the number of cores. Results do not depend on it."""
 
     @property
+    def processes(self) -> int:
+        """Processes that train together."""
+        return self.devices * self.nodes
+
+    @property
     def images_per_step(self) -> int:
         """Images that each step of the optimiser sees."""
-        return self.batch_size * self.accumulate
+        return self.batch_size * self.accumulate * self.processes
 
 
 @dataclass(frozen=True, kw_only=True)

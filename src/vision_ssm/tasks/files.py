@@ -16,16 +16,15 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
-    # One fixed name, so that what a killed process left is overwritten by the next write.
-    temporary = path.with_name(f".{path.name}.tmp")
+    part = temporary(path)
     try:
-        with temporary.open("wb") as file:
+        with part.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(part, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         # torch.save hides the reason of a failed write behind a RuntimeError of its own.
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             error = error.__context__
@@ -33,6 +32,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             error.filename = error.filename or str(path)
             raise error from None
         raise
+
+
+def temporary(path: Path) -> Path:
+    """Where a file is until it is complete.
+
+    It is always the same, so that what a killed process left is overwritten by the next write.
+    """
+    return path.with_name(f".{path.name}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:

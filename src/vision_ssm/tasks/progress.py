@@ -67,12 +67,13 @@ class TrainingProgress(Callback):
         accuracy = float(figures["val/accuracy"])
         width = int(math.log10(trainer.max_epochs or 1)) + 1
         balanced = f" balanced {float(figures['val/balanced_accuracy']):6.1%}" if self.uneven else ""
+        skipped = f"  {pl_module.skipped} steps skipped, not finite" if pl_module.skipped else ""
         self._validation = f"  val {accuracy:.1%}"
         self.console.print(
             f"{trainer.current_epoch + 1:>{width}}/{trainer.max_epochs}"
             f"  train loss {now['loss']:.3f} acc {now['accuracy']:6.1%}"
             f"  val loss {float(figures['val/loss']):.3f} acc {accuracy:6.1%}{balanced}"
-            f"  {self._speed()}",
+            f"  {self._speed()}{skipped}",
             highlight=False,
             soft_wrap=True,
         )

@@ -71,7 +71,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class RunRecorder(Checkpoint):
-    """Keeps a run folder up to date: metrics, best and last weights, state to resume from.
+    """Keeps a run folder up to date: metrics, best and last weights, state to resume from. Tells trackers.
+
+    The first of several processes writes; all stop together when one of them is told to.
 
     Args:
         folder: The run folder.
@@ -106,6 +108,9 @@ class RunRecorder(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clocks."""
+        if threading.current_thread() is threading.main_thread():
+            # In place of Lightning's handler, which interrupts several processes at different steps.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
         self._since = self._saved = self._ready = time.monotonic()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -120,17 +125,17 @@ class RunRecorder(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count images; save inside the epoch if asked to stop or if it takes long."""
         now = time.monotonic()
-        self.images += len(batch[1])
+        self.images += len(batch[1]) * trainer.world_size
         self.seconds, self._since = self.seconds + now - self._since, now
         self._ready = now
         if batch_idx + 1 == trainer.num_training_batches:
             return  # the end of the epoch follows and saves
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # checkpoints hold no gradients
-        if self.stop.is_set() or now - self._saved > self.save_seconds:
+        if _any(trainer, self.stop.is_set() or now - self._saved > self.save_seconds):
             self._save(trainer, pl_module)
-        if self.stop.is_set():
-            raise Stopped
+            if _any(trainer, self.stop.is_set()):
+                raise Stopped
         self._ready = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -145,19 +150,24 @@ class RunRecorder(Checkpoint):
             "train_accuracy": training["accuracy"],
         }
         row |= {name.replace("/", "_"): value for name, value in figures.items() if name.startswith("val/")}
+        row |= {"skipped_steps": pl_module.skipped}
         row |= {"images_per_second": round(self.images_per_second, 1), "data_wait_ms": round(self.data_wait_ms, 2)}
+        for tracker in trainer.loggers:
+            tracker.log_metrics({name: value for name, value in row.items() if name != "epoch"}, step=row["epoch"])
+            tracker.save()
         best = max((self._rank(r) for r in self.history), default=None)
         self.history.append(row)
         self._reset()
-        if best is None or self._rank(row) > best:
+        if trainer.is_global_zero and (best is None or self._rank(row) > best):
             save_classifier(self.folder.best, pl_module.evaluated_model, self.spec)
         self._save(trainer, pl_module)
-        if self.stop.is_set() and trainer.max_epochs != trainer.current_epoch + 1:
+        if _any(trainer, self.stop.is_set()) and trainer.max_epochs != trainer.current_epoch + 1:
             raise Stopped
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Leave the list of unreadable images, which may be the reason."""
-        self.write_unreadable(trainer.datamodule)
+        if trainer.is_global_zero:
+            self.write_unreadable(trainer.datamodule)
 
     @property
     def images_per_second(self) -> float:
@@ -191,12 +201,22 @@ class RunRecorder(Checkpoint):
         self.images, self.seconds, self.steps, self.waited = 0, 0.0, 0, 0.0
 
     def _save(self, trainer: Trainer, module: ClassificationTask) -> None:
+        module.gather_sums()
+        trainer.datamodule.gather_unreadable()
+        # Weights first: a run that is killed after its last state was saved has no step left that would write them.
+        if trainer.is_global_zero:
+            save_classifier(self.folder.last, module.evaluated_model, self.spec)
         trainer.save_checkpoint(self.folder.state)
-        save_classifier(self.folder.last, module.evaluated_model, self.spec)
-        self.write_metrics()
-        self.write_unreadable(trainer.datamodule)
+        if trainer.is_global_zero:
+            self.write_metrics()
+            self.write_unreadable(trainer.datamodule)
         self._saved = time.monotonic()
 
     @staticmethod
     def _rank(row: dict[str, Any]) -> tuple[float, float]:
         return row["val_accuracy"], -row["val_loss"]
+
+
+def _any(trainer: Trainer, decision: bool) -> bool:
+    """Whether one of the processes says so; all have to ask."""
+    return trainer.strategy.reduce_boolean_decision(decision, all=False)

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import DigitsConfig, FolderConfig, TimmConfig, TrainConfig, from_dict, to_dict
-from vision_ssm.tasks.files import write_json
+from vision_ssm.tasks.files import temporary, write_json
 
 # They change neither weights nor figures.
-_FREE_ON_RESUME = ("device", "workers", "data.max_unreadable", "data.strict")
+_FREE_ON_RESUME = ("device", "workers", "max_skipped", "tracker", "data.max_unreadable", "data.strict")
 
 KINDS: dict[str, type[TrainConfig]] = {"digits": DigitsConfig, "folder": FolderConfig, "timm": TimmConfig}
 """The commands of `vision-ssm train`, and their configurations."""
@@ -71,6 +71,11 @@ class RunFolder:
         """Learning curves, confusion matrix and sheet of predictions."""
         return self.path / "curves.png", self.path / "confusion.png", self.path / "predictions.png"
 
+    @property
+    def tracker(self) -> Path:
+        """What a tracker keeps, if there is one."""
+        return self.path / "tracker"
+
     def check_free(self, *, overwrite: bool) -> None:
         """Refuse a folder that must not be written to.
 
@@ -79,15 +84,17 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file, not a folder")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if not overwrite and not self.is_unused():
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.is_unused():
+            if not overwrite:
                 raise InputError(f"{self.path} is not empty; add --overwrite, or --resume to continue the run in it")
             if not self.config.is_file():
                 raise InputError(f"{self.path} holds something else than a run; not overwriting it")
 
     def is_unused(self) -> bool:
-        """Whether a run was begun here but stopped before it saved anything."""
-        return {entry.name for entry in self.path.iterdir()} <= {self.config.name, self.model.name}
+        """Whether a run was begun here but stopped, or killed, before it saved its state."""
+        begun = (self.config, self.model, self.best, self.last, self.tracker, self.unreadable)
+        names = {path.name for path in begun} | {temporary(path).name for path in (*begun, self.state)}
+        return {entry.name for entry in self.path.iterdir()} <= names
 
     def clear(self) -> None:
         """Make the folder, empty; call `check_free` first."""
@@ -121,7 +128,7 @@ class RunFolder:
 
         Raises:
             InputError: There is no run, or nothing saved of it yet, or `config` differs from its configuration in
-                more than where and with how many workers it is computed, and how many images may be unreadable.
+                what changes the outcome.
         """
         saved = self.read_config()
         if type(saved) is not type(config):

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import torch
 from rich.console import Console
+from timm.layers import convert_sync_batchnorm
 from timm.optim import get_optimizer_info, list_optimizers
 
 from vision_ssm.data import ImageData, LabelledImages, load_splits, seeded
@@ -21,24 +22,31 @@ from vision_ssm.tasks.evaluation import Evaluation
 from vision_ssm.tasks.files import write_json
 from vision_ssm.tasks.optimisation import make_optimizer
 from vision_ssm.tasks.pictures import draw_confusion, draw_curves, draw_predictions
+from vision_ssm.tasks.processes import lost_another, process_rank, strategy_for
 from vision_ssm.tasks.progress import TrainingProgress
 from vision_ssm.tasks.recorder import RunRecorder, SafeCheckpointIO, stop_on_signals
 from vision_ssm.tasks.report import is_uneven, report_data, report_evaluation
 from vision_ssm.tasks.run_folder import RunFolder, weights_file
 from vision_ssm.tasks.spec import ModelSpec, check_takes, create_from_file, create_model, spec_for
+from vision_ssm.tasks.trackers import check_tracker, make_loggers
 
 _WEIGHTS = 3  # keeps the draws of the first weights apart from those of data and steps
 
 # Those of timm's that are functions of the step alone (not of the validation accuracy).
 _SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly")
 
-# True of Lightning's own loaders and modules, but not of these: the sampler resumes inside an epoch, and the
-# moving average is in evaluation mode on purpose. The last one is between Lightning and torch.
+# True of Lightning's own loaders and modules, but not of these: the sampler resumes inside an epoch, the moving average
+# is in evaluation mode on purpose, and what is logged is the same in all processes. The others are between Lightning
+# and torch, or of speed alone.
 _EXPECTED = (
     ".*ended before the epoch ended and your dataloader is not resumable.*",
     ".*does not have many workers.*",
     ".*in eval mode at the start of training.*",
+    ".*sync_dist=True.*",
+    ".*smaller than the logging interval.*",
     ".*LeafSpec.*is deprecated.*",
+    ".*`broadcast_buffers` is deprecated.*",
+    ".*Grad strides do not match bucket view strides.*",
 )
 
 
@@ -52,7 +60,9 @@ def train(
 ) -> Evaluation:
     """Train a classifier and leave a folder with configuration, weights, metrics and pictures.
 
-    Nothing is written, or removed, before configuration, data and model are known to be good.
+    Nothing is written, or removed, before configuration, data and model are known to be good. Where the
+    configuration asks for several processes, Lightning starts them with this process's command, unless torchrun or
+    SLURM has; the first of them writes and reports.
 
     Args:
         config: What to train and how.
@@ -69,15 +79,23 @@ def train(
         Stopped: Ctrl-C or SIGTERM came; the state has been saved.
         OSError: A file could not be written.
     """
-    console = console or Console(quiet=True)
     check(config)
+    rank = process_rank(config)
+    console = console if console is not None and rank == 0 else Console(quiet=True)
     if resume:
         folder.check_resumable(config)
-    else:
+    elif rank == 0:
         folder.check_free(overwrite=overwrite)
     device = find_device(config.device)
+    if device.type == "cpu" and config.sync_batchnorm:
+        raise InputError("--sync-batchnorm needs GPUs")
     splits = load_splits(config)
     report_data(splits, console)
+    if config.images_per_step > len(splits.train) and config.processes > 1:
+        raise InputError(
+            f"{config.processes} processes times --batch-size {config.batch_size} times --accumulate "
+            f"{config.accumulate} is larger than the {len(splits.train)} training images"
+        )
     spec = spec_for(config, splits.train.classes)
     try:
         train_transform = spec.train_transform(config.augment)
@@ -96,6 +114,8 @@ def train(
     teacher = load_teacher(config.distill.teacher, spec) if config.distill.teacher else None
     model = _first_model(config, spec, resume=resume)
     check_takes(model, spec.model, spec.image_size)
+    if config.sync_batchnorm:
+        model = convert_sync_batchnorm(model)
     optim = config.optim.for_batch(config.images_per_step)
     make_optimizer(model, optim)  # Lightning makes another one, but only once the folder has been cleared
     parameters = sum(p.numel() for p in model.parameters())
@@ -103,7 +123,16 @@ def train(
     console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input, {device}", highlight=False)
     if teacher is not None:
         console.print(f"       learns from {config.distill.teacher}", highlight=False, soft_wrap=True)
-    steps = config.epochs * data.batches_per_epoch // config.accumulate
+    if resume and folder.results.is_file():
+        console.print(f"Note   this run was complete: all {config.epochs} epochs are trained", highlight=False)
+    if optim.warmup_epochs >= config.epochs:
+        console.print(
+            f"Note   --optim.warmup-epochs {optim.warmup_epochs} do not fit into {config.epochs} epochs; "
+            f"the learning rate rises over {config.epochs - 1}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    steps = config.epochs * (len(splits.train) // config.images_per_step)
     if optim.ema and not optim.ema_warmup and steps * (1 - optim.ema) < 3:  # over 5 % of the first weights
         console.print(
             f"Note   {steps} steps are few for --optim.ema {optim.ema}: the average keeps much of the first weights; "
@@ -122,22 +151,30 @@ def train(
         seed=config.seed,
         teacher=teacher,
         distill=config.distill,
+        max_skipped=config.max_skipped,
     )
-    with stop_on_signals() as stop, _quiet_lightning():
+    with stop_on_signals() as stop, quiet_lightning():
         recorder = RunRecorder(folder, spec, stop)
         progress = TrainingProgress(console, recorder, uneven=is_uneven(splits.train))
         trainer = make_trainer(config, device, folder, [recorder, progress])
-        if not resume:
+        if not resume and rank == 0:
             folder.clear()
             folder.write_config(config)
             write_json(folder.model, to_dict(spec))
+        trainer.loggers = make_loggers(config.tracker, folder) if rank == 0 else []
         try:
             trainer.fit(task, data, ckpt_path=str(folder.state) if resume else None)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
-    classifier = load_classifier(folder.best, config.device, config.precision)
+        except RuntimeError as error:
+            if lost_another(error):
+                raise InputError("another process of this run has ended before; its own message says why") from error
+            raise
+    classifier = load_classifier(folder.best, str(trainer.strategy.root_device), config.precision)
     evaluation = evaluate(classifier, splits.val, config.batch_size, config.workers, console=console)
-    return finish(folder, recorder, evaluation, splits.val, console)
+    if rank == 0:
+        finish(folder, recorder, evaluation, splits.val, console)
+    return evaluation
 
 
 def check(config: TrainConfig) -> None:
@@ -151,6 +188,9 @@ def check(config: TrainConfig) -> None:
         "epochs": config.epochs,
         "batch-size": config.batch_size,
         "accumulate": config.accumulate,
+        "max-skipped": config.max_skipped,
+        "devices": config.devices,
+        "nodes": config.nodes,
         "optim.lr": optim.lr,
         "optim.lr-batch": optim.lr_batch,
         "optim.eps": optim.eps,
@@ -200,6 +240,7 @@ def check(config: TrainConfig) -> None:
     if config.crop == 0:
         raise InputError("--crop must be positive, got 0")
     _check_optimizer(optim)
+    check_tracker(config.tracker)
     if (augment.mixup or augment.cutmix) and config.batch_size % 2:
         raise InputError(f"mixup and CutMix pair images, so --batch-size must be even, not {config.batch_size}")
 
@@ -227,15 +268,19 @@ def _check_optimizer(optim: Optimisation) -> None:
 def make_trainer(
     config: TrainConfig, device: torch.device, folder: RunFolder, callbacks: list[Any]
 ) -> lightning.Trainer:
-    """Lightning's trainer on one device, with nothing printed and checkpoints written safely.
+    """Lightning's trainer with nothing printed and checkpoints written safely.
 
     Raises:
-        InputError: The device cannot compute in the precision asked for.
+        InputError: The device cannot compute in the precision asked for, or there are fewer.
     """
+    if config.devices > 1 and device.index is not None:
+        raise InputError(f"--device {device} is one; with --devices {config.devices} say --device {device.type}")
     try:
         return lightning.Trainer(
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
-            devices=1 if device.index is None or device.type == "cpu" else [device.index],
+            devices=config.devices if device.index is None or device.type == "cpu" else [device.index],
+            num_nodes=config.nodes,
+            strategy=strategy_for(config),
             precision=config.precision,
             max_epochs=config.epochs,
             gradient_clip_val=config.optim.clip_grad,
@@ -243,7 +288,7 @@ def make_trainer(
             callbacks=callbacks,
             plugins=[SafeCheckpointIO()],
             default_root_dir=folder.path,
-            logger=False,
+            logger=False,  # added later: some write at once
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -255,7 +300,7 @@ def make_trainer(
 
 def finish(
     folder: RunFolder, recorder: RunRecorder, evaluation: Evaluation, images: LabelledImages, console: Console
-) -> Evaluation:
+) -> None:
     """Write results and pictures and print where they are."""
     recorder.write_metrics()
     best = recorder.best_row()
@@ -276,7 +321,6 @@ def finish(
         ("Weights", folder.best),
     ):
         console.print(f"{what:<12} {path}", highlight=False, soft_wrap=True)
-    return evaluation
 
 
 def _max_unreadable(config: TrainConfig) -> float:
@@ -295,7 +339,7 @@ def _first_model(config: TrainConfig, spec: ModelSpec, *, resume: bool) -> torch
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Keep Lightning's tips and the warnings that do not apply off the terminal, and only those."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
