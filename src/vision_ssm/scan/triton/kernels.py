@@ -357,6 +357,14 @@ def chain_kernel(through, ends, elements, chunks, REVERSE: tl.constexpr, CHUNKS:
         carry = _edge(a_all * carry[None, :] + b_all, CHUNKS - 1)
 
 
+@triton.jit
+def _add(out, values, mask, ADD: tl.constexpr):
+    """Store values, or add them to what is there."""
+    if ADD:
+        values += tl.load(out, mask=mask, other=0.0)
+    tl.store(out, values, mask=mask)
+
+
 @triton.jit(do_not_specialize=_ANY)
 def forward_kernel(
     x, dbc, delta, A, dt_weight, dt_bias, D, route_weight, route_index, read, write, starts, y, last_state,
@@ -433,19 +441,8 @@ def forward_kernel(
                     tl.store(last_state + final[:, :, None] + (c * N + n)[None, None, :], h, mask=is_last)
             out = y + (target * channels)[:, :, None] + (offset + c)[None, None, :]
             mask = _mask(written, inside, WHOLE)
-            y_t *= scale
-            if ADD:
-                y_t += tl.load(out, mask=mask, other=0.0)
-            tl.store(out, y_t, mask=mask)
+            _add(out, y_t * scale, mask, ADD)
         tl.debug_barrier()  # the next route adds to what other threads have written
-
-
-@triton.jit
-def _add(out, values, mask, ADD: tl.constexpr):
-    """Store values, or add them to what is there."""
-    if ADD:
-        values += tl.load(out, mask=mask, other=0.0)
-    tl.store(out, values, mask=mask)
 
 
 @triton.jit(do_not_specialize=_ANY)
