@@ -121,7 +121,7 @@ def backend_for(device: torch.device | str, dtype: torch.dtype = torch.float32) 
         chosen = _BY_DEVICE.get(kind, "portable")
         if not BACKENDS[chosen].available():
             chosen = "portable"
-            if kind == "cuda":
+            if kind == "cuda" and triton.load_kernels() is None:
                 triton.warn_of_fallback()
     return chosen if BACKENDS[chosen].takes(kind, dtype) else "portable"
 

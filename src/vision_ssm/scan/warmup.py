@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +27,9 @@ def warmup(
     Raises:
         ValueError: If a size or the batch is smaller than 1, or there is no size.
     """
-    pairs = [(s, s) if isinstance(s, int) else tuple(s) for s in ([sizes] if isinstance(sizes, int) else sizes)]
-    if not pairs or any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+    given = [sizes] if isinstance(sizes, int) else list(sizes)
+    pairs = [(size, size) if isinstance(size, int) else size for size in given]
+    if not pairs or not all(_is_pair(pair) for pair in pairs):
         raise ValueError(f"sizes must be positive numbers of pixels or pairs of them, at least one, got {sizes!r}")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
@@ -49,3 +51,7 @@ def warmup(
             module.training = mode
     if parameter.device.type == "cuda":
         torch.cuda.synchronize(parameter.device)
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair)
