@@ -25,7 +25,7 @@ from torch import Tensor
 from models import SETS, SWIN, build, names_of
 from scan import Shape
 from vision_ssm.analysis import machine_settings, measure_speed
-from vision_ssm.scan import CROSS_SCAN, available_backends, build_routes, route_scan, use_backend
+from vision_ssm.scan import CROSS_SCAN, Routes, available_backends, build_routes, portable, route_scan, use_backend
 from vision_ssm.scan import triton as backend
 from vision_ssm.scan.arguments import ScanArguments
 
@@ -101,7 +101,7 @@ def measure_operator(
     row["ratio_to_floor"] = row["forward_ms"] / row["floor_ms"]
     row["ratio_to_forward"] = row["both_ms"] / row["forward_ms"]
     if not quick:
-        row["portable_ms"] = _or_none(partial(_time_portable, forward, device, seconds))
+        row["portable_ms"] = _or_none(partial(_time_portable, arguments_of(tensors, routes), device, seconds))
     if importlib.util.find_spec("mamba_ssm") and device.type == "cuda":
         row["published_ms"] = _or_none(partial(_time_published, shape, tensors, routes, device, seconds))
     for name in ("portable", "published"):
@@ -110,12 +110,21 @@ def measure_operator(
     return row
 
 
-def _time_portable(forward: Callable[[], Tensor], device: torch.device, seconds: float) -> float:
-    with use_backend("portable"):
-        return milliseconds(torch.compile(forward), device, seconds)
+def arguments_of(tensors: dict[str, Tensor], routes: Routes) -> ScanArguments:
+    """Return a call as the backends take it."""
+    return ScanArguments(read=routes.read, write=routes.write, **tensors)
 
 
-def _time_published(shape: Shape, tensors: dict[str, Tensor], routes: Any, device: Any, seconds: float) -> float:
+def _time_portable(args: ScanArguments, device: torch.device, seconds: float) -> float:
+    # Not through the operator, into which torch.compile does not look.
+    step = torch.compile(portable.scan)
+    with torch.no_grad():
+        return milliseconds(partial(step, args, args.x.dtype), device, seconds)
+
+
+def _time_published(
+    shape: Shape, tensors: dict[str, Tensor], routes: Routes, device: torch.device, seconds: float
+) -> float:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     image = tensors["x"].unflatten(1, (shape.height, shape.width)).permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
@@ -148,7 +157,7 @@ def measure_tiles(shape: Shape, batch: int, device: torch.device, quick: bool, s
     """Time the candidates for a shape's tiles."""
     tensors = {name: tensor.to(device) for name, tensor in shape.tensors(batch, torch.bfloat16).items()}
     routes = build_routes(CROSS_SCAN, shape.height, shape.width, device)
-    args = ScanArguments(read=routes.read, write=routes.write, **tensors)
+    args = arguments_of(tensors, routes)
     grad = torch.randn_like(args.x)
     rows = []
     candidates = itertools.product((4, 8), (8, 16, 32), (16, 32, 64), (1, 2, 4))

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,18 @@ def main() -> int:
             continue
         seen.add(key)
         tile = "x".join(str(constants[n]) for n in ("Q", "S", "C") if n in constants)
-        row |= dict(states=states, rank=rank, tile=tile, warps=more["num_warps"])
+        row |= dict(states=states, rank=rank, tile=tile, warps=more["num_warps"], triton=version("triton"))
         rows.append(row | resources(compile_kernel(kernel, values, more, TARGETS[target]), TARGETS[target]))
     columns = [("kernel", "{kernel}"), ("target", "{target}"), ("map", "{map}"), (">batch", "{batch}")]
     columns += [(">N", "{states}"), (">R", "{rank}"), ("tile Q x S x C", "{tile}"), (">warps", "{warps}")]
     columns += [(">registers", "{registers}"), (">spilled bytes", "{spilled_bytes}")]
     columns += [(">shared bytes", "{shared}")]
-    common.show("Triton kernels, bfloat16, a cross scan", rows, columns, ["Registers and spilled bytes: per thread."])
+    common.show(
+        f"Kernels compiled by Triton {version('triton')}, bfloat16, a cross scan",
+        rows,
+        columns,
+        ["Registers and spilled bytes: per thread."],
+    )
     if options.csv:
         common.write_csv(options.csv, rows)
     return 1 if any(row["spilled_bytes"] for row in rows) else 0

@@ -41,7 +41,7 @@ def test_precisions(case, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_size(backend, data):
     side_by_side = data.draw(st.booleans())

@@ -17,6 +17,7 @@ from compare import TOLERANCE, assert_equal_to_reference, device, error
 import vision_ssm
 from vision_ssm.scan import ROWS, backend_for, build_routes, route_scan, triton, use_backend
 from vision_ssm.scan.arguments import ScanArguments
+from vision_ssm.scan.backends import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 needs_kernels = pytest.mark.skipif(not triton.available(), reason="no Triton here, or no GPU")
@@ -133,15 +134,10 @@ def test_small_step_sizes_keep_their_digits():
     assert ((y[0].double() - expected) / expected).abs().max() < 2e-6
 
 
-@needs_kernels
-def test_plans_do_not_depend_on_values():
-    call = Case(batch=3).make(torch.float32)
-    plans = [triton.make_plan(arguments(c), triton.FORWARD) for c in (call, Case(batch=3).make(torch.float32, seed=5))]
-    assert plans[0] == plans[1]
-
-
 def test_missing_triton_is_said_once(monkeypatch):
-    assert backend_for("cuda") in ("triton", "portable")  # no warning where only the GPU is missing
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # where only the GPU is missing, there is nothing to say
+        backend_for("cuda")
     monkeypatch.setattr(triton, "load_kernels", lambda: None)
     triton.warn_of_fallback.cache_clear()
     with pytest.warns(RuntimeWarning, match="Triton is not installed"):
@@ -156,9 +152,6 @@ def test_missing_triton_is_said_once(monkeypatch):
 
 
 def test_a_gpu_uses_triton_but_for_float64(monkeypatch):
-    monkeypatch.setattr(triton, "available", lambda: True)
-    from vision_ssm.scan.backends import BACKENDS
-
     monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], available=lambda: True))
     assert backend_for("cuda") == "triton"
     assert backend_for("cuda", torch.bfloat16) == "triton"

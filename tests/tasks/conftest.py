@@ -1,3 +1,4 @@
+import dataclasses
 import signal
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from PIL import Image
 
 import vision_ssm.tasks.train as training
+from vision_ssm.recipes import Augmentation, Optimisation, small
 from vision_ssm.tasks.recorder import RunRecorder
 
 
@@ -20,6 +22,22 @@ def images(tmp_path_factory):
             pixels[..., channel] += 100
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
     return root
+
+
+@pytest.fixture
+def config(images):
+    """A run of a few seconds in which everything draws at random."""
+    return dataclasses.replace(
+        small(images),
+        model="test_convnext",
+        drop_path=0.2,
+        epochs=3,
+        batch_size=8,
+        workers=0,
+        device="cpu",
+        augment=Augmentation(mixup=0.5, cutmix=0.5, auto_augment="rand-m5"),
+        optim=Optimisation(lr=3e-3, warmup_epochs=1, ema=0.8),
+    )
 
 
 @pytest.fixture

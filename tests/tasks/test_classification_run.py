@@ -10,25 +10,10 @@ from PIL import Image
 
 import vision_ssm.tasks.train as training
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Augmentation, Optimisation, from_dict, small, to_dict
+from vision_ssm.recipes import Augmentation, Optimisation, from_dict, to_dict
 from vision_ssm.tasks.classifier import evaluate, load_classifier
 from vision_ssm.tasks.recorder import RunRecorder, Stopped
 from vision_ssm.tasks.run_folder import RunFolder
-
-
-@pytest.fixture
-def config(images):
-    return dataclasses.replace(
-        small(images),
-        model="test_convnext",
-        drop_path=0.2,
-        epochs=3,
-        batch_size=8,
-        workers=0,
-        device="cpu",
-        augment=Augmentation(mixup=0.5, cutmix=0.5, auto_augment="rand-m5"),
-        optim=Optimisation(lr=3e-3, warmup_epochs=1, ema=0.8),
-    )
 
 
 def test_run_leaves_a_folder_that_is_enough_to_use_it(config, tmp_path):

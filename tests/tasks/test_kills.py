@@ -1,4 +1,3 @@
-import dataclasses
 import multiprocessing
 import os
 import random
@@ -7,33 +6,16 @@ import signal
 import sys
 import time
 
-import pytest
 import safetensors.torch
 import torch
 
 from vision_ssm.cli import main
-from vision_ssm.recipes import Augmentation, Optimisation, small
 from vision_ssm.tasks.run_folder import RunFolder
 from vision_ssm.tasks.train import train
 
 # A server with everything imported makes each of the processes that get killed in a moment.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["vision_ssm.tasks.train", "vision_ssm.cli.train"])
-
-
-@pytest.fixture
-def config(images):
-    return dataclasses.replace(
-        small(images),
-        model="test_convnext",
-        drop_path=0.2,
-        epochs=3,
-        batch_size=8,
-        workers=0,
-        device="cpu",
-        augment=Augmentation(mixup=0.5, cutmix=0.5),
-        optim=Optimisation(lr=3e-3, warmup_epochs=1, ema=0.8),
-    )
 
 
 def killed_at(event, file, count):
@@ -84,12 +66,14 @@ def test_killed_again_and_again_and_resumed_is_bit_identical(config, tmp_path):
     ]
     size = {path.name: path.stat().st_size for path in whole.path.iterdir()}
     assert size["last.safetensors"] < 1_500_000 < size["last.ckpt"]
-    for death in deaths:
+    for number, death in enumerate(deaths):
         process = start(config, parts, death)
         if death is None:
             time.sleep(random.uniform(0.1, 0.6))
             process.kill()
         process.join()
+        if process.exitcode == 0 and number >= deaths.index(None):
+            break  # the one at a random time came so far that fewer were left
         assert process.exitcode < 0, death
     process = start(config, parts, None)
     process.join()

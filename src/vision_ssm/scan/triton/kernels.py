@@ -16,6 +16,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # Three products in TF32 are as exact as one in float32; AMD has no such mode.
 PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
+# Up to this rank, step sizes are multiply-adds: the way to the tensor cores and back would take longer. The backward
+# pass has fewer registers to spare: above 8 it would spill on sm_80.
+FEW_FORWARD = tl.constexpr(16)
+FEW_BACKWARD = tl.constexpr(8)
+
 # Sizes that change from call to call and on whose divisors no vector load depends: no kernel of their own for each.
 _ANY = ("batch", "tokens", "steps", "routes", "taken", "images", "tiles", "chunks", "parts")
 
@@ -188,7 +193,7 @@ def _load_tile(
     x_t = tl.load(x + (row * channels)[:, :, None] + (offset + c)[None, None, :], mask=here, other=0.0).to(tl.float32)
     if delta is None:
         dbc_group = tl.where(dbc_groups > 1, route, 0)
-        if R <= FEW:  # so few multiply-adds that the way to the tensor cores would take longer
+        if R <= FEW:
             raw = tl.zeros(x_t.shape, tl.float32)
             for r in tl.static_range(R):
                 low = _load_column(dbc, row, valid, dbc_group, dbc_groups, r, R + 2 * N)
@@ -306,7 +311,7 @@ def summary_kernel(
         first = (chunk * tiles + tile) * Q * S
         live, step, row, valid, x_t, step_size = _load_tile(
             first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, 16,
+            dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, FEW_FORWARD,
         )  # fmt: skip
         if grad_y is not None:
             g = scale * _load_gradient(
@@ -413,7 +418,7 @@ def forward_kernel(
             first = (chunk * tiles + tile) * Q * S
             live, step, row, valid, x_t, step_size = _load_tile(
                 first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, 16,
+                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, FEW_FORWARD,
             )  # fmt: skip
             v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
             target, written = row, valid
@@ -504,7 +509,7 @@ def backward_kernel(
             first = number * Q * S
             live, step, row, valid, x_t, step_size = _load_tile(
                 first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, 8,
+                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, FEW_BACKWARD,
             )  # fmt: skip
             of_y = _load_gradient(
                 first, grad_y, write, row, valid, end, route, limit, c, inside, channels, offset, steps, tokens,
