@@ -112,7 +112,7 @@ def measure_operator(
 
 def arguments_of(tensors: dict[str, Tensor], routes: Routes) -> ScanArguments:
     """Return a call as the backends take it."""
-    return ScanArguments(read=routes.read, write=routes.write, **tensors)
+    return ScanArguments(read=routes.read, write=routes.write, complete=routes.complete, **tensors)
 
 
 def _time_portable(args: ScanArguments, device: torch.device, seconds: float) -> float:
@@ -160,7 +160,7 @@ def measure_tiles(shape: Shape, batch: int, device: torch.device, quick: bool, s
     args = arguments_of(tensors, routes)
     grad = torch.randn_like(args.x)
     rows = []
-    candidates = itertools.product((4, 8), (8, 16, 32), (16, 32, 64), (1, 2, 4))
+    candidates = itertools.product((1, 2, 4), (8, 16, 32), (16, 32), (1, 2, 4))
     for tile in [backend.Tile(*candidate) for candidate in candidates][: 1 if quick else None]:
         row: dict[str, Any] = dict(table="tiles", shape=str(shape), states=shape.states, rank=shape.rank, batch=batch)
         row |= dict(Q=tile.Q, S=tile.S, C=tile.C, warps=tile.warps)

@@ -57,7 +57,7 @@ def launches(side: int, channels: int, states: int, rank: int, batch: int) -> li
     tensors = Shape(side, side, channels, states, rank).tensors(1, torch.bfloat16)
     tensors = {name: t.expand(batch, *t.shape[1:]) if name in ("x", "dbc") else t for name, t in tensors.items()}
     routes = build_routes(CROSS_SCAN, side, side)
-    args = ScanArguments(read=routes.read, write=routes.write, **tensors)
+    args = ScanArguments(read=routes.read, write=routes.write, complete=routes.complete, **tensors)
     calls: list[Launch] = []
     kernels = backend.load_kernels()
     originals = {name: getattr(kernels, name) for name in KERNELS}

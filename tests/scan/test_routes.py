@@ -73,6 +73,23 @@ def test_atrous_scan_equals_the_published_example():
 @given(height=st.integers(1, 12), width=st.integers(1, 12), path=st.sampled_from(FULL))
 def test_full_paths_visit_every_token_once(height, width, path):
     assert path.tokens(height, width).sort().values.tolist() == list(range(height * width))
+    assert path.complete
+
+
+@pytest.mark.parametrize(
+    ("paths", "complete"),
+    [
+        (CROSS_SCAN, True),
+        (ATROUS_SCAN, False),
+        ((ROWS, SkipSampled(step=1)), True),
+        ((Shifted(ROWS), ROWS), False),
+        ((Windowed(2), Snake()), True),
+    ],
+    ids=["cross", "atrous", "each one sampled", "shifted", "windows"],
+)
+def test_routes_know_whether_they_visit_all_tokens(paths, complete):
+    routes = build_routes(paths, 3, 4)
+    assert routes.complete == routes.to("meta").complete == complete
 
 
 @settings(deadline=None)

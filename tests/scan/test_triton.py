@@ -24,7 +24,8 @@ needs_kernels = pytest.mark.skipif(not triton.available(), reason="no Triton her
 
 
 def arguments(call):
-    return ScanArguments(read=call.routes.read, write=call.routes.write, **call.tensors, **call.switches)
+    routes = dict(read=call.routes.read, write=call.routes.write, complete=call.routes.complete)
+    return ScanArguments(**routes, **call.tensors, **call.switches)
 
 
 @pytest.fixture
@@ -72,13 +73,13 @@ def test_short_routes_share_a_program(case):
 def test_routes_are_added_in_one_program_or_in_many(monkeypatch):
     call = Case(batch=2, height=5, width=4).make(torch.float32)
     results = []
-    for number, parts in ((0, 1), (1000, 4)):
+    for number, parts in ((0, 1), (1, 2), (1000, 4)):
         monkeypatch.setattr(triton, "processors", lambda device, number=number: number)
         assert triton.make_plan(arguments(call), triton.FORWARD_MANY_STATES).parts == parts
         assert_equal_to_reference(call, "triton", torch.float32)
         with use_backend("triton"):
             results.append(call.on(device("triton")).gradients())
-    assert error(results[0][0], results[1][0].cpu()) < 1e-6
+    assert all(error(results[0][0], other[0].cpu()) < 1e-6 for other in results[1:])
 
 
 @needs_kernels

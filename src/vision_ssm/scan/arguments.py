@@ -27,6 +27,7 @@ class ScanArguments:
     route_weight: Tensor | None = None  # (B, K')
     softplus: bool = True
     inclusive: bool = True
+    complete: bool = False  # every route reads and writes every token
 
     PER_IMAGE: ClassVar = ("x", "dbc", "delta", "route_index", "route_weight")
     SHARED: ClassVar = ("dt_weight", "dt_bias", "A", "D")
@@ -72,7 +73,7 @@ class ScanArguments:
         tensors = [self.x, self.dbc, self.A, self.read, self.write, self.delta, self.dt_weight, self.dt_bias, self.D]
         tensors += [self.route_index, self.route_weight]
         shapes = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
-        return (*shapes, self.softplus, self.inclusive)
+        return (*shapes, self.softplus, self.inclusive, self.complete)
 
     def images(self, group: slice) -> ScanArguments:
         """Return the same call for some of the images."""

@@ -17,7 +17,7 @@ from vision_ssm.scan.routes import Routes
 
 _ARGUMENTS = (
     "Tensor x, Tensor dbc, Tensor A, Tensor read, Tensor write, Tensor? delta, Tensor? dt_weight, "
-    "Tensor? dt_bias, Tensor? D, Tensor? route_index, Tensor? route_weight, bool softplus, bool inclusive"
+    "Tensor? dt_bias, Tensor? D, Tensor? route_index, Tensor? route_weight, bool softplus, bool inclusive, bool complete"
 )
 _DIFFERENTIABLE = ("x", "dbc", "A", "delta", "dt_weight", "dt_bias", "D", "route_weight")
 _NAMES = tuple(part.split()[-1] for part in _ARGUMENTS.split(", "))
@@ -92,7 +92,7 @@ def route_scan(
     for name, switch in dict(**switches, float_output=float_output, return_last_state=return_last_state).items():
         if not isinstance(switch, bool):
             raise TypeError(f"{name} must be True or False, got {switch!r}")
-    args = ScanArguments(x, dbc, A, routes.read, routes.write, **tensors, **switches)
+    args = ScanArguments(x, dbc, A, routes.read, routes.write, **tensors, **switches, complete=routes.complete)
     check_arguments(args)
     if x.shape[1] != routes.tokens:
         raise ValueError(f"x has {x.shape[1]} tokens, but the routes were built for {routes.tokens}")

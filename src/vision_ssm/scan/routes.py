@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ class Path:
     A path is a value: it compares, hashes and pickles by its fields. Tokens are numbered
     row by row, ``row * width + column``. Subclasses implement :meth:`tokens`.
     """
+
+    complete: ClassVar[bool] = False
+    """Whether every token of any map is read and written, each once. Backends then need not clear outputs."""
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """Return the visited tokens in order, (T,) int64; -1 stands for a padding token.
@@ -43,6 +47,8 @@ class Path:
 class Rows(Path):
     """Row by row from the top left, each from left to right."""
 
+    complete = True
+
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """See :meth:`Path.tokens`."""
         return torch.arange(height * width, device=device)
@@ -51,6 +57,8 @@ class Rows(Path):
 @dataclass(frozen=True)
 class Snake(Path):
     """Row by row, every other row backwards, so that neighbouring steps are neighbouring tokens."""
+
+    complete = True
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """See :meth:`Path.tokens`."""
@@ -62,6 +70,8 @@ class Snake(Path):
 class Diagonal(Path):
     """Diagonals from the top right corner to the bottom left one, each downwards to the right."""
 
+    complete = True
+
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """See :meth:`Path.tokens`."""
         row, column = _grid(height, width, device)
@@ -71,6 +81,8 @@ class Diagonal(Path):
 @dataclass(frozen=True)
 class AntiDiagonal(Path):
     """Anti-diagonals from the top left corner to the bottom right one, each downwards to the left."""
+
+    complete = True
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """See :meth:`Path.tokens`."""
@@ -91,6 +103,7 @@ class Windowed(Path):
         ValueError: If ``size`` is smaller than 1.
     """
 
+    complete = True
     size: int = 7
 
     def __post_init__(self) -> None:
@@ -146,6 +159,11 @@ class Transposed(Path):
 
     path: Path
 
+    @property
+    def complete(self) -> bool:  # type: ignore[override]
+        """See :attr:`Path.complete`."""
+        return self.path.complete
+
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """See :meth:`Path.tokens`."""
         tokens = self.path.tokens(width, height, device)
@@ -158,6 +176,11 @@ class Reversed(Path):
     """A path walked from its end to its beginning."""
 
     path: Path
+
+    @property
+    def complete(self) -> bool:  # type: ignore[override]
+        """See :attr:`Path.complete`."""
+        return self.path.complete
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """See :meth:`Path.tokens`."""
@@ -207,6 +230,8 @@ class Routes:
             token: its input is zero and the state decays.
         write: Token to which each step's output is added, (K, T); -1 drops the output. ``None``: as ``read``.
         tokens: Number of tokens the indices refer to.
+        complete: Whether every route reads and writes every token, for tracing, where values are not seen;
+            otherwise it is found out.
 
     Raises:
         TypeError: If an index tensor is not an integer tensor.
@@ -217,8 +242,11 @@ class Routes:
     read: Tensor
     write: Tensor
     tokens: int
+    complete: bool
 
-    def __init__(self, read: Tensor, write: Tensor | None = None, *, tokens: int) -> None:
+    def __init__(
+        self, read: Tensor, write: Tensor | None = None, *, tokens: int, complete: bool = False
+    ) -> None:
         write = read if write is None else write
         for name, index in (("read", read), ("write", write)):
             if not isinstance(index, Tensor):
@@ -237,10 +265,13 @@ class Routes:
             _check_values("read", read, tokens)
             if write is not read:
                 _check_values("write", write, tokens)
+            # No token is named twice, so those that are named can be counted.
+            complete = all(bool(((index >= 0).sum(1) == tokens).all()) for index in (read, write))
         read32 = read.to(torch.int32).contiguous()
         object.__setattr__(self, "read", read32)
         object.__setattr__(self, "write", read32 if write is read else write.to(torch.int32).contiguous())
         object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "complete", complete)
 
     def __len__(self) -> int:
         return self.read.shape[0]
@@ -252,6 +283,7 @@ class Routes:
         object.__setattr__(moved, "read", read)
         object.__setattr__(moved, "write", read if self.write is self.read else self.write.to(device))
         object.__setattr__(moved, "tokens", self.tokens)
+        object.__setattr__(moved, "complete", self.complete)
         return moved
 
 
@@ -293,9 +325,10 @@ def _build(paths: Sequence[Path], height: int, width: int, device: torch.device)
         if len(set(lengths)) > 1:
             raise ValueError(f"paths must have the same number of steps, got {lengths} on a {height}x{width} map")
     read = torch.stack([read for read, _ in steps]).to(torch.int32)
-    if all(step_read is step_write for step_read, step_write in steps):
-        return Routes(read, tokens=height * width)
-    return Routes(read, torch.stack([write for _, write in steps]).to(torch.int32), tokens=height * width)
+    write = None
+    if not all(step_read is step_write for step_read, step_write in steps):
+        write = torch.stack([write for _, write in steps]).to(torch.int32)
+    return Routes(read, write, tokens=height * width, complete=all(path.complete for path in paths))
 
 
 def _holds_values(index: Tensor) -> bool:

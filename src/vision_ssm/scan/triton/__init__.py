@@ -38,7 +38,7 @@ class Plan:
     tile: Tile
     images: int  # of a group; they follow each other in one sequence
     groups: int
-    parts: int  # into which the routes of a group are split: 1, or one for each
+    parts: int  # into which the routes of a group are split
     chunks: int  # of a sequence
     tiles: int  # of a chunk
     blocks: int  # of channels
@@ -49,11 +49,11 @@ class Plan:
         return self.groups * self.parts * self.chunks * self.blocks
 
 
-# Of those that spill nothing on any target (benchmarks/triton_resources.py), the ones with the fewest instructions;
-# `benchmarks/gpu.py --only tiles` times others.
-FORWARD = Tile(Q=4, S=8, C=32, warps=2)
-FORWARD_MANY_STATES = Tile(Q=4, S=8, C=16, warps=2)
-BACKWARD = Tile(Q=2, S=8, C=16, warps=2)
+# Of those that spill nothing on any target (benchmarks/triton_resources.py), the ones with the fewest instructions.
+# Programs of one warp wait for nobody; `benchmarks/gpu.py --only tiles` times others.
+FORWARD = Tile(Q=4, S=8, C=16, warps=1)
+FORWARD_MANY_STATES = BACKWARD = Tile(Q=1, S=16, C=16, warps=1)
+BACKWARD_LARGE = Tile(Q=2, S=8, C=16, warps=2)  # for many states or a large rank
 # Triton 3.10 does not fuse multiply-adds by itself. NVIDIA's assembler spills registers now and then to use fewer,
 # unless told how many there are.
 _OPTIONS: dict[str, Any] = dict(enable_fp_fusion=True) | ({} if torch.version.hip else dict(maxnreg=255))
@@ -106,34 +106,30 @@ def forward(args: ScanArguments, dtype: torch.dtype, tile: Tile | None = None) -
     """Return the outputs in ``dtype``, (B, L, C), and the state after the last step, (B, K', Dk, N)."""
     args = _prepared(args)
     plan = make_plan(args, tile or (FORWARD if args.state_size == 1 else FORWARD_MANY_STATES))
-    batch, tokens, channels = args.x.shape
-    once = args.side_by_side or args.routes_per_image == 1  # every output is written once
-    partial = plan.parts > 1 and not once
-    y = args.x.new_zeros(
-        (plan.parts if partial else 1, batch, tokens, channels), dtype=dtype if once else torch.float32
-    )
-    state = _floats(args, batch, args.routes_per_image, args.channels_per_route, args.state_size)
+    once = args.side_by_side or args.routes_per_image == 1
+    y, y_sums, adding = _added(args, plan, dtype, once)
+    state = _floats(args, args.x.shape[0], args.routes_per_image, args.channels_per_route, args.state_size)
     starts = None
     if plan.chunks > 1:
         through, starts, _ = _summaries(args, plan, plan.chunks, plan.tiles)
         _chain(through, starts, reverse=False)
     _launch(
         "forward_kernel", plan.programs, plan.tile, args,
-        starts, y, state, *_sizes(args, plan, plan.tiles, plan.chunks), plan.parts, y.stride(0) if partial else 0,
-        *_strides(args, "dbc delta A dt_weight dt_bias D"),
-        **_constants(args, plan), INCLUSIVE=args.inclusive, ADD=not once and not partial,
+        starts, y, y_sums, state, *_sizes(args, plan, plan.tiles, plan.chunks), plan.parts,
+        0 if y.shape[0] == 1 else y.stride(0), *_strides(args, "dbc delta A dt_weight dt_bias D"),
+        **_constants(args, plan), INCLUSIVE=args.inclusive, **adding,
         given="x dbc delta A dt_weight dt_bias D route_weight route_index read write",
     )  # fmt: skip
-    return (y.sum(0) if partial else y[0]).to(dtype), state
+    return _sum(y, dtype), state
 
 
 def backward(
-    args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None, tile: Tile = BACKWARD
+    args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None, tile: Tile | None = None
 ) -> dict[str, Tensor]:
     """Return the gradients of all differentiable arguments, from those of outputs and last state."""
     wanted = args
     args = _prepared(args)
-    plan = make_plan(args, tile)
+    plan = make_plan(args, tile or (BACKWARD if args.state_size == 1 and args.rank <= 32 else BACKWARD_LARGE))
     grad_y = grad_y.contiguous()
     grad_state = None if grad_state is None else grad_state.float().contiguous()
     all_tiles = plan.tiles * plan.chunks
@@ -148,30 +144,32 @@ def backward(
         taken == 1 or (tensor is not None and tensor.shape[2] > 1 and args.route_index is None)
         for tensor in (args.dbc, args.delta)
     )
-    x_parts, dbc_parts, delta_parts = (1 if once else plan.parts for once in (x_once, dbc_once, delta_once))
-    grad_x = args.x.new_zeros((x_parts, *args.x.shape), dtype=args.x.dtype if x_once else torch.float32)
-    grad_dbc = _floats(args, plan.blocks, dbc_parts, *args.dbc.shape).zero_()
+    grad_x, x_sums, adding = _added(args, plan, args.x.dtype, x_once)
+    dbc_parts, delta_parts = (1 if once else plan.parts for once in (dbc_once, delta_once))
+    grad_dbc = _floats(args, plan.blocks, dbc_parts, *args.dbc.shape)
+    if not (_complete(args) and dbc_once and args.dbc.shape[2] == taken):
+        grad_dbc.zero_()
     grad_delta = None if args.delta is None else _floats(args, delta_parts, *args.delta.shape).zero_()
     of_parameters = _floats(args, plan.groups, taken, plan.chunks, rank + states + 2, width)
     of_weight = None
     if args.route_weight is not None:
         of_weight = _floats(args, plan.blocks, *args.route_weight.shape, args.read.shape[1])
-    loop = plan.parts == 1
+    loop = plan.parts < taken
     _launch(
         "backward_kernel", plan.programs, plan.tile, args,
-        starts, reverse_starts, grad_y, grad_state, grad_x, grad_dbc, grad_delta, of_parameters, of_weight,
+        starts, reverse_starts, grad_y, grad_state, grad_x, x_sums, grad_dbc, grad_delta, of_parameters, of_weight,
         *_sizes(args, plan, plan.tiles, plan.chunks), plan.parts,
         *(0 if parts == 1 else tensor.stride(axis) for parts, tensor, axis in (
-            (x_parts, grad_x, 0), (plan.blocks, grad_dbc, 0), (dbc_parts, grad_dbc, 1),
+            (grad_x.shape[0], grad_x, 0), (plan.blocks, grad_dbc, 0), (dbc_parts, grad_dbc, 1),
         )),
         0 if grad_delta is None or delta_parts == 1 else grad_delta.stride(0),
         *_strides(args, "dbc delta A dt_weight dt_bias D"),
         **_constants(args, plan), INCLUSIVE=args.inclusive,
-        ADD=loop and not x_once, ADD_DBC=loop and not dbc_once, ADD_DELTA=loop and not delta_once,
+        **adding, ADD_DBC=loop and not dbc_once, ADD_DELTA=loop and not delta_once,
         given="x dbc delta A dt_weight dt_bias D route_weight route_index read write",
     )  # fmt: skip
 
-    found = {"x": grad_x.sum(0) if x_parts > 1 else grad_x[0], "dbc": grad_dbc.sum((0, 1))}
+    found = {"x": _sum(grad_x, args.x.dtype), "dbc": grad_dbc.sum((0, 1))}
     if grad_delta is not None:
         found["delta"] = grad_delta.sum(0)
     if of_weight is not None:
@@ -200,13 +198,48 @@ def make_plan(args: ScanArguments, tile: Tile) -> Plan:
     tile = replace(tile, S=segments, C=min(tile.C, max(16, _power_of_two(args.channels_per_route))))
     groups, blocks = math.ceil(batch / images), math.ceil(args.channels_per_route / tile.C)
     tiles = math.ceil(images * steps / tile.steps)
-    enough = 4 * processors(args.x.device)
-    parts = taken if args.side_by_side or groups * blocks < enough else 1
-    chunks = 1
+    # So many programs keep a GPU busy. The fewer parts, the less is written: each has its own sums.
+    enough = 8 * processors(args.x.device)
+    parts, chunks = taken, 1
+    if not args.side_by_side:
+        parts = next((n for n in range(1, taken) if taken % n == 0 and groups * n * blocks >= enough), taken)
     if parts == taken:
         chunks = min(tiles, math.ceil(enough / (groups * parts * blocks)))
     per_chunk = math.ceil(tiles / chunks)
     return Plan(tile, images, groups, parts, math.ceil(tiles / per_chunk), per_chunk, blocks)
+
+
+def _complete(args: ScanArguments) -> bool:
+    """Return whether every route of every image surely writes all tokens."""
+    return args.complete and args.route_index is None  # whose values may be out of range
+
+
+def _added(
+    args: ScanArguments, plan: Plan, dtype: torch.dtype, once: bool
+) -> tuple[Tensor, Tensor, dict[str, bool]]:
+    """Return where routes add up: the result, (parts, B, L, C), the sums on the way to it, and the kernel's switches.
+
+    Args:
+        args: The call.
+        plan: Its plan.
+        dtype: Of the result; sums of several routes are float32.
+        once: Whether every entry is written by one route alone.
+    """
+    complete = _complete(args)
+    make = args.x.new_empty if complete else args.x.new_zeros
+    parts = 1 if once else plan.parts
+    out = sums = make((parts, *args.x.shape), dtype=dtype if once else torch.float32)
+    add = not once and plan.parts < args.routes_per_image
+    if add and complete and parts == 1:
+        out = sums if dtype == torch.float32 else torch.empty_like(sums, dtype=dtype)
+    return out, sums, dict(ADD=add, COMPLETE=complete)
+
+
+def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over the first axis."""
+    if len(parts) == 2:  # read and rounded in one pass
+        return torch.add(parts[0], parts[1], out=parts.new_empty(parts.shape[1:], dtype=dtype))
+    return (parts.sum(0) if len(parts) > 1 else parts[0]).to(dtype)
 
 
 def _summaries(

@@ -50,6 +50,10 @@ def _scan(a, b, carry):
     """Return the states of a tile, (Q, S, C), from the state in front of it, and the state behind it, (C,)."""
     Q: tl.constexpr = a.shape[0]
     S: tl.constexpr = a.shape[1]
+    if Q == 1:
+        a, b = tl.associative_scan((a, b), 1, _compose)
+        h = a * carry[None, None, :] + b
+        return h, _edge(_edge(h, 0), S - 1)
     a, b = tl.associative_scan((a, b), 0, _compose)
     segment_a, segment_b = _edge(a, Q - 1), _edge(b, Q - 1)  # (S, C)
     one, zero = tl.full(segment_a.shape, 1.0, tl.float32), tl.zeros(segment_a.shape, tl.float32)
@@ -370,18 +374,35 @@ def _add(out, values, mask, ADD: tl.constexpr):
     tl.store(out, values, mask=mask)
 
 
+@triton.jit
+def _add_route(out, sums, at, values, mask, i, last, ADD: tl.constexpr, COMPLETE: tl.constexpr):
+    """Store what the i-th route of a program yields, with ADD added to the sums of those before.
+
+    COMPLETE: all routes write the same entries. So the first finds nothing to add to, and the last finishes ``out``.
+    """
+    if not ADD:
+        tl.store(out + at, values, mask=mask)
+    elif COMPLETE:
+        turn = tl.zeros(mask.shape, tl.int32) + i
+        values += tl.load(sums + at, mask=mask & (turn > 0), other=0.0)
+        tl.store(sums + at, values, mask=mask & (turn < last))
+        tl.store(out + at, values, mask=mask & (turn == last))
+    else:
+        tl.store(sums + at, values + tl.load(sums + at, mask=mask, other=0.0), mask=mask)
+
+
 @triton.jit(do_not_specialize=_ANY)
 def forward_kernel(
-    x, dbc, delta, A, dt_weight, dt_bias, D, route_weight, route_index, read, write, starts, y, last_state,
+    x, dbc, delta, A, dt_weight, dt_bias, D, route_weight, route_index, read, write, starts, y, y_sums, last_state,
     batch, tokens, channels, steps, width, routes, taken, images, tiles, chunks, parts, part_stride,
     dbc_groups, delta_groups, A_stride, weight_stride, bias_stride, D_stride,
     N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Q: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
     SOFTPLUS: tl.constexpr, INCLUSIVE: tl.constexpr, SIDE_BY_SIDE: tl.constexpr,
     PACKED: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
-    ADD: tl.constexpr,
+    ADD: tl.constexpr, COMPLETE: tl.constexpr,
 ):  # fmt: skip
-    """Write the outputs of a part of the routes: one route, or all of them, each added to those before."""
+    """Write the outputs of a part of the routes, one after the other, each added to those before."""
     group, part, chunk, block = _program(width, chunks, parts, C)
     c, n_all = block * C + tl.arange(0, C), tl.arange(0, NP)
     inside = c < width
@@ -392,6 +413,7 @@ def forward_kernel(
     if delta is not None:
         delta += image * tokens * delta_groups * width
     y += part.to(tl.int64) * part_stride + image * tokens * channels
+    y_sums += part.to(tl.int64) * part_stride + image * tokens * channels
     last_state += image * taken * width * N
     per_part = taken // parts
     for i in range(per_part):
@@ -444,23 +466,23 @@ def forward_kernel(
                     final = (image_in_group * taken + j) * width * N
                     is_last = _mask(live & (step == steps - 1), inside, WHOLE)
                     tl.store(last_state + final[:, :, None] + (c * N + n)[None, None, :], h, mask=is_last)
-            out = y + (target * channels)[:, :, None] + (offset + c)[None, None, :]
+            at = (target * channels)[:, :, None] + (offset + c)[None, None, :]
             mask = _mask(written, inside, WHOLE)
-            _add(out, y_t * scale, mask, ADD)
+            _add_route(y, y_sums, at, y_t * scale, mask, i, per_part - 1, ADD, COMPLETE)
         tl.debug_barrier()  # the next route adds to what other threads have written
 
 
 @triton.jit(do_not_specialize=_ANY)
 def backward_kernel(
     x, dbc, delta, A, dt_weight, dt_bias, D, route_weight, route_index, read, write, starts, reverse_starts,
-    grad_y, grad_state, grad_x, grad_dbc, grad_delta, grad_parameters, grad_route_weight,
+    grad_y, grad_state, grad_x, grad_x_sums, grad_dbc, grad_delta, grad_parameters, grad_route_weight,
     batch, tokens, channels, steps, width, routes, taken, images, tiles, chunks, parts, x_part, dbc_block, dbc_part,
     delta_part, dbc_groups, delta_groups, A_stride, weight_stride, bias_stride, D_stride,
     N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     Q: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
     SOFTPLUS: tl.constexpr, INCLUSIVE: tl.constexpr, SIDE_BY_SIDE: tl.constexpr,
     PACKED: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
-    ADD: tl.constexpr, ADD_DBC: tl.constexpr, ADD_DELTA: tl.constexpr,
+    ADD: tl.constexpr, COMPLETE: tl.constexpr, ADD_DBC: tl.constexpr, ADD_DELTA: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of a part of the routes, tile by tile, from the states in front of and behind each tile.
 
@@ -479,6 +501,7 @@ def backward_kernel(
     if grad_state is not None:
         grad_state += image * taken * width * N
     grad_x += part.to(tl.int64) * x_part + image * tokens * channels
+    grad_x_sums += part.to(tl.int64) * x_part + image * tokens * channels
     grad_dbc += block.to(tl.int64) * dbc_block + part.to(tl.int64) * dbc_part
     grad_dbc += image * tokens * dbc_groups * (R + 2 * N)
     if delta is not None:
@@ -529,8 +552,10 @@ def backward_kernel(
                 C_t = _load_column(dbc, row, valid, dbc_group, dbc_groups, R + N + n, R + 2 * N)
                 in_front = tl.load(starts + state_at + n * width, mask=inside, other=0.0)
                 behind = tl.load(reverse_starts + state_at + n * width, mask=inside, other=0.0)
-                before, h = _scan_both(a, step_size * x_t * B_t, tl.zeros_like(a), in_front, False)
-                seen = h if INCLUSIVE else a * before
+                drive = step_size * x_t * B_t
+                h, _ = _scan(a, drive, in_front)
+                kept = h - drive  # what the decay leaves of the state before
+                seen = h if INCLUSIVE else kept
                 local = C_t * g
                 into = local
                 if grad_state is not None:
@@ -538,9 +563,10 @@ def backward_kernel(
                         first, grad_state, end, j, taken, final_step, c, inside, width, steps, n, N, Q, S,
                         PACKED, WHOLE,
                     )  # fmt: skip
+                tl.debug_barrier()
                 mu, nu = _scan_both(a, a * into, into, behind, True)
                 of_drive = mu if INCLUSIVE else mu - local
-                exponent = mu * a * before
+                exponent = mu * kept
                 of_input = of_drive * B_t
                 of_x += of_input * step_size
                 of_step += of_input * x_t + exponent * rate[None, None, :]
@@ -559,7 +585,7 @@ def backward_kernel(
             of_bias += tl.sum(tl.sum(of_step, 0), 0)
             here = _mask(valid, inside, WHOLE)
             at = (row * channels)[:, :, None] + (offset + c)[None, None, :]
-            _add(grad_x + at, of_x, here, ADD)
+            _add_route(grad_x, grad_x_sums, at, of_x, here, i, per_part - 1, ADD, COMPLETE)
             if delta is None:
                 flat = of_step.reshape(Q * S, C)
                 all_r = tl.arange(0, RP)
