@@ -67,7 +67,7 @@ class LabelledImages:
         """Name of image number `index`."""
         return self.names[index]
 
-    def keys(self, rank: int = 0, world: int = 1) -> range:
+    def in_order(self, rank: int = 0, world: int = 1) -> range:
         """Numbers of the images of one of several processes, in order; over all processes every image once."""
         return range(rank, len(self), world)
 

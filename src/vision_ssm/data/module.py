@@ -265,7 +265,7 @@ class ImageData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, all of them, in order."""
         rank, world = self._place()
-        return self._loader(Samples(self.splits.val, self.eval_transform), sampler=self.splits.val.keys(rank, world))
+        return self._loader(Samples(self.splits.val, self.eval_transform), sampler=self.splits.val.in_order(rank, world))
 
     def on_before_batch_transfer(self, batch: Sequence[Any], dataloader_idx: int) -> Sequence[Any]:
         """Take from a training batch the names of unreadable images (Lightning calls this).
@@ -349,7 +349,7 @@ def find_unreadable(images: Images, workers: int = 0) -> dict[str, str]:
     """
     # Starting processes takes longer than reading a few images.
     count = workers if isinstance(images, ImageStream) or len(images) > 256 else 0
-    keys = images.keys()
+    keys = images.in_order()
     loader = DataLoader(_Reasons(images), batch_size=None, sampler=keys, num_workers=count, generator=torch.Generator())
     return {name: line for name, line in loader if line}
 

@@ -106,14 +106,14 @@ class ImageStream:
         names = [*self.classes, *(shard.name for shard in self.shards), str(self.length)]
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
-    def keys(self, rank: int = 0, world: int = 1) -> "InOrder":
+    def in_order(self, rank: int = 0, world: int = 1) -> "InOrder":
         """The images of one of several processes, in order; over all processes every image once."""
         return InOrder(self, rank, world)
 
     def pick(self, numbers: Sequence[int]) -> list[Image.Image]:
         """The images of these numbers, counted over the whole stream, which is read as far as needed."""
         found: dict[int, Image.Image] = {}
-        for number, image in enumerate(self.keys()):
+        for number, image in enumerate(self.in_order()):
             if number in numbers:
                 found[number] = image.load()
             if len(found) == len(set(numbers)):

@@ -57,7 +57,7 @@ class Classifier:
         # Starting processes takes longer than loading a few images.
         few = not isinstance(images, ImageStream) and len(images) <= 4 * batch_size
         count = 0 if few and workers is None else loader_workers(workers)
-        samples, keys = Samples(images, self.spec.eval_transform()), images.keys()
+        samples, keys = Samples(images, self.spec.eval_transform()), images.in_order()
         batches = DataLoader(samples, batch_size, sampler=keys, num_workers=count)
         dtype = {"b": torch.bfloat16, "1": torch.float16}.get(self.precision[0])
         return predict(self.model, batches, self.device, dtype=dtype)
