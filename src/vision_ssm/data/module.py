@@ -265,7 +265,9 @@ class ImageData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, all of them, in order."""
         rank, world = self._place()
-        return self._loader(Samples(self.splits.val, self.eval_transform), sampler=self.splits.val.in_order(rank, world))
+        return self._loader(
+            Samples(self.splits.val, self.eval_transform), sampler=self.splits.val.in_order(rank, world)
+        )
 
     def on_before_batch_transfer(self, batch: Sequence[Any], dataloader_idx: int) -> Sequence[Any]:
         """Take from a training batch the names of unreadable images (Lightning calls this).

@@ -161,7 +161,7 @@ class ImageStream:
         parts = self._parts(seed, epoch, rank, world)
         start, used = self._start(parts, used)
         for part in itertools.islice(itertools.cycle(parts), start, None):
-            for image in _shuffled(self.read(part), self.buffer, (seed, ORDER, epoch, part[0])):
+            for image in _shuffled(self.read(part), self.buffer, (seed, ORDER, epoch, 1 + part[0])):
                 if used:
                     used -= 1
                 else:
