@@ -157,7 +157,7 @@ def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
         pytest.param("folder", "--data.root", id="no-root"),
         pytest.param("folders", "digits, folder, timm, not folders", id="train-what"),
         pytest.param("timm", "give --data.root", id="no-tars"),
-        pytest.param("timm --data.dataset hfids/x", "must be hfds/NAME, wds/ or empty", id="stream"),
+        pytest.param("timm --data.dataset tfds/x", "must be hfds/NAME, hfids/NAME, wds/ or empty", id="source"),
     ],
 )
 def test_bad_options_get_one_line_and_leave_nothing(words, message, tmp_path, capsys, monkeypatch):

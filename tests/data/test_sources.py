@@ -1,18 +1,15 @@
 """Tar files, webdataset shards and Hugging Face tables, made here from pictures, as training data."""
 
 import dataclasses
-import io
 import json
 import signal
 import sys
 import tarfile
 
-import lightning
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
+from pictures import CLASSES, Number, fit_in_two_processes, number_of, picture, write_tar
 
 import vision_ssm.tasks.train as training
 from vision_ssm.cli import main
@@ -23,29 +20,6 @@ from vision_ssm.errors import InputError
 from vision_ssm.recipes import Augmentation, Optimisation, TimmConfig, TimmData
 from vision_ssm.tasks.recorder import RunRecorder, Stopped
 from vision_ssm.tasks.run_folder import RunFolder
-
-CLASSES = ("ash", "oak", "yew")
-
-
-def picture(number):
-    """A PNG whose pixels tell its number."""
-    file = io.BytesIO()
-    Image.new("RGB", (32, 32), (number, 10 * (number % 20), 90)).save(file, "png")
-    return file.getvalue()
-
-
-def number_of(image):
-    return np.asarray(image)[0, 0, 0].item()
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def class_folders(start, each):
@@ -205,7 +179,9 @@ def test_command_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
     ("make", "changes", "message"),
     [
         pytest.param(None, {}, "give --data.root", id="nowhere"),
-        pytest.param(one_tar_per_split, {"dataset": "tfds/mnist"}, "must be hfds/NAME, wds/ or empty", id="unknown"),
+        pytest.param(
+            one_tar_per_split, {"dataset": "tfds/mnist"}, "must be hfds/NAME, hfids/NAME, wds/ or empty", id="unknown"
+        ),
         pytest.param(one_tar_per_split, {"val_split": "check"}, "neither check.tar nor a folder check", id="no-split"),
         pytest.param(one_tar_per_split, {"val_fraction": 2.0}, "between 0 and 1", id="bad-fraction"),
         pytest.param(shards, {"classes": None}, "--data.classes", id="unnamed-classes"),
@@ -254,50 +230,11 @@ def test_braces():
     assert expand_braces("{x,y}-{0..1}.tar") == ["x-0.tar", "x-1.tar", "y-0.tar", "y-1.tar"]
 
 
-class Listing(lightning.LightningModule):
-    """Writes down which images each process sees."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder, self.layer = folder, torch.nn.Linear(1, 1)
-
-    def note(self, kind, images):
-        with (self.folder / f"{kind}-{self.global_rank}").open("a") as file:
-            file.writelines(f"{number:.0f}\n" for number in images.flatten().tolist())
-
-    def training_step(self, batch, batch_idx):
-        self.note(f"train-{self.current_epoch}", batch[0])
-        return self.layer(batch[0]).mean()
-
-    def validation_step(self, batch, batch_idx):
-        self.note(f"val-{self.current_epoch}", batch[0])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
-class Number:
-    def __call__(self, image):
-        return torch.tensor([float(number_of(image))])
-
-
 def test_two_processes_see_every_image_once(tmp_path):
     splits = load_source(one_tar_per_split(tmp_path))
     splits = Splits(splits.train, splits.val.subset(range(5)))  # an odd number, which must not be padded
     data = ImageData(splits, Number(), Number(), 2, 0, 0)
-    lightning.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_fork",
-        max_epochs=2,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    ).fit(Listing(tmp_path), data)
+    fit_in_two_processes(data, tmp_path)
     for epoch in (0, 1):
         for kind, numbers in (("train", range(12)), ("val", range(100, 105))):
             parts = [(tmp_path / f"{kind}-{epoch}-{rank}").read_text().split() for rank in (0, 1)]

@@ -19,7 +19,7 @@ from vision_ssm.tasks.run_folder import KINDS, RunFolder
 
 _USAGE = """usage: vision-ssm train digits [OPTIONS]
        vision-ssm train folder --data.root DIR [OPTIONS]
-       vision-ssm train timm --data.root DIR [--data.dataset hfds/NAME|wds/] [OPTIONS]
+       vision-ssm train timm --data.root DIR [--data.dataset hfds/NAME|hfids/NAME|wds/] [OPTIONS]
        vision-ssm train --resume RUN
 
   digits    scikit-learn's handwritten digits, about a minute on two cores
@@ -157,10 +157,10 @@ def _absolute(config: recipes.TrainConfig) -> recipes.TrainConfig:
     if isinstance(config, recipes.TimmConfig):
         root, classes = config.data.root, config.data.classes
         prefix, _, name = config.data.dataset.partition("/")
-        local = prefix == "hfds" and Path(name).exists()
+        local = prefix in ("hfds", "hfids") and Path(name).exists()
         data = dataclasses.replace(
             config.data,
-            dataset=f"hfds/{Path(name).absolute()}" if local else config.data.dataset,
+            dataset=f"{prefix}/{Path(name).absolute()}" if local else config.data.dataset,
             root=root.absolute() if root else None,
             classes=classes.absolute() if isinstance(classes, Path) else classes,
         )

@@ -18,8 +18,9 @@ from vision_ssm.tasks.run_folder import RunFolder, weights_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vision_ssm.data import LabelledImages
+    from vision_ssm.data import Images, LabelledImages
     from vision_ssm.tasks.classifier import Classifier
+    from vision_ssm.tasks.evaluation import Evaluation
 
 _PUBLISHED_ON = "the 50,000 validation images of ImageNet-1K"
 
@@ -87,10 +88,10 @@ def evaluate(words: Sequence[str]) -> int:
     subject = _run_and_images(options) if Path(options.model).exists() else _model_and_images(options)
     classifier, images = subject.classifier, subject.images
     console = Console(stderr=options.json)
-    _name_absent(images, console)
     start = time.monotonic()
     evaluation = measure(classifier, images, options.batch_size, options.workers, console=console)
-    speed = len(images) / (time.monotonic() - start)
+    speed = len(evaluation.targets) / (time.monotonic() - start)
+    _name_absent(evaluation, console)
     if options.pictures is not None:
         options.pictures.mkdir(parents=True, exist_ok=True)
         draw_confusion(evaluation, options.pictures / "confusion.png")
@@ -104,7 +105,8 @@ def evaluate(words: Sequence[str]) -> int:
         return 0
     report_evaluation(evaluation, console, per_class=True)
     if subject.published_top1 is not None:
-        note = "" if len(images) == 50_000 and 0 not in images.counts() else ", which is not what was measured here"
+        same = len(evaluation.targets) == 50_000 and evaluation.confusion.sum(1).all()
+        note = "" if same else ", which is not what was measured here"
         console.print(
             f"published accuracy {subject.published_top1:.1f}%, on {_PUBLISHED_ON}{note}",
             highlight=False,
@@ -125,7 +127,7 @@ class _Subject:
     """What is measured, and on what; a published accuracy only if the weights are the published ones."""
 
     classifier: "Classifier"
-    images: "LabelledImages"
+    images: "Images"
     weights: str
     published_top1: float | None = None
 
@@ -176,14 +178,14 @@ def _read_images(data: Path, classes: tuple[str, ...] | None = None) -> "Labelle
     return read_tars(data, classes) if data.is_file() else read_folder(data, classes)
 
 
-def _name_absent(images: "LabelledImages", console: "Console") -> None:
+def _name_absent(evaluation: "Evaluation", console: "Console") -> None:
     from vision_ssm.data import shorten
 
-    counts = images.counts()
-    present = [name for name, count in zip(images.classes, counts, strict=True) if count]
-    if len(present) < len(counts):
+    classes = evaluation.classes
+    present = [name for name, count in zip(classes, evaluation.confusion.sum(1), strict=True) if count]
+    if len(present) < len(classes):
         console.print(
-            f"{len(counts) - len(present)} of {len(counts)} classes have no images here; the figures leave them out "
+            f"{len(classes) - len(present)} of {len(classes)} classes have no images here; the figures leave them out "
             f"and are for {shorten(present)}",
             highlight=False,
             soft_wrap=True,

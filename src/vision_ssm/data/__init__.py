@@ -1,6 +1,7 @@
 """Images for training: folders, the embedded digits, transforms and the Lightning data module."""
 
 from vision_ssm.data.datasets import (
+    Images,
     LabelledImages,
     Splits,
     find_images,
@@ -14,11 +15,14 @@ from vision_ssm.data.images import open_image, to_rgb
 from vision_ssm.data.module import EpochSampler, ImageData, Samples, TrainingSamples, Transform, find_unreadable
 from vision_ssm.data.outputs import assign_outputs
 from vision_ssm.data.seeding import seeded
+from vision_ssm.data.streams import ImageStream
 from vision_ssm.data.tars import read_tars
 
 __all__ = [
     "EpochSampler",
     "ImageData",
+    "ImageStream",
+    "Images",
     "LabelledImages",
     "Samples",
     "Splits",

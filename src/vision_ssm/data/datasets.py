@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vision_ssm.data.images import open_image
+from vision_ssm.data.streams import ImageStream
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import FolderConfig, TimmConfig, TrainConfig
 
@@ -58,6 +59,22 @@ class LabelledImages:
             raise InputError(f"cannot read image {self.names[index]}: {error or type(error).__name__}") from error
         return open_image(file, self.names[index])
 
+    def target(self, index: int) -> int:
+        """Class of image number `index`."""
+        return self.targets[index]
+
+    def name(self, index: int) -> str:
+        """Name of image number `index`."""
+        return self.names[index]
+
+    def in_order(self, rank: int = 0, world: int = 1) -> range:
+        """Numbers of the images of one of several processes, in order; over all processes every image once."""
+        return range(rank, len(self), world)
+
+    def pick(self, numbers: Sequence[int]) -> list[Image.Image]:
+        """The images of these numbers."""
+        return [self.load(number) for number in numbers]
+
     def counts(self) -> list[int]:
         """Number of images of each class."""
         return np.bincount(np.asarray(self.targets, dtype=np.int64), minlength=len(self.classes)).tolist()
@@ -79,12 +96,16 @@ class LabelledImages:
         return digest.hexdigest()
 
 
+Images = LabelledImages | ImageStream
+"""Labelled images, read by keys: numbers, or what a stream yields."""
+
+
 @dataclass(frozen=True)
 class Splits:
     """Training and validation images over the same classes."""
 
-    train: LabelledImages
-    val: LabelledImages
+    train: Images
+    val: Images
 
 
 def load_splits(config: TrainConfig) -> Splits:

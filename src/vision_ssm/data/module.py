@@ -1,3 +1,4 @@
+import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,14 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from vision_ssm.data.datasets import LabelledImages, Splits
-from vision_ssm.data.seeding import seeded
+from vision_ssm.data.datasets import Images, LabelledImages, Splits
+from vision_ssm.data.seeding import AUGMENT, ORDER, REPLACE, seeded
+from vision_ssm.data.streams import ImageStream, StreamedImage, read_ahead
 from vision_ssm.errors import InputError
 
 Transform = Callable[[Image.Image], Tensor]
-
-# Keeps the draws for sample order, augmentation, training step, first weights and replacements apart.
-_ORDER, _AUGMENT, _REPLACE = 0, 1, 4
 
 # Draws in search of a readable image; if all fail, next to nothing can be read.
 _TRIES = 20
@@ -61,10 +60,33 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
-        with seeded(self.seed, _ORDER, epoch):
+        with seeded(self.seed, ORDER, epoch):
             order = torch.randperm(self.length).tolist()
         start = self.start if epoch == self.first_epoch else 0
         return ((epoch, index) for index in order[self.rank :: self.world][start : self.used])
+
+
+class StreamSampler(EpochSampler):
+    """Yields (epoch, image) of a stream, as `EpochSampler` yields (epoch, index).
+
+    The images are read here, in the process that trains, and go to the workers as they are encoded. So their order
+    does not depend on the number of workers.
+
+    Args:
+        stream: The images.
+        seed: Decides the orders.
+        options: Those of `EpochSampler`.
+    """
+
+    def __init__(self, stream: ImageStream, seed: int, *options: Any, **named: Any) -> None:
+        super().__init__(len(stream), seed, *options, **named)
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[tuple[int, StreamedImage]]:  # type: ignore[override]
+        epoch = self.epoch
+        start = self.start if epoch == self.first_epoch else 0
+        images = self.stream.training_images(self.seed, epoch, start, self.rank, self.world)
+        return ((epoch, image) for image in read_ahead(itertools.islice(images, self.used - start)))
 
 
 class TrainingSamples(Dataset[tuple[Tensor, int, dict[str, str]]]):
@@ -90,7 +112,7 @@ class TrainingSamples(Dataset[tuple[Tensor, int, dict[str, str]]]):
         unreadable: dict[str, str] = {}
         chosen, image = index, self._load(index, unreadable)
         if image is None:
-            others = np.random.default_rng((self.seed, _REPLACE, epoch, index)).integers(len(self), size=_TRIES)
+            others = np.random.default_rng((self.seed, REPLACE, epoch, index)).integers(len(self), size=_TRIES)
             for chosen in others.tolist():
                 image = self._load(chosen, unreadable)
                 if image is not None:
@@ -98,7 +120,7 @@ class TrainingSamples(Dataset[tuple[Tensor, int, dict[str, str]]]):
             else:
                 line = next(iter(unreadable.values()))
                 raise InputError(f"hardly any training image can be read; the first one: {line}")
-        with seeded(self.seed, _AUGMENT, epoch, index):
+        with seeded(self.seed, AUGMENT, epoch, index):
             return self.transform(image), self.images.targets[chosen], unreadable
 
     def _load(self, index: int, unreadable: dict[str, str]) -> Image.Image | None:
@@ -109,22 +131,58 @@ class TrainingSamples(Dataset[tuple[Tensor, int, dict[str, str]]]):
             return None
 
 
+class StreamTrainingSamples(Dataset[tuple[Tensor, int, dict[str, str]]]):
+    """Images of a stream changed at random, as a function of (seed, epoch, place of the image).
+
+    Another image of the batch, drawn as a function of the same three, takes the place of one that cannot be read.
+
+    Args:
+        transform: The random change; it draws from the global generators.
+        seed: Decides what it draws.
+    """
+
+    def __init__(self, transform: Transform, seed: int) -> None:
+        self.transform, self.seed = transform, seed
+
+    def __getitems__(self, keys: Sequence[tuple[int, StreamedImage]]) -> list[tuple[Tensor, int, dict[str, str]]]:
+        """The samples of a batch (torch's loader calls this in place of `__getitem__`)."""
+        samples: dict[int, tuple[Tensor, int, dict[str, str]]] = {}
+        unreadable: dict[int, dict[str, str]] = {}
+        for i, (epoch, image) in enumerate(keys):
+            try:
+                samples[i] = self._change(image, epoch, image.place), image.target, {}
+            except InputError as error:
+                unreadable[i] = {image.name: error.line}
+        if not samples:
+            line = next(iter(unreadable[0].values()))
+            raise InputError(f"no image of a whole batch can be read; the first one: {line}")
+        readable = list(samples)
+        for i, reason in unreadable.items():
+            epoch, image = keys[i]
+            chosen = np.random.default_rng((self.seed, REPLACE, epoch, *image.place)).integers(len(readable))
+            other = keys[readable[chosen]][1]
+            samples[i] = self._change(other, epoch, image.place), other.target, reason
+        return [samples[i] for i in range(len(keys))]
+
+    def _change(self, image: StreamedImage, epoch: int, place: tuple[int, int]) -> Tensor:
+        loaded = image.load()
+        with seeded(self.seed, AUGMENT, epoch, *place):
+            return self.transform(loaded)
+
+
 class Samples(Dataset[tuple[Tensor, int]]):
-    """Images under a transform that draws nothing.
+    """Images under a transform that draws nothing, by their keys.
 
     Args:
         images: The images.
         transform: What turns an image into a (3, H, W) tensor.
     """
 
-    def __init__(self, images: LabelledImages, transform: Transform) -> None:
+    def __init__(self, images: Images, transform: Transform) -> None:
         self.images, self.transform = images, transform
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images.load(index)), self.images.targets[index]
+    def __getitem__(self, key: Any) -> tuple[Tensor, int]:
+        return self.transform(self.images.load(key)), self.images.target(key)
 
 
 class ImageData(lightning.LightningDataModule):
@@ -133,8 +191,9 @@ class ImageData(lightning.LightningDataModule):
     In a trainer of several processes (made with `use_distributed_sampler=False`) each gets its own part of the images,
     in validation too, where none is left out and none comes twice.
 
-    A checkpoint taken anywhere in an epoch continues with the very next batch of that epoch. Unreadable training
-    images are replaced and collected in `unreadable`, name and reason; unreadable validation images are errors.
+    A checkpoint taken anywhere in an epoch continues with the very next batch of that epoch; a stream is read from the
+    beginning of a shard for that. Unreadable training images are replaced and collected in `unreadable`, name and
+    reason; unreadable validation images are errors.
 
     Args:
         splits: The images.
@@ -186,15 +245,28 @@ class ImageData(lightning.LightningDataModule):
         epoch, batch = divmod(self._batches_done, self.batches_per_epoch)
         rank, world = self._place()
         start, used = batch * self.batch_size, self.batches_per_epoch * self.batch_size
-        sampler = EpochSampler(len(self.splits.train), self.seed, epoch, start, used, rank=rank, world=world)
-        data = TrainingSamples(self.splits.train, self.train_transform, self.seed)
+        images, place = self.splits.train, dict(rank=rank, world=world)
+        data: Dataset[Any]
+        if isinstance(images, ImageStream):
+            sampler: EpochSampler = StreamSampler(images, self.seed, epoch, start, used, **place)
+            data = StreamTrainingSamples(self.train_transform, self.seed)
+        else:
+            sampler = EpochSampler(len(images), self.seed, epoch, start, used, **place)
+            data = TrainingSamples(images, self.train_transform, self.seed)
         return self._loader(data, sampler=sampler, collate_fn=_collate_training)
+
+    def resume_point(self) -> tuple[str, int] | None:
+        """Where a stream is read from to resume inside an epoch: a shard, and how many of its images are left out."""
+        epoch, batch = divmod(self._batches_done, self.batches_per_epoch)
+        if not batch or not isinstance(self.splits.train, ImageStream):
+            return None
+        return self.splits.train.resume_point(self.seed, epoch, batch * self.batch_size, *self._place())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, all of them, in order."""
         rank, world = self._place()
         return self._loader(
-            Samples(self.splits.val, self.eval_transform), sampler=range(rank, len(self.splits.val), world)
+            Samples(self.splits.val, self.eval_transform), sampler=self.splits.val.in_order(rank, world)
         )
 
     def on_before_batch_transfer(self, batch: Sequence[Any], dataloader_idx: int) -> Sequence[Any]:
@@ -209,14 +281,19 @@ class ImageData(lightning.LightningDataModule):
             self._check_unreadable(line)
         return images, targets
 
-    def gather_unreadable(self) -> None:
-        """Tell each of several processes what the others could not read; all have to call it."""
+    def gather(self) -> None:
+        """Tell each of several processes what the others could not read and have read; all have to call it."""
         world = self._place()[1]
         if world > 1:
             parts: list[Any] = [None] * world
-            torch.distributed.all_gather_object(parts, self.unreadable)
-            for part in parts:
-                self.unreadable |= part
+            torch.distributed.all_gather_object(parts, (self.unreadable, self._shard_lengths))
+            for unreadable, lengths in parts:
+                self.unreadable |= unreadable
+                self._shard_lengths.update(lengths)
+
+    @property
+    def _shard_lengths(self) -> dict[int, int]:
+        return self.splits.train.lengths if isinstance(self.splits.train, ImageStream) else {}
 
     def _check_unreadable(self, last: str) -> None:
         count, share = len(self.splits.train), self.max_unreadable
@@ -236,6 +313,7 @@ class ImageData(lightning.LightningDataModule):
             "batches_done": done,
             "fingerprint": self.splits.train.fingerprint(),
             "unreadable": dict(self.unreadable),
+            "shard_lengths": dict(self._shard_lengths),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -248,6 +326,7 @@ class ImageData(lightning.LightningDataModule):
             raise InputError("cannot resume: the training images are not those the run was started with")
         self._batches_done = state_dict["batches_done"]
         self.unreadable = dict(state_dict.get("unreadable", {}))
+        self._shard_lengths.update(state_dict.get("shard_lengths", {}))
 
     def _loader(self, data: Dataset[Any], **options: Any) -> DataLoader[Any]:
         return DataLoader(
@@ -263,7 +342,7 @@ class ImageData(lightning.LightningDataModule):
         )
 
 
-def find_unreadable(images: LabelledImages, workers: int = 0) -> dict[str, str]:
+def find_unreadable(images: Images, workers: int = 0) -> dict[str, str]:
     """Names of the images that cannot be read, and why.
 
     Args:
@@ -271,27 +350,25 @@ def find_unreadable(images: LabelledImages, workers: int = 0) -> dict[str, str]:
         workers: Number of loading processes, used for more than a few images.
     """
     # Starting processes takes longer than reading a few images.
-    loader = DataLoader(
-        _Reasons(images), batch_size=None, num_workers=workers if len(images) > 256 else 0, generator=torch.Generator()
-    )
-    return {images.names[i]: line for i, line in enumerate(loader) if line}
+    count = workers if isinstance(images, ImageStream) or len(images) > 256 else 0
+    keys = images.in_order()
+    loader = DataLoader(_Reasons(images), batch_size=None, sampler=keys, num_workers=count, generator=torch.Generator())
+    return {name: line for name, line in loader if line}
 
 
-class _Reasons(Dataset[str]):
-    """For each image why it cannot be read, or nothing."""
+class _Reasons(Dataset[tuple[str, str]]):
+    """The name of each image, and why it cannot be read, or nothing."""
 
-    def __init__(self, images: LabelledImages) -> None:
+    def __init__(self, images: Images) -> None:
         self.images = images
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, key: Any) -> tuple[str, str]:
+        name = self.images.name(key)
         try:
-            self.images.load(index)
+            self.images.load(key)
         except InputError as error:
-            return error.line
-        return ""
+            return name, error.line
+        return name, ""
 
 
 def _collate_training(samples: Sequence[tuple[Tensor, int, dict[str, str]]]) -> tuple[Any, Any, dict[str, str]]:

@@ -5,6 +5,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+# The first word after the seed keeps the draws for order, augmentation and replacements apart from one another, and
+# from those of the training step and the first weights.
+ORDER, AUGMENT, REPLACE = 0, 1, 4
+
 
 @contextmanager
 def seeded(*key: int, device: torch.device | None = None) -> Iterator[None]:

@@ -1,7 +1,6 @@
 import json
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from vision_ssm.data.datasets import LabelledImages, shorten
 from vision_ssm.data.tars import TarMember, list_members
@@ -26,17 +25,18 @@ def read_shards(
     images: list[TarMember] = []
     targets: list[int] = []
     names: list[str] = []
-    extensions = [key.strip().lower() for key in input_key.split(";")]
+    extensions = image_extensions(input_key)
     for shard in find_shards(root, split):
         samples: dict[str, dict[str, TarMember]] = {}
         for path, member in list_members(shard, PurePosixPath()):
-            key, _, extension = path.name.partition(".")
-            samples.setdefault(str(path.with_name(key)), {})[extension.lower()] = member
+            name, extension = sample_name(path)
+            samples.setdefault(name, {})[extension] = member
         for name, parts in samples.items():
             image = next((parts[extension] for extension in extensions if extension in parts), None)
             if image is None:
                 continue
-            target = _target(parts, target_key, f"{shard}: {name}")
+            file = parts.get(target_file(target_key))
+            target = parse_target(file.open().read() if file else None, target_key, f"{shard}: {name}")
             if not 0 <= target < len(classes):
                 raise InputError(f"{shard}: {name} is of class {target}, and there are {len(classes)} (--data.classes)")
             images.append(image)
@@ -82,12 +82,38 @@ def expand_braces(pattern: str) -> list[str]:
     return [f"{pattern[: match.start()]}{option}{rest}" for option in options for rest in rests]
 
 
-def _target(parts: dict[str, TarMember], key: str, sample: str) -> int:
-    file = "cls" if key == "cls" else "json"
-    if file not in parts:
-        raise InputError(f"{sample} has no .{file}")
-    text: Any = parts[file].open().read()
+def sample_name(path: PurePosixPath) -> tuple[str, str]:
+    """Which sample of a shard a file belongs to, and the file's extension, which begins at the first dot."""
+    key, _, extension = path.name.partition(".")
+    return str(path.with_name(key)), extension.lower()
+
+
+def image_extensions(input_key: str) -> list[str]:
+    """The extensions of images, those to prefer first."""
+    return [key.strip().lower() for key in input_key.split(";")]
+
+
+def target_file(key: str) -> str:
+    """Extension of the file that holds the class."""
+    return "cls" if key == "cls" else "json"
+
+
+def parse_target(text: bytes | None, key: str, sample: str) -> int:
+    """The class in a sample's file.
+
+    Args:
+        text: Content of the file, if there is one.
+        key: See `read_shards`.
+        sample: What to call it.
+
+    Raises:
+        InputError: There is no file, or no class in it.
+    """
+    if text is None:
+        raise InputError(f"{sample} has no .{target_file(key)}")
     try:
         return int(text if key == "cls" else json.loads(text)[key])
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{sample}: no class in .{file}" + (f" under {key}" if key != "cls" else "")) from None
+        raise InputError(
+            f"{sample}: no class in .{target_file(key)}" + (f" under {key}" if key != "cls" else "")
+        ) from None

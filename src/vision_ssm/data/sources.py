@@ -1,10 +1,13 @@
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vision_ssm.data.datasets import LabelledImages, Splits, hold_out, shorten
+from vision_ssm.data.datasets import Images, LabelledImages, Splits, hold_out, shorten
+from vision_ssm.data.remote import open_shards, open_table
 from vision_ssm.data.shards import read_shards
+from vision_ssm.data.streams import ImageStream
 from vision_ssm.data.tars import read_tars
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import TimmData
@@ -31,7 +34,7 @@ class TableImage:
 
 
 def load_source(data: TimmData, seed: int = 0) -> Splits:
-    """Training and validation images from tar files, webdataset shards or Hugging Face datasets.
+    """Training and validation images from tar files, webdataset shards or Hugging Face datasets, or streams of these.
 
     Args:
         data: Which, and where.
@@ -40,21 +43,19 @@ def load_source(data: TimmData, seed: int = 0) -> Splits:
     Raises:
         InputError: They are missing, or cannot be used.
     """
-    prefix = data.dataset.partition("/")[0]
     named = _class_names(data.classes)
     held_out = data.val_fraction is not None
-    if prefix == "hfds":
-        train = _read_table(data, data.train_split, named)
-        val = None if held_out else _read_table(data, data.val_split, named)
-    elif prefix == "wds":
-        if named is None:
-            raise InputError("shards hold no names of classes; give their number, or a file of names, --data.classes")
-        keys = {key: value for key in ("input_key", "target_key") if (value := getattr(data, key))}
-        root = _folder(data.root)
-        train = read_shards(root, data.train_split, named, **keys)
-        val = None if held_out else read_shards(root, data.val_split, named, **keys)
+    readers: dict[str, Callable[[TimmData, str, tuple[str, ...] | None], Images]]
+    readers = {"hfds": _read_table, "hfids": open_table, "wds": _read_shards}
+    train: Images
+    val: Images | None
+    if read := readers.get(data.dataset.partition("/")[0]):
+        train = read(data, data.train_split, named)
+        val = None if held_out else read(data, data.val_split, named)
     elif data.dataset:
-        raise InputError(f"--data.dataset must be hfds/NAME, wds/ or empty (for tar files), not {data.dataset}")
+        raise InputError(
+            f"--data.dataset must be hfds/NAME, hfids/NAME, wds/ or empty (for tar files), not {data.dataset}"
+        )
     else:
         root = _folder(data.root)
         train = read_tars(_split_place(root, data.train_split) or root, named)
@@ -67,11 +68,25 @@ def load_source(data: TimmData, seed: int = 0) -> Splits:
         val = None if held_out or val_place is None else read_tars(val_place, train.classes)
     if len(train.classes) < 2:
         raise InputError(f"the training images are of one class only ({train.classes[0]}); at least two are needed")
+    train = _with_length(train, data)
     if val is None:
+        if isinstance(train, ImageStream):
+            raise InputError("no share of a stream can be held out; name a validation split with --data.val-split")
         return hold_out(train, data.val_fraction or 0.0, seed)
     if val.classes != train.classes:
         raise InputError(f"the classes of {data.val_split} are not those of {data.train_split}")
     return Splits(train, val)
+
+
+def _with_length(train: Images, data: TimmData) -> Images:
+    if not isinstance(train, ImageStream):
+        if data.samples is not None:
+            raise InputError("--data.samples is for streams; these training images have been counted")
+        return train
+    train.length = train.length if data.samples is None else data.samples
+    if not train.length:
+        raise InputError(f"{data.train_split} does not say how many images it holds; give their number, --data.samples")
+    return train
 
 
 def _class_names(classes: int | Path | None) -> tuple[str, ...] | None:
@@ -105,6 +120,15 @@ def _split_place(root: Path, split: str) -> Path | None:
     others = next((names for names in _SYNONYMS if split in names), ())
     places = [root / f"{name}{end}" for name in (split, *others) for end in ("", ".tar")]
     return next((place for place in places if place.exists()), None)
+
+
+def _read_shards(data: TimmData, split: str, named: tuple[str, ...] | None) -> Images:
+    if named is None:
+        raise InputError("shards hold no names of classes; give their number, or a file of names, --data.classes")
+    if "://" in split:
+        return open_shards(data, split, named)
+    keys = {key: value for key in ("input_key", "target_key") if (value := getattr(data, key))}
+    return read_shards(_folder(data.root), split, named, **keys)
 
 
 def _read_table(data: TimmData, split: str, named: tuple[str, ...] | None) -> LabelledImages:

@@ -143,11 +143,13 @@ class TimmData(ImageSource):
     """Tar files, webdataset shards or Hugging Face datasets, named as timm names them."""
 
     dataset: str = ""
-    """hfds/NAME for a Hugging Face dataset, wds/ for webdataset shards; empty for tar files."""
+    """hfds/NAME for a Hugging Face dataset, hfids/NAME for one as a stream, wds/ for webdataset shards; empty for tar
+    files."""
     root: Path | None = None
-    """The tar file, the folder of tar files or shards; for hfds/ the folder that keeps downloads."""
+    """The tar file, the folder of tar files or shards; for hfds/ and hfids/ the folder that keeps downloads."""
     train_split: str = "train"
-    """Name of the training split; of shards also a pattern, such as train-{0000..0146}.tar."""
+    """Name of the training split; of shards also a pattern, such as train-{0000..0146}.tar or https://HOST/train-{0..9}.tar
+    (a stream)."""
     val_split: str = "validation"
     """Name of the validation split."""
     val_fraction: float | None = None
@@ -158,6 +160,10 @@ class TimmData(ImageSource):
     """Column of the images (image), or extensions of images in shards (jpg;jpeg;png;webp)."""
     target_key: str | None = None
     """Column of the classes (label), or field of the json in shards (by default the file .cls)."""
+    samples: int | None = None
+    """Number of training images in a stream; needed where the stream does not say."""
+    shuffle: int = 1000
+    """Images of a stream's shard that wait in training, among which the next one is drawn; 1 keeps their order."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vision_ssm.data import LabelledImages, Samples, find_unreadable
+from vision_ssm.data import Images, ImageStream, LabelledImages, Samples, find_unreadable
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision
 from vision_ssm.tasks.evaluation import Evaluation, predict
+from vision_ssm.tasks.report import how_many
 from vision_ssm.tasks.spec import ModelSpec, create_for_evaluation, load_weights, read_spec, spec_of
 
 
@@ -41,13 +42,25 @@ class Classifier:
         """
         if not isinstance(images, LabelledImages):
             images = LabelledImages(images, [0] * len(images), self.spec.classes, [str(p) for p in images])
+        return self.predict_labelled(images, batch_size, workers)[0]
+
+    def predict_labelled(
+        self, images: Images, batch_size: int = 64, workers: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(images, classes) probabilities and (images,) targets, on the CPU.
+
+        Raises:
+            InputError: An image cannot be read.
+        """
         if batch_size < 1:
             raise InputError(f"--batch-size must be positive, not {batch_size}")
         # Starting processes takes longer than loading a few images.
-        count = 0 if len(images) <= 4 * batch_size and workers is None else loader_workers(workers)
-        batches = DataLoader(Samples(images, self.spec.eval_transform()), batch_size, num_workers=count)
+        few = not isinstance(images, ImageStream) and len(images) <= 4 * batch_size
+        count = 0 if few and workers is None else loader_workers(workers)
+        samples, keys = Samples(images, self.spec.eval_transform()), images.in_order()
+        batches = DataLoader(samples, batch_size, sampler=keys, num_workers=count)
         dtype = {"b": torch.bfloat16, "1": torch.float16}.get(self.precision[0])
-        return predict(self.model, batches, self.device, dtype=dtype)[0]
+        return predict(self.model, batches, self.device, dtype=dtype)
 
 
 def load_classifier(weights: Path, device: str = "auto", precision: Precision = "32-true") -> Classifier:
@@ -82,7 +95,7 @@ def load_model(name: str, weights: Path | None, device: str = "auto", precision:
 
 def evaluate(
     classifier: Classifier,
-    images: LabelledImages,
+    images: Images,
     batch_size: int = 64,
     workers: int | None = None,
     *,
@@ -95,16 +108,16 @@ def evaluate(
     """
     if images.classes != classifier.spec.classes:
         raise InputError("the images' classes are not those of the classifier")
-    with (console or Console(quiet=True)).status(f"evaluating on {len(images):,} images"):
+    with (console or Console(quiet=True)).status(f"evaluating on {how_many(images)} images"):
         try:
-            probabilities = classifier.predict(images, batch_size, workers)
+            probabilities, targets = classifier.predict_labelled(images, batch_size, workers)
         except InputError:
             check_readable(images, workers)  # names all of them at once
             raise
-    return Evaluation(images.classes, probabilities, torch.tensor(images.targets))
+    return Evaluation(images.classes, probabilities, targets)
 
 
-def check_readable(images: LabelledImages, workers: int | None = None) -> None:
+def check_readable(images: Images, workers: int | None = None) -> None:
     """Refuse images to measure on that cannot be read: without them, accuracy would mean something else.
 
     Raises:

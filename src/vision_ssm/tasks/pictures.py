@@ -10,7 +10,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from vision_ssm.data import LabelledImages
+from vision_ssm.data import Images
 from vision_ssm.tasks.evaluation import Evaluation
 from vision_ssm.tasks.files import atomic_write
 
@@ -87,7 +87,7 @@ def draw_confusion(evaluation: Evaluation, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_predictions(evaluation: Evaluation, images: LabelledImages, path: Path, *, most: int = 30) -> None:
+def draw_predictions(evaluation: Evaluation, images: Images, path: Path, *, most: int = 30) -> None:
     """Draw a sheet of images with what the classifier took them for; wrong ones in red with the true class.
 
     Args:
@@ -97,7 +97,7 @@ def draw_predictions(evaluation: Evaluation, images: LabelledImages, path: Path,
         most: Number of images; up to half are wrong ones, the rest right ones, chosen at random.
     """
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(images), generator=generator)
+    order = torch.randperm(len(evaluation.targets), generator=generator)
     hits = (evaluation.predictions == evaluation.targets)[order]
     wrong = order[~hits]
     right = order[hits][: most - min(len(wrong), most // 2)]
@@ -108,17 +108,17 @@ def draw_predictions(evaluation: Evaluation, images: LabelledImages, path: Path,
     figure = Figure(figsize=(1.95 * columns, 2.35 * rows + 0.7), layout=layout)
     shown = len(chosen) - len(right)
     part = "" if not shown else ", in red" if shown == len(wrong) else f", {shown} of them here in red"
-    figure.suptitle(f"{len(wrong):,} of {len(images):,} images classified wrongly{part}", fontsize=11)
+    figure.suptitle(f"{len(wrong):,} of {len(order):,} images classified wrongly{part}", fontsize=11)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
-    for axes, index in zip(figure.axes, chosen, strict=False):
+    for axes, index, image in zip(figure.axes, chosen, images.pick(chosen), strict=False):
         target, guess = int(evaluation.targets[index]), int(evaluation.predictions[index])
         color = _RIGHT if target == guess else _WRONG
         axes.axis("on")
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=2.5)
-        axes.imshow(_thumbnail(images.load(index)))
+        axes.imshow(_thumbnail(image))
         confidence = float(evaluation.probabilities[index, guess])
         title = f"{_elide(evaluation.classes[guess], 16)} ({confidence:.0%})"
         below = "" if target == guess else f"is {_elide(evaluation.classes[target], 18)}"

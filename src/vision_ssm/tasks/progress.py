@@ -44,6 +44,13 @@ class TrainingProgress(Callback):
         self.task = self.bar.add_task("train", total=total, completed=done, epoch=trainer.current_epoch + 1, figures="")
         self.bar.start()
         self._named = self._counted = len(trainer.datamodule.unreadable)
+        if point := trainer.datamodule.resume_point():
+            self.console.print(
+                f"Note   resumed inside epoch {trainer.current_epoch + 1}: reading begins with {point[0]}, of which "
+                f"{point[1]:,} images were used before and are left out",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the bar; the figures are means over the epoch so far."""

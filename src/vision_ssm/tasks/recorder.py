@@ -202,7 +202,7 @@ class RunRecorder(Checkpoint):
 
     def _save(self, trainer: Trainer, module: ClassificationTask) -> None:
         module.gather_sums()
-        trainer.datamodule.gather_unreadable()
+        trainer.datamodule.gather()
         # Weights first: a run that is killed after its last state was saved has no step left that would write them.
         if trainer.is_global_zero:
             save_classifier(self.folder.last, module.evaluated_model, self.spec)

@@ -1,20 +1,25 @@
 from rich.console import Console
 from rich.table import Table
 
-from vision_ssm.data import LabelledImages, Splits
+from vision_ssm.data import Images, ImageStream, Splits
 from vision_ssm.tasks.evaluation import Evaluation
 
 _MANY = 20  # rows of a table
 
 
 def report_data(splits: Splits, console: Console) -> None:
-    """Print how many images of each class there are."""
+    """Print how many images there are, and how many of each class where that is known."""
     train, val = splits.train, splits.val
-    counts = train.counts()
     console.print(
-        f"Data   {len(train):,} training and {len(val):,} validation images in {len(train.classes)} classes",
+        f"Data   {how_many(train)} training and {how_many(val)} validation images in {len(train.classes)} classes",
         highlight=False,
     )
+    for images, what in ((train, "training"), (val, "validation")):
+        if isinstance(images, ImageStream):
+            console.print(f"       {what} images are read as a stream, shards: {len(images.shards):,}", highlight=False)
+    counts, val_counts = train.counts(), val.counts()
+    if counts is None or val_counts is None:
+        return
     if len(train.classes) > _MANY:
         few, many = min(counts), max(counts)
         console.print(f"       {few:,} to {many:,} training images per class", highlight=False)
@@ -22,15 +27,20 @@ def report_data(splits: Splits, console: Console) -> None:
     table = Table("class", box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("training", justify="right")
     table.add_column("validation", justify="right")
-    for name, a, b in zip(train.classes, counts, val.counts(), strict=True):
+    for name, a, b in zip(train.classes, counts, val_counts, strict=True):
         table.add_row(name, f"{a:,}", f"{b:,}")
     console.print(table)
 
 
-def is_uneven(images: LabelledImages) -> bool:
-    """Whether the largest class has over half as many images again as the smallest."""
+def how_many(images: Images) -> str:
+    """How many images there are, for people; of some streams nobody knows."""
+    return "an unknown number of" if isinstance(images, ImageStream) and images.length is None else f"{len(images):,}"
+
+
+def is_uneven(images: Images) -> bool:
+    """Whether the largest class has over half as many images again as the smallest, or may have."""
     counts = images.counts()
-    return max(counts) > 1.5 * max(min(counts), 1)
+    return counts is None or max(counts) > 1.5 * max(min(counts), 1)
 
 
 def report_evaluation(

@@ -12,7 +12,7 @@ from rich.console import Console
 from timm.layers import convert_sync_batchnorm
 from timm.optim import get_optimizer_info, list_optimizers
 
-from vision_ssm.data import ImageData, LabelledImages, load_splits, seeded
+from vision_ssm.data import ImageData, Images, load_splits, seeded
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import FolderConfig, Optimisation, TimmConfig, TrainConfig, to_dict
 from vision_ssm.tasks.classification import ClassificationTask
@@ -25,7 +25,7 @@ from vision_ssm.tasks.pictures import draw_confusion, draw_curves, draw_predicti
 from vision_ssm.tasks.processes import lost_another, process_rank, strategy_for
 from vision_ssm.tasks.progress import TrainingProgress
 from vision_ssm.tasks.recorder import RunRecorder, SafeCheckpointIO, stop_on_signals
-from vision_ssm.tasks.report import is_uneven, report_data, report_evaluation
+from vision_ssm.tasks.report import how_many, is_uneven, report_data, report_evaluation
 from vision_ssm.tasks.run_folder import RunFolder, weights_file
 from vision_ssm.tasks.spec import ModelSpec, check_takes, create_from_file, create_model, spec_for
 from vision_ssm.tasks.trackers import check_tracker, make_loggers
@@ -140,7 +140,7 @@ def train(
             highlight=False,
         )
     if not resume:
-        with console.status(f"reading {len(splits.val):,} validation images once"):
+        with console.status(f"reading {how_many(splits.val)} validation images once"):
             check_readable(splits.val, config.workers)
     task = ClassificationTask(
         model,
@@ -199,6 +199,8 @@ def check(config: TrainConfig) -> None:
         "optim.layer-decay": optim.layer_decay,
         "optim.clip-grad": optim.clip_grad,
     }
+    if isinstance(config, TimmConfig):
+        positive |= {"data.samples": config.data.samples, "data.shuffle": config.data.shuffle}
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise InputError(f"--{name} must be positive, got {value}")
@@ -298,9 +300,7 @@ def make_trainer(
         raise InputError(f"cannot train on {device} in {config.precision}: {error}") from error
 
 
-def finish(
-    folder: RunFolder, recorder: RunRecorder, evaluation: Evaluation, images: LabelledImages, console: Console
-) -> None:
+def finish(folder: RunFolder, recorder: RunRecorder, evaluation: Evaluation, images: Images, console: Console) -> None:
     """Write results and pictures and print where they are."""
     recorder.write_metrics()
     best = recorder.best_row()
