@@ -17,7 +17,8 @@ from vision_ssm.scan.routes import Routes
 
 _ARGUMENTS = (
     "Tensor x, Tensor dbc, Tensor A, Tensor read, Tensor write, Tensor? delta, Tensor? dt_weight, "
-    "Tensor? dt_bias, Tensor? D, Tensor? route_index, Tensor? route_weight, bool softplus, bool inclusive, bool complete"
+    "Tensor? dt_bias, Tensor? D, Tensor? route_index, Tensor? route_weight, "
+    "bool softplus, bool inclusive, bool complete"
 )
 _DIFFERENTIABLE = ("x", "dbc", "A", "delta", "dt_weight", "dt_bias", "D", "route_weight")
 _NAMES = tuple(part.split()[-1] for part in _ARGUMENTS.split(", "))

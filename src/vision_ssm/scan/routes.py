@@ -244,9 +244,7 @@ class Routes:
     tokens: int
     complete: bool
 
-    def __init__(
-        self, read: Tensor, write: Tensor | None = None, *, tokens: int, complete: bool = False
-    ) -> None:
+    def __init__(self, read: Tensor, write: Tensor | None = None, *, tokens: int, complete: bool = False) -> None:
         write = read if write is None else write
         for name, index in (("read", read), ("write", write)):
             if not isinstance(index, Tensor):

@@ -214,9 +214,7 @@ def _complete(args: ScanArguments) -> bool:
     return args.complete and args.route_index is None  # whose values may be out of range
 
 
-def _added(
-    args: ScanArguments, plan: Plan, dtype: torch.dtype, once: bool
-) -> tuple[Tensor, Tensor, dict[str, bool]]:
+def _added(args: ScanArguments, plan: Plan, dtype: torch.dtype, once: bool) -> tuple[Tensor, Tensor, dict[str, bool]]:
     """Return where routes add up: the result, (parts, B, L, C), the sums on the way to it, and the kernel's switches.
 
     Args:
