@@ -81,7 +81,6 @@ def evaluate(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from vision_ssm.tasks.classifier import evaluate as measure
-    from vision_ssm.tasks.pictures import draw_confusion, draw_predictions
     from vision_ssm.tasks.report import report_evaluation
 
     subject = _run_and_images(options) if Path(options.model).exists() else _model_and_images(options)
@@ -92,6 +91,8 @@ def evaluate(words: Sequence[str]) -> int:
     evaluation = measure(classifier, images, options.batch_size, options.workers, console=console)
     speed = len(images) / (time.monotonic() - start)
     if options.pictures is not None:
+        from vision_ssm.tasks.pictures import draw_confusion, draw_predictions  # seconds, for matplotlib
+
         options.pictures.mkdir(parents=True, exist_ok=True)
         draw_confusion(evaluation, options.pictures / "confusion.png")
         draw_predictions(evaluation, images, options.pictures / "predictions.png")
