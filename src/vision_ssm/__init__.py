@@ -4,8 +4,13 @@ Importing the package registers its models with timm, so that
 ``timm.create_model("vmamba_tiny")`` finds them.
 """
 
-from vision_ssm import models
-from vision_ssm.scan.warmup import warmup
+import sys
+
+# Registering imports torch and timm, which takes seconds. The program `vision-ssm` leaves it to what needs a model
+# (`vision_ssm.tasks.spec`, `vision_ssm.models.registry`), so that help, recipes and mistyped options take none.
+if "vision_ssm_program" not in sys.modules:
+    from vision_ssm import models
+    from vision_ssm.scan.warmup import warmup
 
 __version__ = "0.1.0.dev0"
 

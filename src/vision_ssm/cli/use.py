@@ -82,7 +82,6 @@ def evaluate(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from vision_ssm.tasks.classifier import evaluate as measure
-    from vision_ssm.tasks.pictures import draw_confusion, draw_predictions
     from vision_ssm.tasks.report import report_evaluation
 
     subject = _run_and_images(options) if Path(options.model).exists() else _model_and_images(options)
@@ -93,6 +92,8 @@ def evaluate(words: Sequence[str]) -> int:
     speed = len(evaluation.targets) / (time.monotonic() - start)
     _name_absent(evaluation, console)
     if options.pictures is not None:
+        from vision_ssm.tasks.pictures import draw_confusion, draw_predictions  # seconds, for matplotlib
+
         options.pictures.mkdir(parents=True, exist_ok=True)
         draw_confusion(evaluation, options.pictures / "confusion.png")
         draw_predictions(evaluation, images, options.pictures / "predictions.png")

@@ -15,6 +15,7 @@ import torch
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+import vision_ssm.models  # noqa: F401  (registers them)
 from vision_ssm.checkpoints import CheckpointError, can_convert, convert_official, load_checkpoint_file, load_strict
 from vision_ssm.data import Transform
 from vision_ssm.errors import InputError

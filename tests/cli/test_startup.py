@@ -1,0 +1,46 @@
+"""What the program imports, each time in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+ENTRY = "from vision_ssm_program import main; sys.exit(main())"
+
+
+def run(code, *words):
+    """Exit code, what was printed, and the names of the modules that were loaded in the end."""
+    code = f"import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); {code}"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    *printed, loaded = (done.stdout + done.stderr).splitlines()
+    return done.returncode, "\n".join(printed), set(loaded.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ("--help", 0, "usage: vision-ssm"),
+        ("--version", 0, "vision-ssm "),
+        ("trian", 2, "no command trian"),
+        ("recipes", 0, "vmamba-tiny-in1k"),
+        ("recipes vmamba-tiny-in1k", 0, "--optim.lr"),
+        ("train folder --help", 0, "--optim.lr"),
+        ("train digits --epoch 3", 2, "did you mean --epochs"),
+        ("train --resume nowhere", 2, "nowhere"),
+        ("eval --help", 0, "--pretrained"),
+        ("predict nowhere x.png", 2, "no such run folder: nowhere"),
+        ("models --nope", 2, "--nope"),
+        ("convert --help", 0, "--verify"),
+    ],
+    ids=str,
+)
+def test_help_recipes_and_typos_import_neither_torch_nor_timm(words, code, says):
+    returned, printed, loaded = run(ENTRY, *words.split())
+    assert returned == code
+    assert says in printed
+    assert not loaded & {"torch", "timm", "lightning", "matplotlib", "sklearn", "numpy"}
+
+
+def test_importing_the_package_registers_the_models():
+    returned, printed, _ = run("import vision_ssm, timm; sys.exit(not timm.is_model('vmamba_atto'))")
+    assert returned == 0, printed
