@@ -25,7 +25,8 @@ from rich.console import Console
 from torch import nn
 
 from vision_ssm import recipes
-from vision_ssm.data import ImageData, LabelledImages, Splits
+from vision_ssm.data import LabelledImages, Splits
+from vision_ssm.data.module import ImageData
 from vision_ssm.tasks.classification import ClassificationTask
 from vision_ssm.tasks.optimisation import make_optimizer
 from vision_ssm.tasks.progress import TrainingProgress

@@ -41,6 +41,14 @@ def test_help_recipes_and_typos_import_neither_torch_nor_timm(words, code, says)
     assert not loaded & {"torch", "timm", "lightning", "matplotlib", "sklearn", "numpy"}
 
 
+def test_only_training_imports_lightning():
+    words = ("bench", "vmamba_atto", "--size", "32", "--batch", "1", "--seconds", "0.01")
+    returned, printed, loaded = run(ENTRY, *words)
+    assert returned == 0, printed
+    assert "vision_ssm.tasks.classifier" in loaded  # what eval and predict use, too
+    assert not loaded & {"lightning", "torchmetrics", "matplotlib", "sklearn", "datasets"}
+
+
 def test_importing_the_package_registers_the_models():
     returned, printed, _ = run("import vision_ssm, timm; sys.exit(not timm.is_model('vmamba_atto'))")
     assert returned == 0, printed

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from vision_ssm.data import EpochSampler, ImageData, TrainingSamples, load_digits, seeded
+from vision_ssm.data import EpochSampler, TrainingSamples, load_digits, seeded
+from vision_ssm.data.module import ImageData
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Augmentation, digits
 from vision_ssm.tasks.spec import spec_for

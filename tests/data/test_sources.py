@@ -13,7 +13,8 @@ from pictures import CLASSES, Number, fit_in_two_processes, number_of, picture, 
 
 import vision_ssm.tasks.train as training
 from vision_ssm.cli import main
-from vision_ssm.data import ImageData, Splits, load_splits
+from vision_ssm.data import Splits, load_splits
+from vision_ssm.data.module import ImageData
 from vision_ssm.data.shards import expand_braces
 from vision_ssm.data.sources import load_source
 from vision_ssm.errors import InputError

@@ -19,7 +19,8 @@ from rich.console import Console
 
 import vision_ssm.tasks.train as training
 from vision_ssm.cli import main
-from vision_ssm.data import ImageData, ImageStream, remote
+from vision_ssm.data import ImageStream, remote
+from vision_ssm.data.module import ImageData
 from vision_ssm.data.sources import load_source
 from vision_ssm.data.streams import read_ahead, share
 from vision_ssm.errors import InputError

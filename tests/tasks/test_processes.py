@@ -12,7 +12,7 @@ import torch
 
 import vision_ssm.tasks.train as training
 from vision_ssm.cli import main
-from vision_ssm.data.module import EpochSampler
+from vision_ssm.data import EpochSampler
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Augmentation, Optimisation, small
 from vision_ssm.tasks.recorder import RunRecorder

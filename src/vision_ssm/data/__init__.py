@@ -1,4 +1,8 @@
-"""Images for training: folders, the embedded digits, transforms and the Lightning data module."""
+"""Images for training: folders, tar files, the embedded digits, and the samples they give.
+
+The Lightning data module is in `vision_ssm.data.module`, which is not imported here: Lightning takes seconds, and only
+training needs it.
+"""
 
 from vision_ssm.data.datasets import (
     Images,
@@ -12,15 +16,14 @@ from vision_ssm.data.datasets import (
     shorten,
 )
 from vision_ssm.data.images import open_image, to_rgb
-from vision_ssm.data.module import EpochSampler, ImageData, Samples, TrainingSamples, Transform, find_unreadable
 from vision_ssm.data.outputs import assign_outputs
+from vision_ssm.data.samples import EpochSampler, Samples, TrainingSamples, Transform, find_unreadable
 from vision_ssm.data.seeding import seeded
 from vision_ssm.data.streams import ImageStream
 from vision_ssm.data.tars import read_tars
 
 __all__ = [
     "EpochSampler",
-    "ImageData",
     "ImageStream",
     "Images",
     "LabelledImages",

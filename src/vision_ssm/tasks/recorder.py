@@ -14,7 +14,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from vision_ssm.data import ImageData
+from vision_ssm.data.module import ImageData
 from vision_ssm.errors import InputError
 from vision_ssm.tasks.classification import ClassificationTask
 from vision_ssm.tasks.files import atomic_write, write_text

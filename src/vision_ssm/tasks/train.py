@@ -12,7 +12,8 @@ from rich.console import Console
 from timm.layers import convert_sync_batchnorm
 from timm.optim import get_optimizer_info, list_optimizers
 
-from vision_ssm.data import ImageData, Images, load_splits, seeded
+from vision_ssm.data import Images, load_splits, seeded
+from vision_ssm.data.module import ImageData
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import FolderConfig, Optimisation, TimmConfig, TrainConfig, to_dict
 from vision_ssm.tasks.classification import ClassificationTask
