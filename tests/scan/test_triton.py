@@ -71,7 +71,7 @@ def test_short_routes_share_a_program(case):
 
 @needs_kernels
 def test_routes_are_added_in_one_program_or_in_many(monkeypatch):
-    call = Case(batch=2, height=5, width=4).make(torch.float32)
+    call = Case(batch=4, height=5, width=4).make(torch.float32)
     results = []
     for number, parts in ((0, 1), (1, 2), (1000, 4)):
         monkeypatch.setattr(triton, "processors", lambda device, number=number: number)
