@@ -4,6 +4,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import TrainConfig
+from vision_ssm.tasks.sharding import ShardedStrategy
 
 
 def process_rank(config: TrainConfig) -> int:
@@ -27,9 +28,11 @@ def process_rank(config: TrainConfig) -> int:
 
 
 def strategy_for(config: TrainConfig) -> Strategy | str:
-    """How the processes of a run work together: each has all weights, and gradients are averaged."""
+    """How the processes of a run work together: gradients are averaged, and each has all weights or a share of them."""
     if config.processes == 1:
         return "auto"
+    if config.fsdp:
+        return ShardedStrategy(config.processes)
     # Buffers differ between processes during an epoch (see `ClassificationTask.on_validation_start`).
     return DDPStrategy(broadcast_buffers=False)
 
