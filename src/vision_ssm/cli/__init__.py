@@ -5,6 +5,7 @@ when the command is called. To add one, add a line to `COMMANDS`.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -61,7 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(message: str) -> int:
-    """Print one line about what is wrong, and return the exit code for it."""
+    """Print one line about what is wrong, and return the exit code for it.
+
+    Of several processes that train together, the first to say it prints it.
+    """
+    if any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", "SLURM_NTASKS")):
+        from vision_ssm.tasks.processes import first_to_say
+
+        if not first_to_say(message):
+            return BAD_INPUT
     sys.stderr.write(f"vision-ssm: error: {message}\n")
     return BAD_INPUT
 

@@ -186,7 +186,7 @@ class ClassificationTask(lightning.LightningModule):
         finite = self._is_finite()
         self._finite = None
         if not self.trainer.strategy.reduce_boolean_decision(finite):
-            self._skip(finite)
+            self._skip()
             optimizer.zero_grad()
             return
         self._skipped_in_a_row = 0
@@ -202,21 +202,26 @@ class ClassificationTask(lightning.LightningModule):
         gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
-    def _skip(self, finite: bool) -> None:
+    def _skip(self) -> None:
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.max_skipped:
-            where = first_in_gradients(self.model)
-            if not finite:
-                batch, batch_idx = self._batch
-                with self.trainer.precision_plugin.forward_context():
-                    where = first_in_forward(self.model, lambda: self._forward_loss(batch, batch_idx)) or where
             raise InputError(
                 f"training diverges: {self._skipped_in_a_row} steps in a row, up to step {self.global_step + 1}, "
-                f"have no finite loss or gradient; the first value that is not finite is in {where or 'the loss'}; "
+                f"have no finite loss or gradient; the first value that is not finite is in {self._not_finite()}; "
                 "try a lower --optim.lr, more --optim.warmup-epochs or --precision 32-true (the limit is --max-skipped)"
             )
         self._running.put_back()
+
+    def _not_finite(self) -> str:
+        # All processes search, because sharded layers need all of them, and tell each other: all say the same.
+        batch, batch_idx = self._batch
+        with self.trainer.precision_plugin.forward_context():
+            found = [first_in_forward(self.model, lambda: self._forward_loss(batch, batch_idx))]
+        if self.trainer.world_size > 1:
+            mine, found = found[0], found * self.trainer.world_size
+            torch.distributed.all_gather_object(found, mine)
+        return next(filter(None, found), None) or first_in_gradients(self.model) or "the loss"
 
     def training_figures(self) -> dict[str, float]:
         """Mean loss and accuracy of the epoch so far."""

@@ -63,6 +63,8 @@ class ShardedStrategy(ModelParallelStrategy):
 class ModelAverage(ModelEmaV3):
     """Timm's moving average; of a sharded model, each process averages its shares."""
 
+    module: nn.Module
+
     @torch.no_grad()
     def update(self, model: nn.Module, step: int | None = None) -> None:
         """Move towards `model`."""
@@ -81,7 +83,7 @@ class _Shares(nn.Module):
         super().__init__()
         self._shares = {name: local(value) for name, value in model.state_dict().items()}
 
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:  # type: ignore[override]
         return self._shares
 
 
@@ -106,13 +108,18 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 def gather(state: Mapping[str, Any]) -> dict[str, Any]:
     """Whole tensors on the CPU, in the first process; all have to call it, for as many of the same names."""
-    whole: dict[str, Any] = {}
+    gathered: dict[str, Any] = {}
     for name, value in state.items():
         # One after the other, so that no process ever holds all.
-        tensor = value.full_tensor() if isinstance(value, DTensor) else value
+        tensor = whole(value)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            whole[name] = tensor.detach().cpu() if isinstance(tensor, Tensor) else tensor
-    return whole
+            gathered[name] = tensor.detach().cpu() if isinstance(tensor, Tensor) else tensor
+    return gathered
+
+
+def whole(value: Any) -> Any:
+    """A tensor with the parts that other processes hold; all have to call it. Anything else as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def local(tensor: Tensor) -> Tensor:
