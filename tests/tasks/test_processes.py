@@ -146,7 +146,7 @@ def assert_same_files(one, two):
 
 
 def test_sharded_weights_learn_as_whole_ones(config, tmp_path):
-    """Distillation with two classifiers, batch norms, accumulation, clipping, layer decay, one average after another."""
+    """Distillation into two classifiers, with batch norms, accumulation, clipping and layer decay."""
     teacher = tmp_path / "teacher.safetensors"
     spec = spec_for(config, ("blue", "green", "red"))
     save_classifier(teacher, spec.create().state_dict(), spec)
@@ -184,7 +184,7 @@ def test_an_error_of_all_is_said_once(flags, config, tmp_path):
     words += ["--image-size", 16, "--batch-size", 6, "--workers", 0, "--max-skipped", 2, "--device", "cpu"]
     assert run_two(command, [*words, "--devices", 2, *flags], Infinite, tmp_path / "said") == [2, 2]
     said = "".join((tmp_path / name).read_text() for name in ("said0.err", "said1.err"))
-    assert "2 steps in a row, up to step 1, have no finite loss" in said
+    assert "2 steps in a row, up to step 2, have no finite loss" in said
     assert "not finite is in the input of the model;" in said
     assert said.count("\n") == 1
 

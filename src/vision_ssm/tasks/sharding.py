@@ -5,7 +5,6 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -29,6 +28,11 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Let Lightning restore before it makes the loaders, which begin where the checkpoint was taken."""
+        return False
+
+    @property
     def lightning_restore_optimizer(self) -> bool:
         """Let Lightning call `load_optimizer_state_dict`."""
         return True
@@ -44,8 +48,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this process's share of the weights."""
-        options = StateDictOptions(full_state_dict=True, strict=strict)
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
+        own = self.lightning_module.state_dict()
+        shares = {name: _share(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(shares, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this process's share of what the optimisers keep."""
@@ -127,7 +132,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _share(value: Any, parameter: Tensor) -> Any:
+def _share(value: Any, parameter: Tensor | None) -> Any:
     if not (isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape):
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -13,7 +13,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.optim import get_optimizer_info, list_optimizers
 
 from vision_ssm.data import ImageData, LabelledImages, load_splits, seeded
-from vision_ssm.errors import InputError
+from vision_ssm.errors import InputError, ProcessLostError
 from vision_ssm.recipes import FolderConfig, Optimisation, TimmConfig, TrainConfig, to_dict
 from vision_ssm.tasks.classification import ClassificationTask
 from vision_ssm.tasks.classifier import check_readable, evaluate, find_device, load_classifier, loader_workers
@@ -169,7 +169,9 @@ def train(
             raise KeyboardInterrupt from None
         except RuntimeError as error:
             if lost_another(error):
-                raise InputError("another process of this run has ended before; its own message says why") from error
+                raise ProcessLostError(
+                    "another process of this run has ended before; its own message says why"
+                ) from error
             raise
     classifier = load_classifier(folder.best, str(trainer.strategy.root_device), config.precision)
     evaluation = evaluate(classifier, splits.val, config.batch_size, config.workers, console=console)
