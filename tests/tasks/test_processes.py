@@ -20,7 +20,7 @@ from vision_ssm.recipes import Augmentation, Distillation, Optimisation, small
 from vision_ssm.tasks.optimisation import make_optimizer
 from vision_ssm.tasks.recorder import RunRecorder
 from vision_ssm.tasks.run_folder import RunFolder
-from vision_ssm.tasks.sharding import SHARDABLE_OPTIMIZERS, shard
+from vision_ssm.tasks.sharding import SHARDABLE_OPTIMIZERS, check_shardable, shard
 from vision_ssm.tasks.spec import read_spec, save_classifier, spec_for
 
 # A server with everything imported starts processes in a moment.
@@ -264,3 +264,11 @@ def test_bad_options_get_one_line(options, message, tmp_path, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_dimension_cannot_be_divided():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    check_shardable(model, "a_model")
+    model[0].register_parameter("scale", torch.nn.Parameter(torch.tensor(1.0)))
+    with pytest.raises(InputError, match=r"--fsdp cannot divide a_model: its parameter 0\.scale is a single number"):
+        check_shardable(model, "a_model")

@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vision_ssm.errors import InputError
+
 # Those of timm's that take the same steps with shares of the parameters as with all of them, and keep nothing but
 # tensors of the parameters' shapes.
 SHARDABLE_OPTIMIZERS = (
@@ -109,6 +111,16 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
             for block in module:
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def check_shardable(model: nn.Module, name: str) -> None:
+    """Refuse a model that FSDP2 cannot divide.
+
+    Raises:
+        InputError: A parameter has no dimension along which it could be.
+    """
+    if single := [key for key, parameter in model.named_parameters() if parameter.ndim == 0]:
+        raise InputError(f"--fsdp cannot divide {name}: its parameter {single[0]} is a single number")
 
 
 def gather(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from vision_ssm.tasks.progress import TrainingProgress
 from vision_ssm.tasks.recorder import RunRecorder, SafeCheckpointIO, stop_on_signals
 from vision_ssm.tasks.report import is_uneven, report_data, report_evaluation
 from vision_ssm.tasks.run_folder import RunFolder, weights_file
-from vision_ssm.tasks.sharding import SHARDABLE_OPTIMIZERS
+from vision_ssm.tasks.sharding import SHARDABLE_OPTIMIZERS, check_shardable
 from vision_ssm.tasks.spec import ModelSpec, check_takes, create_from_file, create_model, spec_for
 from vision_ssm.tasks.trackers import check_tracker, make_loggers
 
@@ -115,6 +115,8 @@ def train(
     teacher = load_teacher(config.distill.teacher, spec) if config.distill.teacher else None
     model = _first_model(config, spec, resume=resume)
     check_takes(model, spec.model, spec.image_size)
+    if config.fsdp:
+        check_shardable(model, spec.model)
     if config.sync_batchnorm:
         model = convert_sync_batchnorm(model)
     optim = config.optim.for_batch(config.images_per_step)
