@@ -9,3 +9,7 @@ class InputError(ValueError):
     def line(self) -> str:
         """The message on one line, without the traceback a data-loader worker wraps around it."""
         return " ".join(str(self).rsplit("InputError: ", 1)[-1].split())
+
+
+class ProcessLostError(InputError):
+    """Another process of the run has ended, and has said why."""

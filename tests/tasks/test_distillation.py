@@ -40,7 +40,7 @@ def teacher_file(config, tmp_path):
         dataclasses.replace(config, model="test_vit", model_args={"img_size": 32}), ("blue", "green", "red")
     )
     path = tmp_path / "teacher.safetensors"
-    save_classifier(path, spec.create(), spec)
+    save_classifier(path, spec.create().state_dict(), spec)
     return path
 
 
@@ -116,7 +116,7 @@ def test_stopped_and_resumed_distillation_is_bit_identical(config, teacher_file,
         training.train(dataclasses.replace(config, distill=Distillation()), parts, resume=True)
     spec = read_spec(teacher_file)
     kept = teacher_file.read_bytes()
-    save_classifier(teacher_file, spec.create(), spec)  # other weights under the same name
+    save_classifier(teacher_file, spec.create().state_dict(), spec)  # other weights under the same name
     with pytest.raises(InputError, match="the teacher's weights are not those"):
         training.train(config, parts, resume=True)
     teacher_file.write_bytes(kept)
@@ -158,9 +158,9 @@ def test_a_run_teaches_the_next_and_gives_it_its_weights(config, teacher_file, t
 def test_teachers_that_cannot_teach(teacher, message, config, images, teacher_file, tmp_path):
     spec = read_spec(teacher_file)
     others, large = tmp_path / "others.safetensors", tmp_path / "large.safetensors"
-    save_classifier(others, spec.create(), dataclasses.replace(spec, classes=("cat", "dog", "owl")))
+    save_classifier(others, spec.create().state_dict(), dataclasses.replace(spec, classes=("cat", "dog", "owl")))
     wide = dataclasses.replace(spec, model_args={"img_size": 64, "dynamic_img_size": False})
-    save_classifier(large, wide.create(), wide)
+    save_classifier(large, wide.create().state_dict(), wide)
     name = teacher.format(images=images, others=others, large=large)
     with pytest.raises(InputError, match=message):
         training.train(taught(config, name), RunFolder(tmp_path / "run"))

@@ -5,6 +5,7 @@ when the command is called. To add one, add a line to `COMMANDS`.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -46,10 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, function = COMMANDS[words[0]][0].split(":")
     command = getattr(importlib.import_module(module), function)
 
-    from vision_ssm.errors import InputError
+    from vision_ssm.errors import InputError, ProcessLostError
 
     try:
         return command(words[1:])
+    except ProcessLostError as error:
+        return fail(error.line, alone=True)
     except InputError as error:
         return fail(error.line)
     except OSError as error:
@@ -60,8 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def fail(message: str) -> int:
-    """Print one line about what is wrong, and return the exit code for it."""
+def fail(message: str, *, alone: bool = False) -> int:
+    """Print one line about what is wrong, and return the exit code for it.
+
+    Args:
+        message: The line; of several processes that train together, the first to say it prints it.
+        alone: The others cannot be asked whether they have.
+    """
+    if not alone and any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", "SLURM_NTASKS")):
+        from vision_ssm.tasks.processes import first_to_say
+
+        if not first_to_say(message):
+            return BAD_INPUT
     sys.stderr.write(f"vision-ssm: error: {message}\n")
     return BAD_INPUT
 

@@ -1,7 +1,6 @@
 import argparse
 import dataclasses
 import sys
-import time
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,16 +121,17 @@ def _run(config: recipes.TrainConfig, run: RunOptions) -> int:
     # Not before the options are known to be right: these imports take seconds.
     from rich.console import Console
 
-    from vision_ssm.tasks.processes import process_rank
+    from vision_ssm.tasks.processes import common_name, process_rank
     from vision_ssm.tasks.recorder import Stopped
     from vision_ssm.tasks.train import train as train_classifier
 
     config = _absolute(config)
     path = run.resume if isinstance(run.resume, Path) else run.out
-    if path is None and config.processes > 1:
-        raise InputError("with several processes, say --out DIR: all of them have to know the folder of the run")
     if path is None:
-        path = Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = common_name(config)
+        if name is None:
+            raise InputError("on several machines, say --out DIR: all processes have to know the folder of the run")
+        path = Path("runs") / f"{config.model}-{name}"
     try:
         train_classifier(config, RunFolder(path), resume=bool(run.resume), overwrite=run.overwrite, console=Console())
     except Stopped:

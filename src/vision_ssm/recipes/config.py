@@ -203,6 +203,8 @@ class TrainConfig:
     """Devices of each machine; one process for each, or that many processes on the CPU."""
     nodes: int = 1
     """Machines."""
+    fsdp: bool = False
+    """Each device keeps a share of weights, average and optimiser state (FSDP2), not all of them."""
     sync_batchnorm: bool = False
     """Batch norms take the statistics of the images on all devices; not on the CPU."""
     tracker: Tracker | None = None

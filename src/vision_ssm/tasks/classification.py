@@ -5,7 +5,6 @@ import lightning
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
@@ -17,6 +16,7 @@ from vision_ssm.tasks.distillation import Teacher, distillation_loss
 from vision_ssm.tasks.evaluation import balanced_accuracy
 from vision_ssm.tasks.nonfinite import RunningStatistics, first_in_forward, first_in_gradients
 from vision_ssm.tasks.optimisation import LearningRate, make_optimizer
+from vision_ssm.tasks.sharding import ModelAverage, local, shard
 
 _STEP = 2  # keeps these draws apart from those of the data module
 
@@ -72,7 +72,7 @@ class ClassificationTask(lightning.LightningModule):
         return_both: Callable[[bool], None] | None = getattr(model, "set_distilled_training", None)
         if teacher is not None and return_both is not None:
             return_both(True)
-        self.ema = ModelEmaV3(model, self.optim.ema, use_warmup=self.optim.ema_warmup) if self.optim.ema else None
+        self.ema = ModelAverage(model, self.optim.ema, use_warmup=self.optim.ema_warmup) if self.optim.ema else None
         if self.ema is not None:
             self.ema.requires_grad_(False)  # or several processes would wait for its gradients
         self.mixup = None
@@ -91,6 +91,7 @@ class ClassificationTask(lightning.LightningModule):
         else:
             self.loss = nn.CrossEntropyLoss(label_smoothing=self.optim.label_smoothing)
         self.max_skipped, self.skipped, self._skipped_in_a_row = max_skipped, 0, 0
+        self._is_sharded = False
         self._finite: Tensor | None = None
         self._running = RunningStatistics(model)
         # Loss, right answers and images so far in the epoch; stored, so that a resumed epoch reports all of it.
@@ -110,6 +111,14 @@ class ClassificationTask(lightning.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """(batch, classes) logits of the evaluated model."""
         return self.evaluated_model(images)
+
+    def configure_model(self) -> None:
+        """Divide model and average among the processes, if Lightning's strategy for that is used."""
+        if self.device_mesh is None or self._is_sharded:
+            return
+        for model in [self.model] + ([] if self.ema is None else [self.ema.module]):
+            shard(model, self.device_mesh["data_parallel"])
+        self._is_sharded = True
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
@@ -177,7 +186,7 @@ class ClassificationTask(lightning.LightningModule):
         finite = self._is_finite()
         self._finite = None
         if not self.trainer.strategy.reduce_boolean_decision(finite):
-            self._skip(finite)
+            self._skip()
             optimizer.zero_grad()
             return
         self._skipped_in_a_row = 0
@@ -190,24 +199,29 @@ class ClassificationTask(lightning.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if not self._finite or (scaler is not None and scaler.get_scale() >= 1):
             return bool(self._finite)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
 
-    def _skip(self, finite: bool) -> None:
+    def _skip(self) -> None:
         self.skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.max_skipped:
-            where = first_in_gradients(self.model)
-            if not finite:
-                batch, batch_idx = self._batch
-                with self.trainer.precision_plugin.forward_context():
-                    where = first_in_forward(self.model, lambda: self._forward_loss(batch, batch_idx)) or where
             raise InputError(
                 f"training diverges: {self._skipped_in_a_row} steps in a row, up to step {self.global_step + 1}, "
-                f"have no finite loss or gradient; the first value that is not finite is in {where or 'the loss'}; "
+                f"have no finite loss or gradient; the first value that is not finite is in {self._not_finite()}; "
                 "try a lower --optim.lr, more --optim.warmup-epochs or --precision 32-true (the limit is --max-skipped)"
             )
         self._running.put_back()
+
+    def _not_finite(self) -> str:
+        # All processes search, because sharded layers need all of them, and tell each other: all say the same.
+        batch, batch_idx = self._batch
+        with self.trainer.precision_plugin.forward_context():
+            found = [first_in_forward(self.model, lambda: self._forward_loss(batch, batch_idx))]
+        if self.trainer.world_size > 1:
+            mine, found = found[0], found * self.trainer.world_size
+            torch.distributed.all_gather_object(found, mine)
+        return next(filter(None, found), None) or first_in_gradients(self.model) or "the loss"
 
     def training_figures(self) -> dict[str, float]:
         """Mean loss and accuracy of the epoch so far."""

@@ -19,6 +19,7 @@ from vision_ssm.errors import InputError
 from vision_ssm.tasks.classification import ClassificationTask
 from vision_ssm.tasks.files import atomic_write, write_text
 from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.tasks.sharding import gather
 from vision_ssm.tasks.spec import ModelSpec, save_classifier
 
 # What a recorder counts in each epoch, and keeps in checkpoints.
@@ -158,8 +159,8 @@ class RunRecorder(Checkpoint):
         best = max((self._rank(r) for r in self.history), default=None)
         self.history.append(row)
         self._reset()
-        if trainer.is_global_zero and (best is None or self._rank(row) > best):
-            save_classifier(self.folder.best, pl_module.evaluated_model, self.spec)
+        if best is None or self._rank(row) > best:  # in all processes: they validate together
+            self._save_weights(self.folder.best, trainer, pl_module)
         self._save(trainer, pl_module)
         if _any(trainer, self.stop.is_set()) and trainer.max_epochs != trainer.current_epoch + 1:
             raise Stopped
@@ -204,13 +205,17 @@ class RunRecorder(Checkpoint):
         module.gather_sums()
         trainer.datamodule.gather()
         # Weights first: a run that is killed after its last state was saved has no step left that would write them.
-        if trainer.is_global_zero:
-            save_classifier(self.folder.last, module.evaluated_model, self.spec)
+        self._save_weights(self.folder.last, trainer, module)
         trainer.save_checkpoint(self.folder.state)
         if trainer.is_global_zero:
             self.write_metrics()
             self.write_unreadable(trainer.datamodule)
         self._saved = time.monotonic()
+
+    def _save_weights(self, path: Path, trainer: Trainer, module: ClassificationTask) -> None:
+        weights = gather(module.evaluated_model.state_dict())
+        if trainer.is_global_zero:
+            save_classifier(path, weights, self.spec)
 
     @staticmethod
     def _rank(row: dict[str, Any]) -> tuple[float, float]:

@@ -288,14 +288,14 @@ def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
 
 
-def save_classifier(path: Path, model: nn.Module, spec: ModelSpec) -> None:
-    """Write weights and `spec` into one safetensors file, whole or not at all.
+def save_classifier(path: Path, weights: Mapping[str, Tensor], spec: ModelSpec) -> None:
+    """Write weights (the model's state) and `spec` into one safetensors file, whole or not at all.
 
     Raises:
         OSError: The disk is full, say.
     """
     # Cloned, because safetensors refuses tensors that share memory.
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
     metadata = {_METADATA_KEY: json.dumps(dataclasses.asdict(spec))}
     with atomic_write(path) as file:
         file.write(safetensors.torch.save(tensors, metadata))

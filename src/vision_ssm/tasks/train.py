@@ -14,7 +14,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 from vision_ssm.data import Images, load_splits, seeded
 from vision_ssm.data.module import ImageData
-from vision_ssm.errors import InputError
+from vision_ssm.errors import InputError, ProcessLostError
 from vision_ssm.recipes import FolderConfig, Optimisation, TimmConfig, TrainConfig, to_dict
 from vision_ssm.tasks.classification import ClassificationTask
 from vision_ssm.tasks.classifier import check_readable, evaluate, find_device, load_classifier, loader_workers
@@ -28,6 +28,7 @@ from vision_ssm.tasks.progress import TrainingProgress
 from vision_ssm.tasks.recorder import RunRecorder, SafeCheckpointIO, stop_on_signals
 from vision_ssm.tasks.report import how_many, is_uneven, report_data, report_evaluation
 from vision_ssm.tasks.run_folder import RunFolder, weights_file
+from vision_ssm.tasks.sharding import SHARDABLE_OPTIMIZERS, check_shardable
 from vision_ssm.tasks.spec import ModelSpec, check_takes, create_from_file, create_model, spec_for
 from vision_ssm.tasks.trackers import check_tracker, make_loggers
 
@@ -115,6 +116,8 @@ def train(
     teacher = load_teacher(config.distill.teacher, spec) if config.distill.teacher else None
     model = _first_model(config, spec, resume=resume)
     check_takes(model, spec.model, spec.image_size)
+    if config.fsdp:
+        check_shardable(model, spec.model)
     if config.sync_batchnorm:
         model = convert_sync_batchnorm(model)
     optim = config.optim.for_batch(config.images_per_step)
@@ -169,7 +172,9 @@ def train(
             raise KeyboardInterrupt from None
         except RuntimeError as error:
             if lost_another(error):
-                raise InputError("another process of this run has ended before; its own message says why") from error
+                raise ProcessLostError(
+                    "another process of this run has ended before; its own message says why"
+                ) from error
             raise
     classifier = load_classifier(folder.best, str(trainer.strategy.root_device), config.precision)
     evaluation = evaluate(classifier, splits.val, config.batch_size, config.workers, console=console)
@@ -243,9 +248,22 @@ def check(config: TrainConfig) -> None:
     if config.crop == 0:
         raise InputError("--crop must be positive, got 0")
     _check_optimizer(optim)
+    if config.fsdp:
+        _check_fsdp(config)
     check_tracker(config.tracker)
     if (augment.mixup or augment.cutmix) and config.batch_size % 2:
         raise InputError(f"mixup and CutMix pair images, so --batch-size must be even, not {config.batch_size}")
+
+
+def _check_fsdp(config: TrainConfig) -> None:
+    if config.processes == 1:
+        raise InputError("--fsdp divides the weights among several devices, say how many with --devices")
+    if config.precision == "16-mixed":
+        raise InputError("--fsdp goes with --precision 32-true, bf16-mixed or bf16-true, not 16-mixed")
+    if config.optim.optimizer not in SHARDABLE_OPTIMIZERS:
+        raise InputError(
+            f"--fsdp goes with --optim.optimizer {', '.join(SHARDABLE_OPTIMIZERS)}, not {config.optim.optimizer}"
+        )
 
 
 def _check_optimizer(optim: Optimisation) -> None:
@@ -296,6 +314,7 @@ def make_trainer(
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # the data module divides the images itself
+            inference_mode=not config.fsdp,  # what is gathered in it, training could not use
         )
     except (ValueError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
         raise InputError(f"cannot train on {device} in {config.precision}: {error}") from error
