@@ -1,0 +1,40 @@
+"""The benchmark that trains models alike: once through, on images of noise."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cifar.py"
+
+
+def test_models_are_trained_alike_and_compared(tmp_path):
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 7), ("test", 2)):
+        for name in "abcdefghij":
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(generator.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+    table, picture = tmp_path / "table.csv", tmp_path / "picture.png"
+    command = [sys.executable, SCRIPT, "--quick", "--data", tmp_path, "--out", tmp_path / "runs"]
+    done = subprocess.run([*command, "--csv", table, "--picture", picture], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with table.open() as file:
+        rows = [(row["model"], row["distilled"]) for row in csv.DictReader(file)]
+    assert sorted(rows) == [
+        ("convnext_stride_4", "False"),
+        ("group_mamba_atto", "False"),
+        ("group_mamba_atto", "True"),
+        ("vmamba_atto", "False"),
+    ]
+    assert (tmp_path / "table-epochs.csv").is_file()
+    assert Image.open(picture).size == (1800, 750)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert "vision-ssm train" not in again.stdout
+    wrong = subprocess.run([*command[:-3], tmp_path / "nothing"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "holds no folders named train and test" in wrong.stderr
