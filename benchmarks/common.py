@@ -24,6 +24,7 @@ from rich.table import Table
 from vision_ssm.analysis import machine_settings
 from vision_ssm.tasks.files import atomic_write, write_text
 
+CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -185,23 +186,26 @@ class _Cell(string.Formatter):
         return str(super().format_field(value, format_spec))
 
 
-def machine() -> dict[str, str]:
-    """Return what measurements on this machine depend on."""
-    settings = machine_settings(torch.device("cpu"))
+def machine(device: torch.device = CPU) -> dict[str, str]:
+    """Return what measurements on a device of this machine depend on."""
+    settings = machine_settings(device)
+    if device.type != "cpu":
+        return settings
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     names = ("device", "threads", "vision_ssm", "torch", "timm", "python")
     return {"cores": str(cores), **{name: settings[name] for name in names}}
 
 
-def machine_line() -> str:
+def machine_line(device: torch.device = CPU) -> str:
     """Return :func:`machine` on one line, and how busy it has been: threads wait for those whose core is taken."""
     load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return ", ".join(f"{name} {value}" for name, value in machine().items()) + load
+    return ", ".join(f"{name} {value}" for name, value in machine(device).items()) + load
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows, each with the machine it was measured on; columns are those of all rows together."""
-    whole = [{**row, **machine()} for row in rows]
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, str] | None = None) -> None:
+    """Write rows, each with what it was measured on (:func:`machine`); columns are those of all rows together."""
+    settings = machine() if settings is None else settings
+    whole = [{**row, **settings} for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in whole for name in row)), lineterminator="\n")
     writer.writeheader()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import common
@@ -65,7 +66,8 @@ def measure_rates(device: torch.device, quick: bool, seconds: float) -> dict[str
     found = {"copy_gb_per_s": 2 * source.nbytes / milliseconds(lambda: target.copy_(source), device, seconds) / 1e6}
     programs, rounds = (1, 1) if quick else (16 * backend.processors(device), 256)
     for name, kernel in (("exponentials_per_ns", exponentials_kernel), ("multiply_adds_per_ns", multiply_adds_kernel)):
-        time = milliseconds(partial(kernel[(programs,)], target, rounds, num_warps=4), device, seconds)
+        step = partial(kernel[(programs,)], target, rounds, num_warps=4, enable_fp_fusion=True)
+        time = milliseconds(step, device, seconds)
         found[name] = programs * rounds * 16 * 1024 / time / 1e6
     return found
 
@@ -88,26 +90,31 @@ def measure_operator(
     with use_backend("triton"):
         row: dict[str, Any] = dict(
             table="operator", shape=str(shape), states=shape.states, rank=shape.rank, batch=batch,
-            forward_ms=milliseconds(forward, device, seconds), both_ms=milliseconds(both, device, seconds),
+            forward_ms=_or_none(partial(milliseconds, forward, device, seconds)),
+            both_ms=_or_none(partial(milliseconds, both, device, seconds)),
         )  # fmt: skip
     elements = batch * shape.elements
     moved = 2 * tensors["x"].nbytes + tensors["dbc"].nbytes
     floors = dict(
         bytes_ms=moved / rates["copy_gb_per_s"] / 1e6,
-        exponentials_ms=elements * (2 + shape.states) / rates["exponentials_per_ns"] / 1e6,
-        multiply_adds_ms=elements * (shape.rank + 6 + 4 * shape.states) / rates["multiply_adds_per_ns"] / 1e6,
+        exponentials_ms=elements * (1 + shape.states) / rates["exponentials_per_ns"] / 1e6,
+        multiply_adds_ms=elements * (shape.rank + 15 + 4 * shape.states) / rates["multiply_adds_per_ns"] / 1e6,
     )
     row |= rates | floors | dict(floor_ms=max(floors.values()))
-    row["ratio_to_floor"] = row["forward_ms"] / row["floor_ms"]
-    row["ratio_to_forward"] = row["both_ms"] / row["forward_ms"]
+    row["ratio_to_floor"] = _ratio(row["forward_ms"], row["floor_ms"])
+    row["ratio_to_forward"] = _ratio(row["both_ms"], row["forward_ms"])
     if not quick:
         row["portable_ms"] = _or_none(partial(_time_portable, arguments_of(tensors, routes), device, seconds))
     if importlib.util.find_spec("mamba_ssm") and device.type == "cuda":
         row["published_ms"] = _or_none(partial(_time_published, shape, tensors, routes, device, seconds))
     for name in ("portable", "published"):
         row[f"{name}_ms"] = row.get(f"{name}_ms")
-        row[f"{name}_ratio"] = row[f"{name}_ms"] / row["forward_ms"] if row[f"{name}_ms"] else None
+        row[f"{name}_ratio"] = _ratio(row[f"{name}_ms"], row["forward_ms"])
     return row
+
+
+def _ratio(time: float | None, base: float | None) -> float | None:
+    return time / base if time and base else None
 
 
 def arguments_of(tensors: dict[str, Tensor], routes: Routes) -> ScanArguments:
@@ -146,8 +153,8 @@ def _or_none(measure: Callable[[], float]) -> float | None:
     """Return a measurement, or nothing where memory does not suffice or the other way does not run."""
     try:
         return measure()
-    except (RuntimeError, ImportError) as error:
-        common.console().print(f"left out: {str(error).splitlines()[0]}")
+    except Exception as error:  # Triton's errors have no common base but this, and no row may be lost for one
+        common.console().print(f"left out: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
         return None
     finally:
         torch.cuda.empty_cache()
@@ -247,16 +254,21 @@ def show_tiles(rows: list[dict[str, Any]]) -> None:
     common.show("The three fastest tiles: S segments of Q steps, C channels", best, columns)
 
 
-def machine_line(device: torch.device) -> str:
-    """Return what the measurements depend on, on one line."""
-    settings = machine_settings(device)
+def settings_of(device: torch.device) -> dict[str, str]:
+    """Return what the measurements depend on; clocks as they are under load."""
+    settings = machine_settings(device) | {"triton": version("triton")}
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        query += ["-i", f"GPU-{torch.cuda.get_device_properties(device).uuid}"]
+        matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        for _ in range(500):  # half a second or more; the program goes on meanwhile
+            matrix @ matrix
         try:
             settings["clocks (SM, memory, largest SM), power limit"] = subprocess.check_output(query, text=True).strip()
         except (OSError, subprocess.CalledProcessError):
             settings["clocks"] = "unknown"
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
+        torch.cuda.synchronize(device)
+    return settings
 
 
 def main() -> int:
@@ -280,37 +292,42 @@ def main() -> int:
     if unknown:
         parser.error(f"timm knows no model named {', '.join(unknown)}")
     seconds = 0.01 if quick else options.seconds
-    common.console().print(machine_line(device))
+    settings = settings_of(device)
+    common.console().print(", ".join(f"{name} {value}" for name, value in settings.items()))
     screen = common.console()
     bar = partial(track, console=screen, transient=True, disable=not screen.is_terminal)
     shapes = [Shape(side, side, *rest) for side, *rest in ([(4, 16, 1, 3)] if quick else STAGES)]
     batches = (1, 2) if quick else (1, 128)
     rows: list[dict[str, Any]] = []
+
+    def keep(more: list[dict[str, Any]]) -> None:
+        rows.extend(more)
+        if options.csv:  # after every table, so that a later one loses nothing
+            common.write_csv(options.csv, rows, settings)
+
     if "operator" in only:
         rates = measure_rates(device, quick, seconds)
         calls = list(itertools.product(shapes, batches))
-        rows += [measure_operator(s, b, device, rates, quick, seconds) for s, b in bar(calls, "operator")]
+        keep([measure_operator(s, b, device, rates, quick, seconds) for s, b in bar(calls, "operator")])
         show_operator(rows)
     for table in ("models", "growth"):
         if table not in only:
             continue
         sizes = {32: 2} if quick else BATCHES if table == "models" else dict.fromkeys((224, 448, 896, 1344, 2048), 1)
         of_table = names if table == "models" or options.models or quick else ["vmamba_tiny", *PEERS]
-        settings = list(itertools.product(sizes.items(), (False, True), of_table))
+        work = list(itertools.product(sizes.items(), (False, True), of_table))
         found = [
             measure_model(name, size, batch, training, device, seconds)
-            for (size, batch), training, name in bar(settings, table)
+            for (size, batch), training, name in bar(work, table)
         ]
         add_ratios(found)
         show_models(found, "Models" if table == "models" else "Growth with the image")
-        rows += [{**row, "table": table} for row in found]
+        keep([{**row, "table": table} for row in found])
     if "tiles" in only:
         calls = list(itertools.product(shapes, batches))
         tiles = [row for s, b in bar(calls, "tiles") for row in measure_tiles(s, b, device, quick, seconds / 5)]
         show_tiles(tiles)
-        rows += tiles
-    if options.csv:
-        common.write_csv(options.csv, rows)
+        keep(tiles)
     return 0
 
 

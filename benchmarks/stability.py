@@ -102,7 +102,8 @@ def main() -> int:
     if unknown:
         parser.error(f"timm knows no model named {', '.join(unknown)}")
     torch.set_num_threads(options.threads)
-    common.console().print(common.machine_line())
+    device = torch.device(options.device)
+    common.console().print(common.machine_line(device))
     dtype = getattr(torch, options.dtype)
     rows = [train(name, options.steps, options.batch, options.lr, options.device, dtype) for name in names]
     columns = [("model", "{model}"), (">steps", "{steps}"), (">first loss", "{first_loss:.3f}")]
@@ -111,7 +112,8 @@ def main() -> int:
     notes = ["last loss: mean of the last ten steps. largest gradient: its norm before clipping to 5."]
     common.show(f"Training in {options.dtype} autocast, {options.batch} pictures per step", rows, columns, notes)
     if options.csv:
-        common.write_csv(options.csv, rows)
+        rows = [dict(dtype=options.dtype, batch=options.batch) | row for row in rows]
+        common.write_csv(options.csv, rows, common.machine(device))
     return 0 if all(row["finite"] for row in rows) else 1
 
 

@@ -1,6 +1,7 @@
 """Routes: their orders, their invariants, their cache, and their errors."""
 
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from vision_ssm.scan import (
     Diagonal,
     Reversed,
     Routes,
+    Rows,
     Shifted,
     SkipSampled,
     Snake,
@@ -74,6 +76,16 @@ def test_atrous_scan_equals_the_published_example():
 def test_full_paths_visit_every_token_once(height, width, path):
     assert path.tokens(height, width).sort().values.tolist() == list(range(height * width))
     assert path.complete
+
+
+def test_no_path_inherits_that_it_is_complete():
+    @dataclass(frozen=True)
+    class EveryOther(Rows):
+        def tokens(self, height, width, device=None):
+            return super().tokens(height, width, device)[::2]
+
+    assert not EveryOther().complete
+    assert not Reversed(EveryOther()).complete
 
 
 @pytest.mark.parametrize(

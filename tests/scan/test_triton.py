@@ -83,6 +83,22 @@ def test_routes_are_added_in_one_program_or_in_many(monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("number", [0, 1, 1000])
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+def test_complete_routes_need_no_cleared_memory(dtype, number, shared, monkeypatch):
+    call = Case(batch=4, height=5, width=4, channels=17, states=1, shared=shared).make(dtype)
+    assert call.routes.complete
+    monkeypatch.setattr(triton, "processors", lambda device: number)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # makes torch.empty hold NaN
+    try:
+        assert_equal_to_reference(call, "triton", dtype)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_kernels
 def test_indices_out_of_range_are_masked():
     call = Case(batch=2, height=3, width=4, chosen=2, weighted=True).make(torch.float32)
     args = arguments(call.on(device("triton")))

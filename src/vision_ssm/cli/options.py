@@ -15,7 +15,13 @@ from vision_ssm.errors import InputError
 
 
 def parse_options(
-    kind: Any, words: Sequence[str], command: str, registry: ConstructorRegistry | None = None, **options: Any
+    kind: Any,
+    words: Sequence[str],
+    command: str,
+    registry: ConstructorRegistry | None = None,
+    *,
+    pairs: bool = False,
+    **options: Any,
 ) -> Any:
     """Turn words into an instance of a dataclass; `--help` prints the help and exits.
 
@@ -26,6 +32,7 @@ def parse_options(
         words: What follows the command.
         command: Its name, such as `eval`.
         registry: Rules for further types.
+        pairs: Whether every flag has a form that turns it off, because defaults differ.
         options: Further arguments of `tyro.cli`.
 
     Raises:
@@ -37,7 +44,7 @@ def parse_options(
     registry.primitive_rule(_key_values)
     try:
         with contextlib.redirect_stderr(printed):
-            config = (FlagCreatePairsOff,)
+            config = () if pairs else (FlagCreatePairsOff,)
             return tyro.cli(kind, args=list(words), prog=program, config=config, registry=registry, **options)
     except SystemExit as leave:
         if leave.code in (0, None):
@@ -71,10 +78,10 @@ def _key_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Mapping[str
         return None
 
     def parse(words: list[str]) -> Mapping[str, Any]:
-        pairs = [word.partition("=") for word in words]
-        if wrong := [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]:
+        pairs = [word.partition("=") for word in words if words != ["none"]]
+        if wrong := [key for key, equals, _ in pairs if not equals]:
             raise ValueError(f"expected KEY=VALUE, not {wrong[0]}")
-        if wrong := [word for word, (*_, value) in zip(words, pairs, strict=True) if _is_broken(_literal(value))]:
+        if wrong := ["".join(pair) for pair in pairs if _is_broken(_literal(pair[2]))]:
             raise ValueError(f"cannot read the value in {wrong[0]}")
         return {key: _literal(value) for key, _, value in pairs}
 

@@ -50,7 +50,7 @@ def recipes(words: Sequence[str]) -> int:
         console.print()
     console.print(
         "batch: images per step; lr: highest learning rate at that batch.\n"
-        "vision-ssm recipes NAME shows all values; vision-ssm train folder --recipe NAME uses them.",
+        "vision-ssm recipes NAME shows all values; vision-ssm train folder (or timm) --recipe NAME uses them.",
         style="dim",
         highlight=False,
     )
@@ -68,7 +68,7 @@ def _show(recipe: library.Recipe, *, json: bool) -> int:
     values = {
         name: {"value": value, "source": recipe.sources.get(name)}
         for name, value in recipe.values().items()
-        if name not in ("device", "devices", "nodes", "workers", "max_skipped", "tracker")
+        if name not in ("device", "devices", "nodes", "fsdp", "sync_batchnorm", "workers", "max_skipped", "tracker")
     }
     if json:
         print_json({**_row(recipe), "notes": recipe.notes, "values": values})
@@ -89,10 +89,18 @@ def _show(recipe: library.Recipe, *, json: bool) -> int:
         table = make_table("option", "value", header=False)
         table.columns[0].min_width = 25
         for name, value in pairs:
-            table.add_row("--" + name.replace("_", "-"), _shown(value))
+            table.add_row(*_option(name, value))
         console.print(table)
         console.print()
     return 0
+
+
+def _option(name: str, value: Any) -> tuple[str, str]:
+    """An option and its value, as one would type them."""
+    *groups, last = name.replace("_", "-").split(".")
+    if isinstance(value, bool) and name != "pretrained":
+        return "--" + ".".join([*groups, last if value else f"no-{last}"]), ""
+    return "--" + ".".join([*groups, last]), "" if value is True else _shown(value)
 
 
 def _shown(value: Any) -> str:
@@ -101,5 +109,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_shown, value))
     if isinstance(value, bool):
-        return "on" if value else "off"
+        return "off"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,11 +1,12 @@
 import argparse
 import dataclasses
+import shlex
 import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -98,7 +99,8 @@ def _parse(
 ) -> _Digits | _Folder | _Timm:
     registry = ConstructorRegistry()
     registry.primitive_rule(_flag_or_path)
-    command, options = f"train {kind}", {"registry": registry}
+    command = f"train {kind}"
+    options: dict[str, Any] = {"registry": registry, "pairs": True}
     if kind == "digits":
         digits = saved if isinstance(saved, recipes.DigitsConfig) else recipes.digits()
         default = _Digits(digits, RunOptions())
@@ -132,12 +134,15 @@ def _run(config: recipes.TrainConfig, run: RunOptions) -> int:
         if name is None:
             raise InputError("on several machines, say --out DIR: all processes have to know the folder of the run")
         path = Path("runs") / f"{config.model}-{name}"
+    folder = RunFolder(path)
     try:
-        train_classifier(config, RunFolder(path), resume=bool(run.resume), overwrite=run.overwrite, console=Console())
-    except Stopped:
+        train_classifier(config, folder, resume=bool(run.resume), overwrite=run.overwrite, console=Console())
+    except (Stopped, KeyboardInterrupt) as stop:
         if process_rank(config):
             return 0
-        sys.stderr.write(f"\nStopped. Continue with: vision-ssm train --resume {path}\n")
+        if isinstance(stop, KeyboardInterrupt) and not folder.state.is_file():
+            raise
+        sys.stderr.write(f"\nStopped. Continue with: vision-ssm train --resume {shlex.quote(str(path))}\n")
         return INTERRUPTED
     return 0
 
@@ -169,18 +174,20 @@ def _absolute(config: recipes.TrainConfig) -> recipes.TrainConfig:
 
 
 def _flag_or_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | Path] | None:
-    """A flag that may be followed by a path."""
+    """A flag that may be followed by a path, or by `off`."""
     if set(typing.get_args(info.type)) != {bool, Path}:
         return None
 
     def parse(words: list[str]) -> bool | Path:
         if len(words) > 1:
             raise ValueError(f"expected one path, not {' '.join(words)}")
+        if words == ["off"]:
+            return False
         return Path(words[0]) if words else True
 
     return PrimitiveConstructorSpec(
         nargs="*",
-        metavar="[PATH]",
+        metavar="[PATH|off]",
         instance_from_str=parse,
         is_instance=lambda value: isinstance(value, (bool, Path)),
         str_from_instance=lambda value: [str(value) if isinstance(value, Path) else "off"],

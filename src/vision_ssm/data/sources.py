@@ -127,6 +127,8 @@ def _read_shards(data: TimmData, split: str, named: tuple[str, ...] | None) -> I
         raise InputError("shards hold no names of classes; give their number, or a file of names, --data.classes")
     if "://" in split:
         return open_shards(data, split, named)
+    if data.root is None and "://" in data.train_split:
+        raise InputError(f"--data.val-split {split} is no URL; name the validation shards as the training ones")
     keys = {key: value for key in ("input_key", "target_key") if (value := getattr(data, key))}
     return read_shards(_folder(data.root), split, named, **keys)
 

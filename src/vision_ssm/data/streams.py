@@ -120,6 +120,15 @@ class ImageStream:
                 break
         return [found[number] for number in numbers]
 
+    def check_ends(self) -> None:
+        """Read the first image of the first and of the last shard.
+
+        Raises:
+            InputError: It cannot be read, or has a class that does not exist.
+        """
+        for shard in {0, len(self.shards) - 1}:
+            next(iter(self._read(shard)), None)
+
     def read(self, part: Part) -> Iterator[StreamedImage]:
         """The images of a part of a shard.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,16 @@ class Path:
     """
 
     complete: ClassVar[bool] = False
-    """Whether every token of any map is read and written, each once. Backends then need not clear outputs."""
+    """Whether every token of any map is read and written, each once. Backends then need not clear outputs.
+
+    Believed while tracing, where values are not seen; a subclass has to say so itself.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let no subclass inherit what it may not keep."""
+        super().__init_subclass__(**options)
+        if "complete" not in cls.__dict__:
+            cls.complete = False
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """Return the visited tokens in order, (T,) int64; -1 stands for a padding token.

@@ -183,7 +183,7 @@ def default_cfg(name: str) -> Any:
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise InputError(f"unknown model {name}{hint}")
+        raise InputError(f"unknown model {name}{hint or '; vision-ssm models lists ours, timm.list_models() all'}")
     known = timm.get_pretrained_cfg(name)
     if known is None:
         raise InputError(f"{architecture} has no pretrained tag {name.partition('.')[2]}")

@@ -1,7 +1,9 @@
+import dataclasses
 import difflib
 import logging
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from rich.console import Console
 from timm.layers import convert_sync_batchnorm
 from timm.optim import get_optimizer_info, list_optimizers
 
-from vision_ssm.data import Images, load_splits, seeded
+from vision_ssm.data import Images, ImageStream, load_splits, seeded
 from vision_ssm.data.module import ImageData
 from vision_ssm.errors import InputError, ProcessLostError
 from vision_ssm.recipes import FolderConfig, Optimisation, TimmConfig, TrainConfig, to_dict
@@ -29,7 +31,7 @@ from vision_ssm.tasks.recorder import RunRecorder, SafeCheckpointIO, stop_on_sig
 from vision_ssm.tasks.report import how_many, is_uneven, report_data, report_evaluation
 from vision_ssm.tasks.run_folder import RunFolder, weights_file
 from vision_ssm.tasks.sharding import SHARDABLE_OPTIMIZERS, check_shardable
-from vision_ssm.tasks.spec import ModelSpec, check_takes, create_from_file, create_model, spec_for
+from vision_ssm.tasks.spec import ModelSpec, check_takes, create_from_file, create_model, read_spec, spec_for
 from vision_ssm.tasks.trackers import check_tracker, make_loggers
 
 _WEIGHTS = 3  # keeps the draws of the first weights apart from those of data and steps
@@ -91,6 +93,8 @@ def train(
     device = find_device(config.device)
     if device.type == "cpu" and config.sync_batchnorm:
         raise InputError("--sync-batchnorm needs GPUs")
+    spec = spec_for(config, ())
+    train_transform = _train_transform(spec, config)
     splits = load_splits(config)
     report_data(splits, console)
     if config.images_per_step > len(splits.train) and config.processes > 1:
@@ -98,11 +102,7 @@ def train(
             f"{config.processes} processes times --batch-size {config.batch_size} times --accumulate "
             f"{config.accumulate} is larger than the {len(splits.train)} training images"
         )
-    spec = spec_for(config, splits.train.classes)
-    try:
-        train_transform = spec.train_transform(config.augment)
-    except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise InputError(f"cannot make the augmentation: {error}") from error
+    spec = dataclasses.replace(spec, classes=splits.train.classes)
     data = ImageData(
         splits,
         train_transform,
@@ -125,18 +125,23 @@ def train(
     parameters = sum(p.numel() for p in model.parameters())
     size = f"{spec.image_size}×{spec.image_size}"
     console.print(f"Model  {spec.model}, {parameters / 1e6:.2f} M parameters, {size} input, {device}", highlight=False)
+    steps = len(splits.train) // config.images_per_step
+    console.print(
+        f"Steps  {steps:,} an epoch, of {config.images_per_step} images; highest learning rate {optim.lr:g}",
+        highlight=False,
+    )
     if teacher is not None:
         console.print(f"       learns from {config.distill.teacher}", highlight=False, soft_wrap=True)
     if resume and folder.results.is_file():
-        console.print(f"Note   this run was complete: all {config.epochs} epochs are trained", highlight=False)
-    if optim.warmup_epochs >= config.epochs:
+        console.print(f"Note   this run was complete, {config.epochs} of {config.epochs}", highlight=False)
+    elif optim.warmup_epochs >= config.epochs:
         console.print(
-            f"Note   --optim.warmup-epochs {optim.warmup_epochs} do not fit into {config.epochs} epochs; "
-            f"the learning rate rises over {config.epochs - 1}",
+            f"Note   --optim.warmup-epochs {optim.warmup_epochs} must be below --epochs {config.epochs}; taken as "
+            f"{config.epochs - 1}",
             highlight=False,
             soft_wrap=True,
         )
-    steps = config.epochs * (len(splits.train) // config.images_per_step)
+    steps *= config.epochs
     if optim.ema and not optim.ema_warmup and steps * (1 - optim.ema) < 3:  # over 5 % of the first weights
         console.print(
             f"Note   {steps} steps are few for --optim.ema {optim.ema}: the average keeps much of the first weights; "
@@ -144,6 +149,8 @@ def train(
             highlight=False,
         )
     if not resume:
+        if isinstance(splits.train, ImageStream):
+            splits.train.check_ends()
         with console.status(f"reading {how_many(splits.val)} validation images once"):
             check_readable(splits.val, config.workers)
     task = ClassificationTask(
@@ -180,6 +187,8 @@ def train(
     evaluation = evaluate(classifier, splits.val, config.batch_size, config.workers, console=console)
     if rank == 0:
         finish(folder, recorder, evaluation, splits.val, console)
+    if not math.isfinite(evaluation.loss):
+        raise InputError(f"no weights of this run give a finite loss; see {folder.metrics}, and try a lower --optim.lr")
     return evaluation
 
 
@@ -208,8 +217,8 @@ def check(config: TrainConfig) -> None:
     if isinstance(config, TimmConfig):
         positive |= {"data.samples": config.data.samples, "data.shuffle": config.data.shuffle}
     for name, value in positive.items():
-        if value is not None and not value > 0:
-            raise InputError(f"--{name} must be positive, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} must be positive{' and finite' if value > 0 else ''}, got {value}")
     if not 0 <= _max_unreadable(config) <= 1:
         raise InputError(f"--data.max-unreadable must lie between 0 and 1, got {_max_unreadable(config)}")
     not_negative: dict[str, Any] = {
@@ -225,8 +234,8 @@ def check(config: TrainConfig) -> None:
         "seed": config.seed,
     }
     for name, value in not_negative.items():
-        if value is not None and not value >= 0:
-            raise InputError(f"--{name} must be 0 or more, got {value}")
+        if value is not None and not 0 <= value < math.inf:
+            raise InputError(f"--{name} must be 0 or more{' and finite' if value > 0 else ''}, got {value}")
     shares: dict[str, Any] = {
         "augment.hflip": augment.hflip,
         "augment.vflip": augment.vflip,
@@ -242,6 +251,11 @@ def check(config: TrainConfig) -> None:
     for name, value in shares.items():
         if value is not None and not 0 <= value <= 1:
             raise InputError(f"--{name} must lie between 0 and 1, got {value}")
+    for name, value in (("optim.ema", optim.ema), ("drop-path", config.drop_path)):
+        if value == 1:
+            raise InputError(f"--{name} must be below 1, got {value}")
+    if optim.layer_decay is not None and optim.layer_decay > 1:
+        raise InputError(f"--optim.layer-decay must be at most 1, got {optim.layer_decay}")
     for name, (low, high) in (("augment.scale", augment.scale), ("augment.ratio", augment.ratio)):
         if not 0 < low <= high:
             raise InputError(f"--{name} takes a smallest and a largest value, both positive, got {low} {high}")
@@ -268,8 +282,11 @@ def _check_fsdp(config: TrainConfig) -> None:
 
 def _check_optimizer(optim: Optimisation) -> None:
     if optim.optimizer not in list_optimizers():
-        near = " or ".join(difflib.get_close_matches(optim.optimizer, list_optimizers())) or "adamw"
-        raise InputError(f"timm has no optimiser called {optim.optimizer}; did you mean {near}?")
+        near = difflib.get_close_matches(optim.optimizer, list_optimizers())
+        hint = f"did you mean {' or '.join(near)}?" if near else "sgd, adamw, lamb and lion are some"
+        raise InputError(
+            f"--optim.optimizer {optim.optimizer} is none of those that timm.optim.list_optimizers() names; {hint}"
+        )
     if optim.schedule not in _SCHEDULES:
         raise InputError(f"--optim.schedule must be one of {', '.join(_SCHEDULES)}, not {optim.schedule}")
     known = get_optimizer_info(optim.optimizer)
@@ -343,6 +360,19 @@ def finish(folder: RunFolder, recorder: RunRecorder, evaluation: Evaluation, ima
         console.print(f"{what:<12} {path}", highlight=False, soft_wrap=True)
 
 
+def _train_transform(spec: ModelSpec, config: TrainConfig) -> Callable[[Any], torch.Tensor]:
+    policy = config.augment.auto_augment
+    try:
+        return spec.train_transform(config.augment)
+    except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
+        if policy is None:
+            raise InputError(f"cannot make the augmentation: {error}") from error
+        raise InputError(
+            f"--augment.auto-augment {policy} is no policy of timm's ({error}); they are original, originalr, v0, v0r, "
+            "3a, and such as rand-m9-mstd0.5-inc1 or augmix-m3-w3"
+        ) from error
+
+
 def _max_unreadable(config: TrainConfig) -> float:
     if not isinstance(config, FolderConfig | TimmConfig) or config.data.strict:
         return 0.0
@@ -353,7 +383,11 @@ def _first_model(config: TrainConfig, spec: ModelSpec, *, resume: bool) -> torch
     count = len(spec.classes)
     with seeded(config.seed, _WEIGHTS):
         if isinstance(config.pretrained, Path) and not resume:
-            path = weights_file(config.pretrained) if config.pretrained.is_dir() else config.pretrained
+            path = config.pretrained
+            if path.is_dir():
+                path = weights_file(path)
+                if (other := read_spec(path).model) != spec.model:
+                    raise InputError(f"{config.pretrained} is a run of {other}, not {spec.model}; say --model {other}")
             return create_from_file(spec.model, spec.model_args, count, path, spec.classes)
         return create_model(spec.model, spec.model_args, count, pretrained=bool(config.pretrained) and not resume)
 
