@@ -161,18 +161,15 @@ def draw(sweep: Sweep, rows: Sequence[dict[str, Any]], path: Path) -> None:
     by_epoch, by_time = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     first = sorted((row for row in rows if not row["seed"] and not row["distilled"]), key=lambda row: -row["accuracy"])
     for index, row in enumerate(first):
-        style = dict(color=f"C{index}", linestyle="--" if row["model"] in PEERS else "-")
+        style: dict[str, Any] = dict(color=f"C{index}", marker="s" if row["model"] in PEERS else "o")
         history = sweep.history(Run(row["model"]))
         epochs, accuracies = [each["epoch"] for each in history], [each["val_accuracy"] for each in history]
-        by_epoch.plot(
-            epochs, accuracies, label=f"{row['accuracy']:.1%}  {row['model']}", marker="o", markersize=3, **style
-        )
+        by_epoch.plot(epochs, accuracies, label=f"{row['accuracy']:.1%}  {row['model']}", markersize=4, **style)
         minutes = row["images_per_epoch"] * sweep.epochs / row["images_per_second"] / 60
-        by_time.plot(minutes, row["accuracy"], "s" if row["model"] in PEERS else "o", color=style["color"])
-        by_time.annotate(row["model"], (minutes, row["accuracy"]), (5, 4), textcoords="offset points", fontsize=8)
+        by_time.plot(minutes, row["accuracy"], **style)
     by_epoch.set(xlabel="epoch", ylabel="accuracy on the test images")
     by_time.set(xlabel=f"minutes for {sweep.epochs} epochs on one thread")
-    by_time.margins(x=0.25)
+    by_time.set_xlim(left=0)
     by_epoch.legend(frameon=False, loc="lower right", fontsize=8)
     for axes in (by_epoch, by_time):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -466,9 +466,9 @@ def forward_kernel(
                     final = (image_in_group * taken + j) * width * N
                     is_last = _mask(live & (step == steps - 1), inside, WHOLE)
                     tl.store(last_state + final[:, :, None] + (c * N + n)[None, None, :], h, mask=is_last)
-            at = (target * channels)[:, :, None] + (offset + c)[None, None, :]
-            mask = _mask(written, inside, WHOLE)
-            _add_route(y, y_sums, at, y_t * scale, mask, i, per_part - 1, ADD, COMPLETE)
+            out = (target * channels)[:, :, None] + (offset + c)[None, None, :]
+            there = _mask(written, inside, WHOLE)
+            _add_route(y, y_sums, out, y_t * scale, there, i, per_part - 1, ADD, COMPLETE)
         tl.debug_barrier()  # the next route adds to what other threads have written
 
 
