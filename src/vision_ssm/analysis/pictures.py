@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -82,5 +83,5 @@ def _name(path: Path) -> str:
     own = type(path).__name__
     if isinstance(inner, Path):
         return f"{own}({_name(inner)})"
-    values = [str(getattr(path, name)) for name in path.__dataclass_fields__]
+    values = [str(getattr(path, field.name)) for field in fields(path)]
     return f"{own}({', '.join(values)})" if values else own
