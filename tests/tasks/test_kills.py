@@ -105,4 +105,4 @@ def test_full_disk_is_one_line_and_the_run_may_be_started_again(config, tmp_path
     assert main(words) == 0
     assert "--optim.warmup-epochs 2 must be below --epochs 2" in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
-    assert "this run was complete: all 2 epochs are trained" in capsys.readouterr().out
+    assert "this run was complete: 2 of 2 epochs trained" in capsys.readouterr().out

@@ -133,7 +133,8 @@ def train(
     if teacher is not None:
         console.print(f"       learns from {config.distill.teacher}", highlight=False, soft_wrap=True)
     if resume and folder.results.is_file():
-        console.print(f"Note   this run was complete, {config.epochs} of {config.epochs}", highlight=False)
+        done = f"{config.epochs} of {config.epochs} epochs trained"
+        console.print(f"Note   this run was complete: {done}", highlight=False)
     elif optim.warmup_epochs >= config.epochs:
         console.print(
             f"Note   --optim.warmup-epochs {optim.warmup_epochs} must be below --epochs {config.epochs}; taken as "
