@@ -17,9 +17,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 # Up to this rank, step sizes are multiply-adds: the way to the tensor cores and back would take longer. The backward
-# pass has fewer registers to spare: above 8 it would spill on sm_80.
+# pass has fewer registers to spare: above 4 it would spill on sm_80.
 FEW_FORWARD = tl.constexpr(16)
-FEW_BACKWARD = tl.constexpr(8)
+FEW_BACKWARD = tl.constexpr(4)
 
 # Sizes that change from call to call and on whose divisors no vector load depends: no kernel of their own for each.
 _ANY = ("batch", "tokens", "steps", "routes", "taken", "images", "tiles", "chunks", "parts")
@@ -563,7 +563,7 @@ def backward_kernel(
                         first, grad_state, end, j, taken, final_step, c, inside, width, steps, n, N, Q, S,
                         PACKED, WHOLE,
                     )  # fmt: skip
-                tl.debug_barrier()
+                tl.debug_barrier()  # or the assembler mixes both scans, and spills
                 mu, nu = _scan_both(a, a * into, into, behind, True)
                 of_drive = mu if INCLUSIVE else mu - local
                 exponent = mu * kept
