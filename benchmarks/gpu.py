@@ -2,16 +2,20 @@
 
 python benchmarks/gpu.py --csv gpu.csv
 python benchmarks/gpu.py --only operator
-python benchmarks/gpu.py --only tiles      # times the candidates from which the kernels' tiles are chosen
+python benchmarks/gpu.py --tune            # after asking the GPU which tiles are fastest
+python benchmarks/gpu.py --only tiles      # times many tiles: which should be the defaults?
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.util
 import itertools
+import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -19,16 +23,18 @@ from typing import Any
 import common
 import timm
 import torch
+from kinds import BETWEEN, KINDS, REST, time_by_kind
 from peers import cross_merge, cross_scan
 from rich.progress import track
 from torch import Tensor
 
-from models import SETS, SWIN, build, names_of
+from models import SETS, SWIN, build, make_step, names_of
 from scan import Shape
 from vision_ssm.analysis import machine_settings, measure_speed
 from vision_ssm.scan import CROSS_SCAN, Routes, available_backends, build_routes, portable, route_scan, use_backend
 from vision_ssm.scan import triton as backend
 from vision_ssm.scan.arguments import ScanArguments
+from vision_ssm.scan.triton.tiles import tuning
 
 # The four stages of VMamba-T and VMamba-B, then 16 states; height = width, channels, N, R.
 STAGES = [(56, 96, 1, 6), (28, 192, 1, 12), (14, 384, 1, 24), (7, 768, 1, 48)]
@@ -36,15 +42,19 @@ STAGES += [(56, 128, 1, 8), (28, 256, 1, 16), (14, 512, 1, 32), (7, 1024, 1, 64)
 STAGES += [(56, 96, 16, 6), (14, 384, 16, 24)]
 PEERS = [SWIN, "convnext_tiny", "vit_small_patch16_224"]
 BATCHES = {224: 128, 512: 32, 1024: 8}
-TABLES = ("operator", "models", "growth", "tiles")
+GROWTH = dict.fromkeys((224, 448, 896, 1344, 2048), 1)
+TABLES = ("operator", "models", "kinds", "growth", "tiles")
 FLOOR = """\
 floor: the longest of three times, each at a rate measured before.
   x, dbc and y moved once, {copy_gb_per_s:.0f} GB/s in a copy;
-  2 + N exponentials or logarithms per token x channel x route, {exponentials_per_ns:.0f} per ns;
-  R + 6 + 4 N multiply-adds, {multiply_adds_per_ns:.0f} per ns."""
+  1 + N exponentials per token x channel x route, {exponentials_per_ns:.0f} per ns;
+  R + 15 + 4 N multiply-adds, {multiply_adds_per_ns:.0f} per ns."""
 OTHERS = """\
 portable: torch.compile of the portable backend.
 published: mamba-ssm's kernel between an explicit cross scan and merge."""
+
+
+Call = tuple[Callable[..., Tensor], list[Tensor]]  # and its arguments
 
 
 def milliseconds(step: Callable[[], Any], device: torch.device, seconds: float) -> float:
@@ -103,13 +113,18 @@ def measure_operator(
     row |= rates | floors | dict(floor_ms=max(floors.values()))
     row["ratio_to_floor"] = _ratio(row["forward_ms"], row["floor_ms"])
     row["ratio_to_forward"] = _ratio(row["both_ms"], row["forward_ms"])
+    others: dict[str, Callable[[], Call]] = {}
     if not quick:
-        row["portable_ms"] = _or_none(partial(_time_portable, arguments_of(tensors, routes), device, seconds))
+        others["portable"] = partial(portable_call, routes, tensors)
     if importlib.util.find_spec("mamba_ssm") and device.type == "cuda":
-        row["published_ms"] = _or_none(partial(_time_published, shape, tensors, routes, device, seconds))
+        others["published"] = partial(published_call, shape, routes, tensors)
     for name in ("portable", "published"):
-        row[f"{name}_ms"] = row.get(f"{name}_ms")
-        row[f"{name}_ratio"] = _ratio(row[f"{name}_ms"], row["forward_ms"])
+        forward_ms = both_ms = None
+        if name in others:
+            forward_ms = _or_none(partial(_time_other, others[name], False, device, seconds))
+            both_ms = _or_none(partial(_time_other, others[name], True, device, seconds))
+        row |= {f"{name}_ms": forward_ms, f"{name}_ratio": _ratio(forward_ms, row["forward_ms"])}
+        row |= {f"{name}_both_ms": both_ms, f"{name}_both_ratio": _ratio(both_ms, row["both_ms"])}
     return row
 
 
@@ -122,31 +137,46 @@ def arguments_of(tensors: dict[str, Tensor], routes: Routes) -> ScanArguments:
     return ScanArguments(read=routes.read, write=routes.write, complete=routes.complete, **tensors)
 
 
-def _time_portable(args: ScanArguments, device: torch.device, seconds: float) -> float:
-    # Not through the operator, into which torch.compile does not look.
-    step = torch.compile(portable.scan)
-    with torch.no_grad():
-        return milliseconds(partial(step, args, args.x.dtype), device, seconds)
+def portable_call(routes: Routes, tensors: dict[str, Tensor]) -> Call:
+    """Return a call of the portable backend under ``torch.compile``, and its arguments."""
+    scan = torch.compile(portable.scan)  # not through the operator, into which torch.compile does not look
+
+    def step(*values: Tensor) -> Tensor:
+        args = arguments_of(dict(zip(tensors, values, strict=True)), routes)
+        return scan(args, args.x.dtype)[0]
+
+    return step, list(tensors.values())
 
 
-def _time_published(
-    shape: Shape, tensors: dict[str, Tensor], routes: Routes, device: torch.device, seconds: float
-) -> float:
+def published_call(shape: Shape, routes: Routes, tensors: dict[str, Tensor]) -> Call:
+    """Return a call of mamba-ssm's kernel between a cross scan and a merge that copy the map, and its arguments."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    image = tensors["x"].unflatten(1, (shape.height, shape.width)).permute(0, 3, 1, 2).contiguous()  # (B, C, H, W)
+    image = tensors["x"].unflatten(1, (shape.height, shape.width)).permute(0, 3, 1, 2)  # (B, C, H, W)
     along = torch.stack([tensors["dbc"][:, routes.read[k].long(), k] for k in range(len(routes))], 1)
     low_rank, B, C = along.transpose(2, 3).split([shape.rank, shape.states, shape.states], 2)  # (B, K, ., T)
-    weight, A = tensors["dt_weight"].to(torch.bfloat16), tensors["A"].flatten(0, 1)
-    bias, D = tensors["dt_bias"].flatten(), tensors["D"].flatten()
+    weight = tensors["dt_weight"].to(torch.bfloat16)
+    flat = [tensors[name].flatten(0, 1) for name in ("A", "D", "dt_bias")]
 
-    def step() -> Tensor:
+    def step(image: Tensor, low_rank: Tensor, B: Tensor, C: Tensor, weight: Tensor, *flat: Tensor) -> Tensor:
+        A, D, bias = flat
         u = cross_scan(image, 2).flatten(1, 2)  # (B, K C, T)
         delta = torch.einsum("bkrt,krc->bkct", low_rank, weight).flatten(1, 2)
-        y = selective_scan_fn(u, delta, A, B.contiguous(), C.contiguous(), D, None, bias, True)
+        y = selective_scan_fn(u, delta, A, B, C, D, None, bias, True)
         return cross_merge(y.unflatten(1, (len(routes), -1)), 2, shape.height, shape.width)
 
-    return milliseconds(step, device, seconds)
+    return step, [tensor.contiguous() for tensor in (image, low_rank, B, C, weight, *flat)]
+
+
+def _time_other(make: Callable[[], Call], gradient: bool, device: torch.device, seconds: float) -> float:
+    """Time another way, forward or with its gradient."""
+    step, values = make()
+    if not gradient:
+        with torch.no_grad():
+            return milliseconds(partial(step, *values), device, seconds)
+    leaves = [value.clone().requires_grad_() for value in values]
+    grad = torch.randn_like(step(*leaves))
+    return milliseconds(lambda: torch.autograd.grad(step(*leaves), leaves, grad), device, seconds)
 
 
 def _or_none(measure: Callable[[], float]) -> float | None:
@@ -167,8 +197,9 @@ def measure_tiles(shape: Shape, batch: int, device: torch.device, quick: bool, s
     args = arguments_of(tensors, routes)
     grad = torch.randn_like(args.x)
     rows = []
-    candidates = itertools.product((1, 2, 4), (8, 16, 32), (16, 32), (1, 2, 4))
-    for tile in [backend.Tile(*candidate) for candidate in candidates][: 1 if quick else None]:
+    candidates = itertools.product((1, 2, 4, 8), (4, 8, 16, 32), (16, 32), (1, 2, 4))
+    steps = (16, 32, 64)  # of a tile
+    for tile in [backend.Tile(*c) for c in candidates if c[0] * c[1] in steps][: 1 if quick else None]:
         row: dict[str, Any] = dict(table="tiles", shape=str(shape), states=shape.states, rank=shape.rank, batch=batch)
         row |= dict(Q=tile.Q, S=tile.S, C=tile.C, warps=tile.warps)
         for name, step in (
@@ -184,7 +215,7 @@ def measure_model(
     name: str, size: int, batch: int, training: bool, device: torch.device, seconds: float
 ) -> dict[str, Any]:
     """Measure images per second and peak memory under bfloat16 autocast; nothing where memory does not suffice."""
-    row: dict[str, Any] = dict(table="models", model=name, size=size, batch=batch, training=training)
+    row: dict[str, Any] = dict(model=name, size=size, batch=batch, training=training)
     model = build(name, size, "float32").to(device)
     try:
         speed = measure_speed(model, batch, size, size, training=training, autocast=torch.bfloat16, seconds=seconds)
@@ -213,6 +244,25 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
             row[ratio] = row[name] / base[name] if row[name] and base.get(name) else None
 
 
+def measure_kinds(
+    name: str, size: int, batch: int, training: bool, device: torch.device, seconds: float
+) -> dict[str, Any]:
+    """Measure where the time of a step under bfloat16 autocast goes."""
+    row: dict[str, Any] = dict(model=name, size=size, batch=batch, training=training)
+    model = build(name, size, "float32").to(device)
+    step = make_step(model, torch.randn(batch, 3, size, size, device=device), training)
+    try:
+        with torch.autocast(device.type, torch.bfloat16):
+            spent = time_by_kind(step, seconds=seconds, gpu=device.type == "cuda")
+    except torch.OutOfMemoryError:
+        common.console().print(f"{name}, {size}x{size}, batch {batch}: out of memory")
+        return row
+    finally:
+        del model, step
+        torch.cuda.empty_cache()
+    return row | dict(milliseconds=sum(spent.values())) | {kind: ms / sum(spent.values()) for kind, ms in spent.items()}
+
+
 def show_operator(rows: list[dict[str, Any]]) -> None:
     """Print the table of the operator."""
     call = [("shape", "{shape}"), (">N", "{states}"), (">R", "{rank}"), (">batch", "{batch}")]
@@ -224,11 +274,17 @@ def show_operator(rows: list[dict[str, Any]]) -> None:
     others = [(">forward ms", "{forward_ms:.3f}"), (">with backward", "{both_ms:.3f}")]
     others += [(">x", "{ratio_to_forward:.2f}")]
     for name in ("portable", "published"):
-        others += [(f">{name}", f"{{{name}_ms:.3f}}"), (">x", f"{{{name}_ratio:.2f}}")]
+        others += [(f">{name} forward", f"{{{name}_ms:.3f}}"), (">x", f"{{{name}_ratio:.2f}}")]
+        others += [(">with backward", f"{{{name}_both_ms:.3f}}"), (">x", f"{{{name}_both_ratio:.2f}}")]
     notes = [OTHERS]
     if importlib.util.find_spec("mamba_ssm") is None:
         notes.append("published was not measured: mamba-ssm is not installed.")
-    common.show(f"{title}: with its gradient, and other ways (x: times forward)", rows, call + others, notes)
+    common.show(
+        f"{title}: with its gradient, and other ways (x: times ours; of ours, times forward)",
+        rows,
+        call + others,
+        notes,
+    )
 
 
 def show_models(rows: list[dict[str, Any]], title: str) -> None:
@@ -238,6 +294,16 @@ def show_models(rows: list[dict[str, Any]], title: str) -> None:
     columns += [(">ratio", "{speed_ratio:.2f}")]
     columns += [(">peak MiB", "{peak_mib:.0f}"), (">ratio", "{memory_ratio:.2f}"), ("scan", "{backend}")]
     common.show(title, rows, columns, [f"bfloat16 autocast. Ratios: to {SWIN} in the same setting."])
+
+
+def show_kinds(rows: list[dict[str, Any]]) -> None:
+    """Print where the time goes."""
+    columns = [("model", "{model}"), (">size", "{size}"), (">batch", "{batch}"), ("training", "{training}")]
+    columns += [(">ms", "{milliseconds:.1f}"), *((f">{kind}", f"{{{kind}:.0%}}") for kind in (*KINDS, REST, BETWEEN))]
+    notes = [
+        "Shares of the time, bfloat16 autocast, from torch's profiler, which costs time itself; between operators,"
+    ]
+    common.show("Where the time goes", rows, columns, [*notes, "the GPU has nothing to do."])
 
 
 def show_tiles(rows: list[dict[str, Any]]) -> None:
@@ -271,13 +337,59 @@ def settings_of(device: torch.device) -> dict[str, str]:
     return settings
 
 
+def measure_tables(only: Sequence[str], names: list[str], device: torch.device, options: argparse.Namespace) -> None:
+    """Measure, print and write one table after the other."""
+    quick, seconds = options.quick, 0.01 if options.quick else options.seconds
+    settings = settings_of(device)
+    common.console().print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    screen = common.console()
+    bar = partial(track, console=screen, transient=True, disable=not screen.is_terminal)
+    shapes = [Shape(side, side, *rest) for side, *rest in ([(4, 16, 1, 3)] if quick else STAGES)]
+    calls = list(itertools.product(shapes, (1, 2) if quick else (1, 128)))
+    rows: list[dict[str, Any]] = []
+
+    def keep(more: list[dict[str, Any]]) -> None:
+        rows.extend(more)
+        if options.csv:  # after every table, so that a later one loses nothing
+            common.write_csv(options.csv, rows, settings)
+
+    if "operator" in only:
+        rates = measure_rates(device, quick, seconds)
+        keep([measure_operator(s, b, device, rates, quick, seconds) for s, b in bar(calls, "operator")])
+        show_operator(rows)
+    for table, sizes in {"models": BATCHES, "kinds": {224: 128}, "growth": GROWTH}.items():
+        if table not in only:
+            continue
+        of_table = names if table != "growth" or options.models or quick else ["vmamba_tiny", *PEERS]
+        work = list(itertools.product(({32: 2} if quick else sizes).items(), (False, True), of_table))
+        measure = measure_kinds if table == "kinds" else measure_model
+        found = [
+            measure(name, size, batch, training, device, seconds) for (size, batch), training, name in bar(work, table)
+        ]
+        if table == "kinds":
+            show_kinds(found)
+        else:
+            add_ratios(found)
+            show_models(found, "Models" if table == "models" else "Growth with the image")
+        keep([{**row, "table": table} for row in found])
+    if "tiles" in only:
+        tiles = [row for s, b in bar(calls, "tiles") for row in measure_tiles(s, b, device, quick, seconds / 5)]
+        show_tiles(tiles)
+        keep(tiles)
+
+
 def main() -> int:
     """Run the command line."""
     parser = common.Parser("Speed and memory on a GPU.", seconds=0.5)
     parser.add_argument("--only", nargs="+", choices=TABLES, help="these tables (default: all but tiles)")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="first ask the GPU which tiles are fastest; Triton's cache keeps the answers",
+    )
     parser.add_argument("--models", nargs="+", metavar="NAME", help="timm names (default: every T model and its peers)")
     options = parser.parse_args()
-    quick, only = options.quick, options.only or TABLES[:3]
+    quick, only = options.quick, options.only or TABLES[:4]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not (quick and backend.interpreted()):
         parser.error(
@@ -291,43 +403,11 @@ def main() -> int:
     unknown = [name for name in names if not timm.is_model(name)]
     if unknown:
         parser.error(f"timm knows no model named {', '.join(unknown)}")
-    seconds = 0.01 if quick else options.seconds
-    settings = settings_of(device)
-    common.console().print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    screen = common.console()
-    bar = partial(track, console=screen, transient=True, disable=not screen.is_terminal)
-    shapes = [Shape(side, side, *rest) for side, *rest in ([(4, 16, 1, 3)] if quick else STAGES)]
-    batches = (1, 2) if quick else (1, 128)
-    rows: list[dict[str, Any]] = []
-
-    def keep(more: list[dict[str, Any]]) -> None:
-        rows.extend(more)
-        if options.csv:  # after every table, so that a later one loses nothing
-            common.write_csv(options.csv, rows, settings)
-
-    if "operator" in only:
-        rates = measure_rates(device, quick, seconds)
-        calls = list(itertools.product(shapes, batches))
-        keep([measure_operator(s, b, device, rates, quick, seconds) for s, b in bar(calls, "operator")])
-        show_operator(rows)
-    for table in ("models", "growth"):
-        if table not in only:
-            continue
-        sizes = {32: 2} if quick else BATCHES if table == "models" else dict.fromkeys((224, 448, 896, 1344, 2048), 1)
-        of_table = names if table == "models" or options.models or quick else ["vmamba_tiny", *PEERS]
-        work = list(itertools.product(sizes.items(), (False, True), of_table))
-        found = [
-            measure_model(name, size, batch, training, device, seconds)
-            for (size, batch), training, name in bar(work, table)
-        ]
-        add_ratios(found)
-        show_models(found, "Models" if table == "models" else "Growth with the image")
-        keep([{**row, "table": table} for row in found])
-    if "tiles" in only:
-        calls = list(itertools.product(shapes, batches))
-        tiles = [row for s, b in bar(calls, "tiles") for row in measure_tiles(s, b, device, quick, seconds / 5)]
-        show_tiles(tiles)
-        keep(tiles)
+    if options.tune:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        logging.getLogger("vision_ssm").setLevel(logging.INFO)
+    with tuning() if options.tune else contextlib.nullcontext():
+        measure_tables(only, names, device, options)
     return 0
 
 

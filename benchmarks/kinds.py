@@ -9,6 +9,8 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports every start, and that there is no GPU
 
+import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 SCAN, REST, BETWEEN = "scan", "rest", "between operators"
@@ -23,22 +25,28 @@ KINDS = {
 }
 
 
-def time_by_kind(step: Callable[[], Any], passes: int = 8, seconds: float = 5.0) -> dict[str, float]:
+def time_by_kind(step: Callable[[], Any], passes: int = 8, seconds: float = 5.0, gpu: bool = False) -> dict[str, float]:
     """Return where the fastest of several passes spends its ms: operators' self times by kind, and between them.
 
-    Slow passes are fewer: none begins after ``seconds``.
+    Slow passes are fewer: none begins after ``seconds``. With ``gpu``, the times are those of kernels on the GPU, and
+    what is between them is the time in which it has nothing to do.
     """
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     step()
+    wait()
     found: list[tuple[float, dict[str, float]]] = []
     begin = time.perf_counter()
     while not found or (len(found) < passes and time.perf_counter() - begin < seconds):
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        with profile(activities=activities) as recorded:
             start = time.perf_counter()
             step()
+            wait()
             whole = (time.perf_counter() - start) * 1e3
         spent = dict.fromkeys((*KINDS, REST), 0.0)
         for event in recorded.events():
-            spent[kind_of(event)] += event.self_cpu_time_total / 1e3
+            if event.device_type == DeviceType.CPU:  # each knows the time of the kernels it has launched
+                spent[kind_of(event)] += (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e3
         found.append((whole, {**spent, BETWEEN: max(0.0, whole - sum(spent.values()))}))
     return min(found, key=lambda each: each[0])[1]
 

@@ -10,7 +10,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,61 @@ from vision_ssm.scan import triton as backend
 from vision_ssm.scan.arguments import ScanArguments
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
-# Height = width, channels, N, R, images: stages of VMamba-T, many states, maps so small that images share a sequence.
-CALLS = [(56, 96, 1, 6, 128), (28, 192, 1, 12, 128), (7, 768, 1, 48, 128), (14, 384, 4, 24, 1), (28, 192, 16, 12, 128)]
-CALLS += [(2, 64, 1, 4, 16)]
 KERNELS = ("forward_kernel", "summary_kernel", "chain_kernel", "backward_kernel")
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+LAST_STATE, WIDE = "gradient of the last state", "rows in 64 bits"
+# What changes the kernels beside sizes, made of an ordinary call.
+VARIANTS: dict[str, Callable[[ScanArguments], ScanArguments]] = {
+    "": lambda args: args,
+    "float32": lambda args: replace(args, x=args.x.float(), dbc=args.dbc.float()),
+    "float16": lambda args: replace(args, x=args.x.half(), dbc=args.dbc.half()),
+    "step sizes given": lambda args: replace(
+        args,
+        delta=args.dbc[..., :1].expand(-1, -1, -1, args.x.shape[2]),
+        dt_weight=None,
+        dbc=args.dbc[..., args.rank :],
+    ),
+    "exclusive": lambda args: replace(args, inclusive=False),
+    "neither softplus, bias nor D": lambda args: replace(args, softplus=False, dt_bias=None, D=None),
+    "one projection for all routes": lambda args: replace(
+        args, dbc=args.dbc[:, :, :1], **{name: getattr(args, name)[:1] for name in ScanArguments.SHARED}
+    ),
+    "side by side": lambda args: replace(args, x=args.x.repeat(1, 1, args.routes)),
+    "some tokens": lambda args: replace(args, complete=False),
+    "written elsewhere": lambda args: replace(args, write=args.read.clone()),
+    "routes chosen and weighted": lambda args: replace(
+        args,
+        route_index=torch.zeros(len(args.x), 2, dtype=torch.int64),
+        route_weight=torch.ones(len(args.x), 2),
+    ),
+    LAST_STATE: lambda args: args,
+    WIDE: lambda args: args,
+}
 
+
+@dataclass(frozen=True)
+class Call:
+    """A forward and a backward pass with the four routes of the cross scan."""
+
+    side: int  # height = width
+    channels: int
+    states: int
+    rank: int
+    batch: int
+    variant: str = ""
+
+
+# A stage of VMamba-T, several states in chunks, maps so small that images share a sequence: these three are the quick
+# ones. Other stages, many states; then everything else once.
+CALLS = [Call(56, 96, 1, 6, 128), Call(14, 384, 16, 24, 1), Call(2, 64, 1, 4, 16)]
+CALLS += [Call(28, 192, 1, 12, 128), Call(7, 768, 1, 48, 128), Call(28, 192, 16, 12, 128), Call(7, 768, 16, 48, 128)]
+CALLS += [Call(28, 192, 1, 12, 128, variant) for variant in VARIANTS if variant]
 
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments, options of Triton
 
@@ -52,12 +104,13 @@ class Recorder:
         self.calls.append((self.kernel, dict(zip(names, values, strict=False)) | constants, options))
 
 
-def launches(side: int, channels: int, states: int, rank: int, batch: int) -> list[Launch]:
+def launches(call: Call) -> list[Launch]:
     """Return what one forward and backward pass launches."""
-    tensors = Shape(side, side, channels, states, rank).tensors(1, torch.bfloat16)
-    tensors = {name: t.expand(batch, *t.shape[1:]) if name in ("x", "dbc") else t for name, t in tensors.items()}
-    routes = build_routes(CROSS_SCAN, side, side)
+    tensors = Shape(call.side, call.side, call.channels, call.states, call.rank).tensors(1, torch.bfloat16)
+    tensors = {name: t.expand(call.batch, *t.shape[1:]) if name in ("x", "dbc") else t for name, t in tensors.items()}
+    routes = build_routes(CROSS_SCAN, call.side, call.side)
     args = ScanArguments(read=routes.read, write=routes.write, complete=routes.complete, **tensors)
+    args = VARIANTS[call.variant](args)
     calls: list[Launch] = []
     kernels = backend.load_kernels()
     originals = {name: getattr(kernels, name) for name in KERNELS}
@@ -66,12 +119,14 @@ def launches(side: int, channels: int, states: int, rank: int, batch: int) -> li
         backend.processors = lambda device: 132  # an H100's: how calls are split depends on it
         for name, kernel in originals.items():
             setattr(kernels, name, Recorder(kernel, calls))
-        backend.forward(args, torch.bfloat16)
-        backend.backward(args, torch.zeros_like(args.x), None)
+        _, state = backend.forward(args, args.x.dtype)
+        backend.backward(args, torch.zeros_like(args.x), state if call.variant == LAST_STATE else None)
     finally:
         backend.processors = processors
         for name, kernel in originals.items():
             setattr(kernels, name, kernel)
+    if call.variant == WIDE:  # as a map of 2**31 numbers would be
+        calls = [(kernel, {**values, "WIDE": True}, options) for kernel, values, options in calls]
     return calls
 
 
@@ -80,24 +135,24 @@ def compile_kernel(kernel: Any, values: dict[str, Any], options: dict[str, Any],
     import triton
     from triton.backends.compiler import GPUTarget
 
-    signature: dict[str, str] = {}
+    types: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
+            types[parameter.name], constants[(i,)] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
+            types[parameter.name] = POINTERS[value.dtype]
         elif value == 1 and not parameter.do_not_specialize:
-            signature[parameter.name], constants[(i,)] = "constexpr", 1
+            types[parameter.name], constants[(i,)] = "constexpr", 1
             continue
         else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            types[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
         if isinstance(value, torch.Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    source = triton.compiler.ASTSource(kernel, types, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -110,14 +165,8 @@ def resources(compiled: Any, capability: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "kernel.ptx"
         source.write_text(compiled.asm["ptx"])
-        command = [
-            get_ptxas(capability).path,
-            "-v",
-            f"--gpu-name={target[1]}",
-            source,
-            "-o",
-            source.with_suffix(".cubin"),
-        ]
+        assembler = get_ptxas(capability) if signature(get_ptxas).parameters else get_ptxas()  # older: one for all
+        command = [assembler.path, "-v", f"--gpu-name={target[1]}", source, "-o", source.with_suffix(".cubin")]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     patterns = dict(registers=r"Used (\d+) registers", spilled_bytes=r"(\d+) bytes spill")
     found = {name: sum(int(n) for n in re.findall(pattern, told)) for name, pattern in patterns.items()}
@@ -133,30 +182,40 @@ def main() -> int:
         parser.error("Triton is not installed")
     if backend.interpreted():
         parser.error("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
-    calls = CALLS[:1] if options.quick else CALLS
+    calls = CALLS[:3] if options.quick else CALLS
     work = [
         (call, target, launch)
         for call, target in itertools.product(calls, options.targets)
-        for launch in launches(*call)
+        for launch in launches(call)
     ]
     rows: list[dict[str, Any]] = []
     seen = set()
     screen = common.console()
-    for (side, channels, states, rank, batch), target, (kernel, values, more) in track(
+    for call, target, (kernel, values, more) in track(
         work, "compiling", console=screen, transient=True, disable=not screen.is_terminal
     ):
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
         name = kernel.__name__.removesuffix("_kernel") + (" (reverse)" if constants.get("REVERSE") else "")
-        row: dict[str, Any] = dict(kernel=name, target=target, map=f"{side}x{side}x{channels}", batch=batch)
-        key = (name, target, side, channels, states, values.get("grad_y") is None)
-        if key in seen:
+        if name == "summary" and values["grad_y"] is None:
+            name = "summary (forward)"  # of chunks; the backward pass has one of its own
+        if (name, target, call) in seen or (name.startswith("chain") and call.variant):
             continue
-        seen.add(key)
+        seen.add((name, target, call))
+        row: dict[str, Any] = dict(
+            kernel=name, target=target, map=f"{call.side}x{call.side}x{call.channels}", batch=call.batch,
+            states=call.states, rank=call.rank, variant=call.variant,
+        )  # fmt: skip
         tile = "x".join(str(constants[n]) for n in ("Q", "S", "C") if n in constants)
-        row |= dict(states=states, rank=rank, tile=tile, warps=more["num_warps"], triton=version("triton"))
+        row |= dict(tile=tile, warps=more["num_warps"], triton=version("triton"))
         rows.append(row | resources(compile_kernel(kernel, values, more, TARGETS[target]), TARGETS[target]))
     columns = [("kernel", "{kernel}"), ("target", "{target}"), ("map", "{map}"), (">batch", "{batch}")]
-    columns += [(">N", "{states}"), (">R", "{rank}"), ("tile Q x S x C", "{tile}"), (">warps", "{warps}")]
+    columns += [
+        (">N", "{states}"),
+        (">R", "{rank}"),
+        ("with", "{variant}"),
+        ("tile Q x S x C", "{tile}"),
+        (">warps", "{warps}"),
+    ]
     columns += [(">registers", "{registers}"), (">spilled bytes", "{spilled_bytes}")]
     columns += [(">shared bytes", "{shared}")]
     common.show(
@@ -166,7 +225,7 @@ def main() -> int:
         ["Registers and spilled bytes: per thread."],
     )
     if options.csv:
-        common.write_csv(options.csv, rows)
+        common.write_csv(options.csv, rows, settings={})  # nothing was measured
     return 1 if any(row["spilled_bytes"] for row in rows) else 0
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from short_runs import QUIET
+
 CLASSES = ("ash", "oak", "yew")
 
 
@@ -62,15 +64,11 @@ class Number:
 def fit_in_two_processes(data, folder):
     """Two epochs; files called train-EPOCH-PROCESS and val-EPOCH-PROCESS list the pictures."""
     lightning.Trainer(
-        accelerator="cpu",
+        **QUIET,
         devices=2,
         strategy="ddp_fork",
         max_epochs=2,
         use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=folder,
     ).fit(Listing(folder), data)

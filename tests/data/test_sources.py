@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import signal
 import sys
 import tarfile
 
@@ -12,13 +11,14 @@ import torch
 from pictures import CLASSES, Number, fit_in_two_processes, number_of, picture, write_tar
 
 import vision_ssm.tasks.train as training
+from short_runs import SHORT, interrupt
 from vision_ssm.cli import main
 from vision_ssm.data import Splits, load_splits
 from vision_ssm.data.module import ImageData
 from vision_ssm.data.shards import expand_braces
 from vision_ssm.data.sources import load_source
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Augmentation, Optimisation, TimmConfig, TimmData
+from vision_ssm.recipes import Augmentation, TimmConfig, TimmData
 from vision_ssm.tasks.recorder import RunRecorder, Stopped
 from vision_ssm.tasks.run_folder import RunFolder
 
@@ -85,17 +85,7 @@ every_source = pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__
 
 
 def config_for(data):
-    return TimmConfig(
-        data=data,
-        model="test_convnext",
-        image_size=32,
-        epochs=2,
-        batch_size=4,
-        workers=0,
-        device="cpu",
-        augment=Augmentation(hflip=0.5),
-        optim=Optimisation(lr=3e-3, warmup_epochs=0),
-    )
+    return TimmConfig(data=data, augment=Augmentation(hflip=0.5), **SHORT)
 
 
 @every_source
@@ -130,13 +120,7 @@ def test_stopped_and_resumed_run_is_bit_identical(make, tmp_path, monkeypatch):
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
     training.train(config, whole)
 
-    class Interrupted(RunRecorder):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if (trainer.current_epoch, batch_idx) == (1, 0):
-                signal.raise_signal(signal.SIGINT)
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    monkeypatch.setattr(training, "RunRecorder", Interrupted)
+    interrupt(monkeypatch, 1, 0)
     with pytest.raises(Stopped):
         training.train(config, parts)
     monkeypatch.setattr(training, "RunRecorder", RunRecorder)

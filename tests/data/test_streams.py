@@ -6,7 +6,6 @@ import http.server
 import io
 import itertools
 import json
-import signal
 import sys
 import tarfile
 import threading
@@ -18,13 +17,14 @@ from pictures import CLASSES, Number, fit_in_two_processes, number_of, picture, 
 from rich.console import Console
 
 import vision_ssm.tasks.train as training
+from short_runs import SHORT, interrupt
 from vision_ssm.cli import main
 from vision_ssm.data import ImageStream, remote
 from vision_ssm.data.module import ImageData
 from vision_ssm.data.sources import load_source
 from vision_ssm.data.streams import read_ahead, share
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Augmentation, Optimisation, TimmConfig, TimmData
+from vision_ssm.recipes import Augmentation, TimmConfig, TimmData
 from vision_ssm.tasks.recorder import RunRecorder, Stopped
 from vision_ssm.tasks.run_folder import RunFolder
 
@@ -133,29 +133,8 @@ def names(images, count=None):
     return [int(image.name) for image in itertools.islice(images, count)]
 
 
-def config_for(data, **options):
-    return TimmConfig(
-        data=data,
-        model="test_convnext",
-        image_size=32,
-        epochs=2,
-        batch_size=4,
-        workers=0,
-        device="cpu",
-        augment=Augmentation(hflip=0.5),
-        optim=Optimisation(lr=3e-3, warmup_epochs=0),
-        **options,
-    )
-
-
-def interrupt(monkeypatch, epoch, batch):
-    class Interrupted(RunRecorder):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch_, batch_idx):
-            if (trainer.current_epoch, batch_idx) == (epoch, batch):
-                signal.raise_signal(signal.SIGINT)
-            super().on_train_batch_end(trainer, pl_module, outputs, batch_, batch_idx)
-
-    monkeypatch.setattr(training, "RunRecorder", Interrupted)
+def config_for(data):
+    return TimmConfig(data=data, augment=Augmentation(hflip=0.5), **SHORT)
 
 
 def test_every_image_with_its_class(make):

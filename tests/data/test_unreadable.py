@@ -1,7 +1,6 @@
 import csv
 import dataclasses
 import io
-import signal
 import time
 
 import numpy as np
@@ -12,10 +11,11 @@ from PIL import Image
 from rich.console import Console
 
 import vision_ssm.tasks.train as training
+from short_runs import SHORT, interrupt
 from vision_ssm.cli import main
 from vision_ssm.data import LabelledImages, TrainingSamples, find_unreadable, load_folder
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Augmentation, FolderData, Optimisation, small
+from vision_ssm.recipes import Augmentation, FolderData, small
 from vision_ssm.tasks.recorder import RunRecorder, Stopped
 from vision_ssm.tasks.run_folder import RunFolder
 
@@ -47,25 +47,9 @@ def config(images):
     return dataclasses.replace(
         small(images),
         data=FolderData(root=images, max_unreadable=0.1),
-        model="test_convnext",
-        image_size=32,
-        epochs=2,
-        batch_size=4,
-        workers=0,
-        device="cpu",
         augment=Augmentation(mixup=0.5),
-        optim=Optimisation(lr=3e-3, warmup_epochs=0),
+        **SHORT,
     )
-
-
-def interrupt(monkeypatch, epoch, batch):
-    class Interrupted(RunRecorder):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch_, batch_idx):
-            if (trainer.current_epoch, batch_idx) == (epoch, batch):
-                signal.raise_signal(signal.SIGINT)
-            super().on_train_batch_end(trainer, pl_module, outputs, batch_, batch_idx)
-
-    monkeypatch.setattr(training, "RunRecorder", Interrupted)
 
 
 def test_replacement_is_a_function_of_seed_epoch_and_index(images):

@@ -1,6 +1,7 @@
 """What is particular to the Triton kernels: how calls are split, bad indices, compiling without a GPU, warming up."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import vision_ssm
 from vision_ssm.scan import ROWS, backend_for, build_routes, route_scan, triton, use_backend
 from vision_ssm.scan.arguments import ScanArguments
 from vision_ssm.scan.backends import BACKENDS
+from vision_ssm.scan.triton import tiles
+from vision_ssm.scan.triton.tiles import BACKWARD, CANDIDATES, FORWARD
 
 ROOT = Path(__file__).parents[2]
 needs_kernels = pytest.mark.skipif(not triton.available(), reason="no Triton here, or no GPU")
@@ -48,7 +51,7 @@ SPLIT = [
 @pytest.mark.parametrize("case", SPLIT, ids=str)
 def test_sequences_split_into_chunks(case, many_processors):
     call = case.make(torch.float32)
-    assert triton.make_plan(arguments(call), triton.FORWARD_MANY_STATES).chunks > 1
+    assert triton.make_plan(arguments(call), FORWARD).chunks > 1
     assert_equal_to_reference(call, "triton", torch.float32)
 
 
@@ -64,7 +67,7 @@ def test_sequences_split_into_chunks(case, many_processors):
 )
 def test_short_routes_share_a_program(case):
     call = case.make(torch.float32)
-    plan = triton.make_plan(arguments(call), triton.FORWARD_MANY_STATES)
+    plan = triton.make_plan(arguments(call), FORWARD)
     assert plan.images > 1
     assert_equal_to_reference(call, "triton", torch.float32)
 
@@ -75,7 +78,7 @@ def test_routes_are_added_in_one_program_or_in_many(monkeypatch):
     results = []
     for number, parts in ((0, 1), (1, 2), (1000, 4)):
         monkeypatch.setattr(triton, "processors", lambda device, number=number: number)
-        assert triton.make_plan(arguments(call), triton.FORWARD_MANY_STATES).parts == parts
+        assert triton.make_plan(arguments(call), FORWARD).parts == parts
         assert_equal_to_reference(call, "triton", torch.float32)
         with use_backend("triton"):
             results.append(call.on(device("triton")).gradients())
@@ -211,6 +214,109 @@ def test_warming_up_refuses(sizes):
         vision_ssm.warmup(timm.create_model("vmamba_atto"), sizes)
 
 
+@needs_kernels
+@pytest.mark.parametrize("kind", CANDIDATES)
+def test_every_candidate_gives_the_same(kind, monkeypatch):
+    call = Case(batch=1, height=5, width=7, channels=18, states=1).make(torch.float32)
+    for tile in CANDIDATES[kind]:
+        monkeypatch.setattr(triton, "choose", lambda kind, args, default, run, tile=tile: tile)
+        assert_equal_to_reference(call, "triton", torch.float32)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty cache; calling it is like a new process."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    tiles._read.cache_clear()
+    yield tiles._read.cache_clear
+    tiles._read.cache_clear()
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """The tiles that were timed; the third of each kind is the fastest."""
+    seen = []
+
+    def milliseconds(step, device):
+        seen.append(step.args[0])
+        return 1.0 if seen[-1] in (CANDIDATES["forward"][2], CANDIDATES["backward"][2]) else 2.0
+
+    monkeypatch.setattr(tiles, "_milliseconds", milliseconds)
+    return seen
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The tiles of all calls."""
+    seen, make_plan = [], triton.make_plan
+    monkeypatch.setattr(triton, "make_plan", lambda args, tile: seen.append(tile) or make_plan(args, tile))
+    return seen
+
+
+def small_model():
+    return timm.create_model("vmamba_atto", num_classes=5, depths=(1,), dims=(16,)).to(device("triton"))
+
+
+@needs_kernels
+def test_tuning_keeps_the_fastest_tile_for_later_processes(cache, timed, used):
+    fastest = [CANDIDATES["forward"][2], CANDIDATES["backward"][2]]
+    with use_backend("triton"):
+        model = small_model()
+        vision_ssm.warmup(model, 16, training=True)
+        assert not timed
+        assert used == [FORWARD, BACKWARD]
+        vision_ssm.warmup(model, 16, training=True, tune=True)
+        assert timed == [*CANDIDATES["forward"], *CANDIDATES["backward"]]
+        for _ in range(2):
+            used.clear()
+            vision_ssm.warmup(model, 16, training=True)
+            assert used == fastest
+            cache()
+        vision_ssm.warmup(model, 16, training=True, tune=True)
+        assert len(timed) == sum(map(len, CANDIDATES.values()))  # asked once
+        used.clear()
+        vision_ssm.warmup(model, 8)  # another kind of call
+        assert used == [FORWARD]
+
+
+@needs_kernels
+@pytest.mark.parametrize("content", ["[1, 2]", '{"forward": 3}', "{"], ids=["list", "number", "cut"])
+def test_what_tuning_kept_may_be_damaged(content, cache, timed, used, tmp_path):
+    with use_backend("triton"):
+        model = small_model()
+        vision_ssm.warmup(model, 16, tune=True)
+        (kept,) = tmp_path.glob("cache/*/tiles.json")
+        kept.write_text(content)
+        cache()
+        used.clear()
+        vision_ssm.warmup(model, 16)
+        assert used == [FORWARD]
+        vision_ssm.warmup(model, 16, tune=True)
+        assert len(json.loads(kept.read_text())) == 1
+
+
+@needs_kernels
+def test_tuning_without_a_place_to_keep_it(cache, timed, used, tmp_path, caplog):
+    (tmp_path / "cache").write_text("not a folder")
+    with use_backend("triton"):
+        model = small_model()
+        vision_ssm.warmup(model, 16, tune=True)
+        used.clear()
+        vision_ssm.warmup(model, 16)
+    assert used == [CANDIDATES["forward"][2]]
+    assert "known to this process alone" in caplog.text
+
+
+@needs_kernels
+def test_tiles_that_do_not_fit_are_left_out(cache, monkeypatch):
+    def fail(step, device):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tiles, "_milliseconds", fail)
+    with use_backend("triton"):
+        vision_ssm.warmup(small_model(), 16, tune=True)
+
+
 def test_kernels_compile_without_a_gpu_and_spill_nothing():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "benchmarks" / "triton_resources.py", "--quick", "--targets", "sm_90"]
@@ -225,8 +331,24 @@ def test_the_table_of_resources_has_no_spills():
     with open(ROOT / "benchmarks" / "triton_resources.csv") as file:
         rows = list(csv.DictReader(file))
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
-    assert {row["kernel"] for row in rows} == {"forward", "summary", "chain", "chain (reverse)", "backward"}
+    kernels = {"forward", "summary", "summary (forward)", "chain", "chain (reverse)", "backward"}
+    assert {row["kernel"] for row in rows} == kernels
     assert all(int(row["states"]) > 16 or row["spilled_bytes"] == "0" for row in rows)
+
+
+@needs_kernels
+def test_the_table_of_resources_is_of_the_tiles_in_use(cache, used, monkeypatch):
+    with open(ROOT / "benchmarks" / "triton_resources.csv") as file:
+        rows = list(csv.DictReader(file))
+    kinds = {(row["states"], row["rank"], row["kernel"]): (row["tile"], row["warps"]) for row in rows}
+    monkeypatch.setattr(triton, "_launch", lambda *args, **options: None)
+    monkeypatch.setattr(triton, "_chain", lambda *args, **options: None)
+    for states, rank in {(row["states"], row["rank"]) for row in rows}:
+        args = arguments(Case(batch=1, channels=16, states=int(states), rank=int(rank)).make(torch.bfloat16))
+        triton.forward(args, torch.bfloat16)
+        triton.backward(args, torch.zeros_like(args.x), None)
+        for kernel, tile in zip(("forward", "backward"), used[-2:], strict=True):
+            assert kinds[states, rank, kernel] == (f"{tile.Q}x{tile.S}x{tile.C}", str(tile.warps))
 
 
 @pytest.mark.skipif(not triton.interpreted(), reason="the script measures for minutes on a GPU")

@@ -1,13 +1,12 @@
 import dataclasses
-import signal
+import functools
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import vision_ssm.tasks.train as training
+from short_runs import SHORT, interrupt
 from vision_ssm.recipes import Augmentation, Optimisation, small
-from vision_ssm.tasks.recorder import RunRecorder
 
 
 @pytest.fixture(scope="session")
@@ -29,28 +28,13 @@ def config(images):
     """A run of a few seconds in which everything draws at random."""
     return dataclasses.replace(
         small(images),
-        model="test_convnext",
+        **SHORT | dict(epochs=3, batch_size=8, optim=Optimisation(lr=3e-3, warmup_epochs=1, ema=0.8)),
         drop_path=0.2,
-        epochs=3,
-        batch_size=8,
-        workers=0,
-        device="cpu",
         augment=Augmentation(mixup=0.5, cutmix=0.5, auto_augment="rand-m5"),
-        optim=Optimisation(lr=3e-3, warmup_epochs=1, ema=0.8),
     )
 
 
 @pytest.fixture
 def stop_at(monkeypatch):
     """Press Ctrl-C while a batch is trained on."""
-
-    def arrange(epoch, batch):
-        class Interrupted(RunRecorder):
-            def on_train_batch_end(self, trainer, pl_module, outputs, batch_, batch_idx):
-                if (trainer.current_epoch, batch_idx) == (epoch, batch):
-                    signal.raise_signal(signal.SIGINT)
-                super().on_train_batch_end(trainer, pl_module, outputs, batch_, batch_idx)
-
-        monkeypatch.setattr(training, "RunRecorder", Interrupted)
-
-    return arrange
+    return functools.partial(interrupt, monkeypatch)

@@ -4,6 +4,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader, TensorDataset
 
+from short_runs import QUIET
 from vision_ssm.recipes import Optimisation
 from vision_ssm.scan import selective_scan_fn
 from vision_ssm.tasks.classification import ClassificationTask
@@ -33,15 +34,11 @@ def test_the_state_overflows_in_half_precision_but_not_in_the_scan():
 def test_the_loss_scale_of_float16_finds_its_way_without_counting_as_skipped(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     trainer = lightning.Trainer(
-        accelerator="cpu",
+        **QUIET,
         plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
         max_epochs=1,
         gradient_clip_val=1.0,
         limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=tmp_path,
     )
     torch.manual_seed(0)

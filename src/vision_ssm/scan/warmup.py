@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from vision_ssm.scan.triton.tiles import tuning
+
 
 def warmup(
-    model: nn.Module, sizes: int | Sequence[int | tuple[int, int]], *, batch: int = 1, training: bool = False
+    model: nn.Module,
+    sizes: int | Sequence[int | tuple[int, int]],
+    *,
+    batch: int = 1,
+    training: bool = False,
+    tune: bool = False,
 ) -> None:
     """Run a model on blank images, so that its kernels are compiled (or found in Triton's cache) and its routes built.
 
@@ -23,6 +31,9 @@ def warmup(
         sizes: Height and width of the images in pixels, or one number for both; one or several.
         batch: Images at once.
         training: Also compile the backward pass.
+        tune: Also time the few ways to run each scan on this GPU, about ten seconds for each, and use the fastest from
+            now on, in later processes too: Triton's cache keeps the choice. Results then differ from those of another
+            GPU in their rounding. The times are logged, at level ``INFO``. Other devices have nothing to tune.
 
     Raises:
         ValueError: If a size or the batch is smaller than 1, or there is no size.
@@ -38,19 +49,23 @@ def warmup(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for height, width in pairs:
-            images = parameter.new_zeros(batch, getattr(model, "in_chans", 3), height, width)
-            with torch.set_grad_enabled(training):
-                found = model(images)
-                outputs = [found] if isinstance(found, torch.Tensor) else list(found)
-                if training and leaves:
-                    total = torch.stack([y.float().sum() for y in outputs]).sum()
-                    torch.autograd.grad(total, leaves, allow_unused=True)
+        with tuning() if tune else contextlib.nullcontext():
+            for height, width in pairs:
+                images = parameter.new_zeros(batch, getattr(model, "in_chans", 3), height, width)
+                _run(model, images, leaves if training else [])
     finally:
         for module, mode in modes.items():
             module.training = mode
     if parameter.device.type == "cuda":
         torch.cuda.synchronize(parameter.device)
+
+
+def _run(model: nn.Module, images: torch.Tensor, leaves: list[nn.Parameter]) -> None:
+    with torch.set_grad_enabled(bool(leaves)):
+        found = model(images)
+        if leaves:
+            outputs = [found] if isinstance(found, torch.Tensor) else list(found)
+            torch.autograd.grad(torch.stack([y.float().sum() for y in outputs]).sum(), leaves, allow_unused=True)
 
 
 def _is_pair(pair: Any) -> bool:

@@ -14,21 +14,7 @@ import torch
 from torch import Tensor
 
 from vision_ssm.scan.arguments import ScanArguments
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How much a program computes at once: S segments of Q steps, C channels, by a number of warps."""
-
-    Q: int
-    S: int
-    C: int
-    warps: int
-
-    @property
-    def steps(self) -> int:
-        """Steps of a tile."""
-        return self.Q * self.S
+from vision_ssm.scan.triton.tiles import BACKWARD, BACKWARD_LARGE, FORWARD, Tile, choose
 
 
 @dataclass(frozen=True)
@@ -49,11 +35,6 @@ class Plan:
         return self.groups * self.parts * self.chunks * self.blocks
 
 
-# Of those that spill nothing on any target (benchmarks/triton_resources.py), the ones with the fewest instructions.
-# Programs of one warp wait for nobody; `benchmarks/gpu.py --only tiles` times others.
-FORWARD = Tile(Q=4, S=8, C=16, warps=1)
-FORWARD_MANY_STATES = BACKWARD = Tile(Q=1, S=16, C=16, warps=1)
-BACKWARD_LARGE = Tile(Q=2, S=8, C=16, warps=2)  # for many states or a large rank
 # Triton 3.10 does not fuse multiply-adds by itself. NVIDIA's assembler spills registers now and then to use fewer,
 # unless told how many there are.
 _OPTIONS: dict[str, Any] = dict(enable_fp_fusion=True) | ({} if torch.version.hip else dict(maxnreg=255))
@@ -105,7 +86,9 @@ def processors(device: torch.device) -> int:
 def forward(args: ScanArguments, dtype: torch.dtype, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     """Return the outputs in ``dtype``, (B, L, C), and the state after the last step, (B, K', Dk, N)."""
     args = _prepared(args)
-    plan = make_plan(args, tile or (FORWARD if args.state_size == 1 else FORWARD_MANY_STATES))
+    if tile is None:
+        tile = choose("forward", args, FORWARD, lambda other: forward(args, dtype, other))
+    plan = make_plan(args, tile)
     once = args.side_by_side or args.routes_per_image == 1
     y, y_sums, adding = _added(args, plan, dtype, once)
     state = _floats(args, args.x.shape[0], args.routes_per_image, args.channels_per_route, args.state_size)
@@ -129,7 +112,10 @@ def backward(
     """Return the gradients of all differentiable arguments, from those of outputs and last state."""
     wanted = args
     args = _prepared(args)
-    plan = make_plan(args, tile or (BACKWARD if args.state_size == 1 and args.rank <= 32 else BACKWARD_LARGE))
+    if tile is None:
+        default = BACKWARD_LARGE if args.state_size > 1 and args.rank > 16 else BACKWARD
+        tile = choose("backward", args, default, lambda other: backward(args, grad_y, grad_state, other))
+    plan = make_plan(args, tile)
     grad_y = grad_y.contiguous()
     grad_state = None if grad_state is None else grad_state.float().contiguous()
     all_tiles = plan.tiles * plan.chunks

@@ -17,9 +17,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 # Up to this rank, step sizes are multiply-adds: the way to the tensor cores and back would take longer. The backward
-# pass has fewer registers to spare: above 4 it would spill on sm_80.
+# pass has fewer registers to spare.
 FEW_FORWARD = tl.constexpr(16)
-FEW_BACKWARD = tl.constexpr(4)
+FEW_BACKWARD = tl.constexpr(8)
+
+# So many neighbouring channels are a thread's, whatever the dtype: tensors of several dtypes then lie alike.
+NEIGHBOURS = tl.constexpr(4)
 
 # Sizes that change from call to call and on whose divisors no vector load depends: no kernel of their own for each.
 _ANY = ("batch", "tokens", "steps", "routes", "taken", "images", "tiles", "chunks", "parts")
@@ -42,7 +45,7 @@ def _edge(values, position: tl.constexpr):
     """Return one entry along the first axis."""
     chosen = tl.arange(0, values.shape[0]) == position
     chosen = chosen[:, None, None] if len(values.shape) == 3 else chosen[:, None]
-    return tl.sum(tl.where(chosen, values, 0.0), 0)
+    return tl.sum(tl.where(chosen, values, -0.0), 0)  # adding -0.0 changes nothing, so the compiler leaves it out
 
 
 @triton.jit
@@ -94,6 +97,22 @@ def _program(width, chunks, parts, C: tl.constexpr):
     block, rest = rest % blocks, rest // blocks
     chunk, rest = rest % chunks, rest // chunks
     return rest // parts, rest % parts, chunk, block
+
+
+@triton.jit
+def _channels(block, C: tl.constexpr):
+    """Return the channels of a block, (C,)."""
+    return tl.max_contiguous(block * C + tl.arange(0, C), NEIGHBOURS)
+
+
+@triton.jit
+def _at(first, c):
+    """Return where a block's channels lie, from the first number of each step's row on, (Q, S, C).
+
+    The hint's 2 is not true: it makes the compiler spread segments over threads rather than the steps of a segment.
+    Loads and stores are as wide as the last axis tells, whose hint holds.
+    """
+    return tl.max_contiguous(first[:, :, None] + c[None, None, :], [1, 2, NEIGHBOURS])
 
 
 @triton.jit
@@ -154,12 +173,21 @@ def _softplus_slope(y):
 
 
 @triton.jit
-def _load_bias(dt_bias, route, c, inside, bias_stride):
-    """Return the bias of the step sizes, (C,)."""
-    bias = tl.zeros(c.shape, tl.float32)
-    if dt_bias is not None:
-        bias = tl.load(dt_bias + route.to(tl.int64) * bias_stride + c, mask=inside, other=0.0)
-    return bias
+def _load_row(parameter, route, c, inside, stride):
+    """Return a route's numbers of a parameter with one per channel, (C,): 0 where there is none."""
+    row = tl.zeros(c.shape, tl.float32)
+    if parameter is not None:
+        row = tl.load(parameter + route.to(tl.int64) * stride + c, mask=inside, other=0.0)
+    return row
+
+
+@triton.jit
+def _load_scale(route_weight, at):
+    """Return by how much a route's outputs are multiplied."""
+    scale = 1.0
+    if route_weight is not None:
+        scale = tl.load(route_weight + at).to(tl.float32)
+    return scale
 
 
 @triton.jit
@@ -185,7 +213,7 @@ def _load_low_rank(
 
 @triton.jit
 def _load_tile(
-    first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
+    first, x, dbc, delta, read, dt_weight, weight_stride, bias, end, route, limit, c, inside, channels, offset, width,
     dbc_groups, delta_groups, steps, tokens,
     N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, S: tl.constexpr,
     SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr, FEW: tl.constexpr,
@@ -194,9 +222,10 @@ def _load_tile(
     v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
     live, step, _, row, valid = _places(v, read, end, route, steps, tokens, limit, PACKED, WIDE)
     here = _mask(valid, inside, WHOLE)
-    x_t = tl.load(x + (row * channels)[:, :, None] + (offset + c)[None, None, :], mask=here, other=0.0).to(tl.float32)
+    x_t = tl.load(x + _at(row * channels, offset + c), mask=here, other=0.0).to(tl.float32)
     if delta is None:
         dbc_group = tl.where(dbc_groups > 1, route, 0)
+        weight = dt_weight + route.to(tl.int64) * weight_stride
         if R <= FEW:
             raw = tl.zeros(x_t.shape, tl.float32)
             for r in tl.static_range(R):
@@ -252,7 +281,7 @@ def _load_gradient(
         v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
         _, _, _, row, valid = _places(v, write, end, route, steps, tokens, limit, PACKED, WIDE)
     mask = _mask(valid, inside, WHOLE)
-    at = (row * channels)[:, :, None] + (offset + c)[None, None, :]
+    at = _at(row * channels, offset + c)
     return tl.load(grad_y + at, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -287,7 +316,7 @@ def summary_kernel(
     Decays and ends of the recurrence; given ``grad_y``, also the ends of its gradient's.
     """
     group, j, chunk, block = _program(width, chunks, taken, C)
-    c, n_all = block * C + tl.arange(0, C), tl.arange(0, NP)
+    c, n_all = _channels(block, C), tl.arange(0, NP)
     inside = c < width
     image = group.to(tl.int64) * images  # the first of the group; all rows are counted from it
     end = tl.minimum(images, batch - group * images) * steps
@@ -302,20 +331,16 @@ def summary_kernel(
     route, limit, final_step = _route(route_index, group, j, taken, routes, tokens, steps)
     offset = route * width if SIDE_BY_SIDE else 0
     dbc_group = tl.where(dbc_groups > 1, route, 0)
-    bias = _load_bias(dt_bias, route, c, inside, bias_stride)
-    weight = dt_weight
-    if dt_weight is not None:
-        weight += route.to(tl.int64) * weight_stride
-    scale = 1.0
-    if route_weight is not None:
-        scale = tl.load(route_weight + group * taken + j).to(tl.float32)
+    bias = _load_row(dt_bias, route, c, inside, bias_stride)
+    scale = _load_scale(route_weight, group * taken + j)
     all_a = tl.full((NP, C), 1.0, tl.float32)
     all_end, all_reverse = tl.zeros((NP, C), tl.float32), tl.zeros((NP, C), tl.float32)
     for tile in range(tiles):
         first = (chunk * tiles + tile) * Q * S
         live, step, row, valid, x_t, step_size = _load_tile(
-            first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
-            dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, FEW_FORWARD,
+            first, x, dbc, delta, read, dt_weight, weight_stride, bias, end, route, limit, c, inside, channels,
+            offset, width, dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE,
+            FEW_FORWARD,
         )  # fmt: skip
         if grad_y is not None:
             g = scale * _load_gradient(
@@ -404,7 +429,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Write the outputs of a part of the routes, one after the other, each added to those before."""
     group, part, chunk, block = _program(width, chunks, parts, C)
-    c, n_all = block * C + tl.arange(0, C), tl.arange(0, NP)
+    c, n_all = _channels(block, C), tl.arange(0, NP)
     inside = c < width
     image = group.to(tl.int64) * images  # the first of the group; all rows are counted from it
     end = tl.minimum(images, batch - group * images) * steps
@@ -421,16 +446,9 @@ def forward_kernel(
         route, limit, final_step = _route(route_index, group, j, taken, routes, tokens, steps)
         offset = route * width if SIDE_BY_SIDE else 0
         dbc_group = tl.where(dbc_groups > 1, route, 0)
-        bias = _load_bias(dt_bias, route, c, inside, bias_stride)
-        weight = dt_weight
-        if dt_weight is not None:
-            weight += route.to(tl.int64) * weight_stride
-        skip = tl.zeros((C,), tl.float32)
-        if D is not None:
-            skip = tl.load(D + route.to(tl.int64) * D_stride + c, mask=inside, other=0.0)
-        scale = 1.0
-        if route_weight is not None:
-            scale = tl.load(route_weight + group * taken + j).to(tl.float32)
+        bias = _load_row(dt_bias, route, c, inside, bias_stride)
+        skip = _load_row(D, route, c, inside, D_stride)
+        scale = _load_scale(route_weight, group * taken + j)
         state = tl.zeros((NP, C), tl.float32)
         if starts is not None:
             at = ((group * taken + j).to(tl.int64) * chunks + chunk) * N + n_all
@@ -439,14 +457,14 @@ def forward_kernel(
         for tile in range(tiles):
             first = (chunk * tiles + tile) * Q * S
             live, step, row, valid, x_t, step_size = _load_tile(
-                first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, FEW_FORWARD,
+                first, x, dbc, delta, read, dt_weight, weight_stride, bias, end, route, limit, c, inside, channels,
+                offset, width, dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE,
+                FEW_FORWARD,
             )  # fmt: skip
             v = first + tl.arange(0, S)[None, :] * Q + tl.arange(0, Q)[:, None]  # (Q, S)
             target, written = row, valid
             if write is not None:
                 _, _, place, target, written = _places(v, write, end, route, steps, tokens, limit, PACKED, WIDE)
-            ends_here = (first + Q * S >= steps) | PACKED
             y_t = skip[None, None, :] * x_t
             for n in range(N):
                 a = _decay(step_size, _load_rate(A, route, A_stride, n, c, inside, N), step)
@@ -461,14 +479,16 @@ def forward_kernel(
                     carry = _edge(_edge(h, Q - 1), S - 1)
                     y_t += C_t * a * before
                 state = carry[None, :] if N == 1 else tl.where((n_all == n)[:, None], carry[None, :], state)
-                if ends_here:
-                    image_in_group = v // steps if PACKED else tl.zeros_like(v)
-                    final = (image_in_group * taken + j) * width * N
-                    is_last = _mask(live & (step == steps - 1), inside, WHOLE)
-                    tl.store(last_state + final[:, :, None] + (c * N + n)[None, None, :], h, mask=is_last)
-            out = (target * channels)[:, :, None] + (offset + c)[None, None, :]
+                if PACKED:
+                    ends = ((v // steps) * taken + j) * width * N + n
+                    into = _at(ends, c) if N == 1 else ends[:, :, None] + (c * N)[None, None, :]
+                    tl.store(last_state + into, h, mask=_mask(live & (step == steps - 1), inside, WHOLE))
+            out = _at(target * channels, offset + c)
             there = _mask(written, inside, WHOLE)
             _add_route(y, y_sums, out, y_t * scale, there, i, per_part - 1, ADD, COMPLETE)
+        if not PACKED and chunk == chunks - 1:
+            final = (j * width + c)[None, :] * N + n_all[:, None]
+            tl.store(last_state + final, state, mask=(n_all < N)[:, None] & inside[None, :])
         tl.debug_barrier()  # the next route adds to what other threads have written
 
 
@@ -489,7 +509,7 @@ def backward_kernel(
     Gradients of parameters are sums over a chunk: (rows, chunks, R + N + 2, width), of the projection, A, bias and D.
     """
     group, part, chunk, block = _program(width, chunks, parts, C)
-    c, n_all = block * C + tl.arange(0, C), tl.arange(0, NP)
+    c, n_all = _channels(block, C), tl.arange(0, NP)
     inside = c < width
     image = group.to(tl.int64) * images  # the first of the group; all rows are counted from it
     end = tl.minimum(images, batch - group * images) * steps
@@ -513,16 +533,9 @@ def backward_kernel(
         route, limit, final_step = _route(route_index, group, j, taken, routes, tokens, steps)
         offset = route * width if SIDE_BY_SIDE else 0
         dbc_group = tl.where(dbc_groups > 1, route, 0)
-        bias = _load_bias(dt_bias, route, c, inside, bias_stride)
-        weight = dt_weight
-        if dt_weight is not None:
-            weight += route.to(tl.int64) * weight_stride
-        skip = tl.zeros((C,), tl.float32)
-        if D is not None:
-            skip = tl.load(D + route.to(tl.int64) * D_stride + c, mask=inside, other=0.0)
-        scale = 1.0
-        if route_weight is not None:
-            scale = tl.load(route_weight + group * taken + j).to(tl.float32)
+        bias = _load_row(dt_bias, route, c, inside, bias_stride)
+        skip = _load_row(D, route, c, inside, D_stride)
+        scale = _load_scale(route_weight, group * taken + j)
         of_weight = tl.zeros((RP, C), tl.float32)
         of_A = tl.zeros((NP, C), tl.float32)
         of_bias = tl.zeros((C,), tl.float32)
@@ -531,8 +544,9 @@ def backward_kernel(
             number = chunk * tiles + tile
             first = number * Q * S
             live, step, row, valid, x_t, step_size = _load_tile(
-                first, x, dbc, delta, read, weight, bias, end, route, limit, c, inside, channels, offset, width,
-                dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE, FEW_BACKWARD,
+                first, x, dbc, delta, read, dt_weight, weight_stride, bias, end, route, limit, c, inside, channels,
+                offset, width, dbc_groups, delta_groups, steps, tokens, N, R, Q, S, SOFTPLUS, PACKED, WIDE, WHOLE,
+                FEW_BACKWARD,
             )  # fmt: skip
             of_y = _load_gradient(
                 first, grad_y, write, row, valid, end, route, limit, c, inside, channels, offset, steps, tokens,
@@ -584,16 +598,11 @@ def backward_kernel(
             of_step = tl.where(live[:, :, None], of_step, 0.0)
             of_bias += tl.sum(tl.sum(of_step, 0), 0)
             here = _mask(valid, inside, WHOLE)
-            at = (row * channels)[:, :, None] + (offset + c)[None, None, :]
+            at = _at(row * channels, offset + c)
             _add_route(grad_x, grad_x_sums, at, of_x, here, i, per_part - 1, ADD, COMPLETE)
             if delta is None:
                 flat = of_step.reshape(Q * S, C)
-                all_r = tl.arange(0, RP)
-                low, low_at, there = _load_low_rank(
-                    first, all_r, dbc, read, end, route, limit, dbc_group, dbc_groups, steps, tokens, N, R, Q, S,
-                    PACKED, WIDE,
-                )  # fmt: skip
-                of_weight += tl.dot(tl.trans(low), flat, input_precision=PRECISION)
+                weight = dt_weight + route.to(tl.int64) * weight_stride
                 for first_r in range(0, R, 16):
                     r = first_r + tl.arange(0, 16)
                     part_low, part_at, part_there = _load_low_rank(
@@ -603,6 +612,11 @@ def backward_kernel(
                     across = tl.trans(_load_weight(weight, r, c, inside, width, R))
                     of_low = tl.dot(flat, across, input_precision=PRECISION)
                     _add(grad_dbc + part_at, of_low, part_there, ADD_DBC)
+                low, low_at, there = _load_low_rank(
+                    first, tl.arange(0, RP), dbc, read, end, route, limit, dbc_group, dbc_groups, steps, tokens, N, R,
+                    Q, S, PACKED, WIDE,
+                )  # fmt: skip
+                of_weight += tl.dot(tl.trans(low), flat, input_precision=PRECISION)
             else:
                 at = (row * delta_groups + tl.where(delta_groups > 1, route, 0)) * width
                 _add(grad_delta + at[:, :, None] + c[None, None, :], of_step, here, ADD_DELTA)

@@ -1,0 +1,39 @@
+"""Runs of a few seconds, and how they are interrupted."""
+
+import signal
+
+import vision_ssm.tasks.train as training
+from vision_ssm.recipes import Optimisation
+from vision_ssm.tasks.recorder import RunRecorder
+
+# Of a run's configuration: a small model that torch computes alone.
+SHORT = dict(
+    model="test_convnext",
+    image_size=32,
+    epochs=2,
+    batch_size=4,
+    workers=0,
+    device="cpu",
+    optim=Optimisation(lr=3e-3, warmup_epochs=0),
+)
+
+# Of Lightning's trainer, without a file or a word.
+QUIET = dict(
+    accelerator="cpu",
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+)
+
+
+def interrupt(monkeypatch, epoch, batch):
+    """Press Ctrl-C while a batch is trained on."""
+
+    class Interrupted(RunRecorder):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch_, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (epoch, batch):
+                signal.raise_signal(signal.SIGINT)
+            super().on_train_batch_end(trainer, pl_module, outputs, batch_, batch_idx)
+
+    monkeypatch.setattr(training, "RunRecorder", Interrupted)
