@@ -11,6 +11,7 @@ import io
 import os
 import statistics
 import string
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,10 @@ def output_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder or lies in none that exists")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write into {str(path.parent)!r}: {error.strerror}") from error
     return path
 
 

@@ -2,7 +2,7 @@
 
 python benchmarks/gpu.py --csv gpu.csv
 python benchmarks/gpu.py --only operator
-python benchmarks/gpu.py --tune            # after asking the GPU which tiles are fastest
+python benchmarks/gpu.py --tune            # asks the GPU which tiles are fastest before it times a call
 python benchmarks/gpu.py --only tiles      # times many tiles: which should be the defaults?
 """
 
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import common
 import timm
@@ -46,14 +46,16 @@ GROWTH = dict.fromkeys((224, 448, 896, 1344, 2048), 1)
 TABLES = ("operator", "models", "kinds", "growth", "tiles")
 FLOOR = """\
 floor: the longest of three times, each at a rate measured before.
-  x, dbc and y moved once, {copy_gb_per_s:.0f} GB/s in a copy;
-  1 + N exponentials per token x channel x route, {exponentials_per_ns:.0f} per ns;
-  R + 15 + 4 N multiply-adds, {multiply_adds_per_ns:.0f} per ns."""
+  x, dbc and y moved once, {copy_gb_per_s:.3g} GB/s in a copy;
+  1 + N exponentials per token x channel x route, {exponentials_per_ns:.3g} per ns;
+  R + 15 + 4 N multiply-adds, {multiply_adds_per_ns:.3g} per ns."""
 OTHERS = """\
-portable: torch.compile of the portable backend.
+portable: torch.compile of the portable backend, whose recurrence writes into slices, which torch.compile leaves alone.
+in a graph: the forward pass replayed as a CUDA graph, without the time in which Python launches it.
 published: mamba-ssm's kernel between an explicit cross scan and merge."""
 
 
+Measured = TypeVar("Measured")
 Call = tuple[Callable[..., Tensor], list[Tensor]]  # and its arguments
 
 
@@ -101,6 +103,7 @@ def measure_operator(
         row: dict[str, Any] = dict(
             table="operator", shape=str(shape), states=shape.states, rank=shape.rank, batch=batch,
             forward_ms=_or_none(partial(milliseconds, forward, device, seconds)),
+            graph_ms=_or_none(partial(_time_graph, forward, seconds)) if device.type == "cuda" else None,
             both_ms=_or_none(partial(milliseconds, both, device, seconds)),
         )  # fmt: skip
     elements = batch * shape.elements
@@ -137,8 +140,16 @@ def arguments_of(tensors: dict[str, Tensor], routes: Routes) -> ScanArguments:
     return ScanArguments(read=routes.read, write=routes.write, complete=routes.complete, **tensors)
 
 
+def _time_graph(step: Callable[[], Any], seconds: float) -> float:
+    from triton.testing import do_bench_cudagraph
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return float(do_bench_cudagraph(step, rep=int(seconds * 1000), return_mode="median"))
+
+
 def portable_call(routes: Routes, tensors: dict[str, Tensor]) -> Call:
     """Return a call of the portable backend under ``torch.compile``, and its arguments."""
+    torch.compiler.reset()  # or it would give up after a few shapes
     scan = torch.compile(portable.scan)  # not through the operator, into which torch.compile does not look
 
     def step(*values: Tensor) -> Tensor:
@@ -179,11 +190,11 @@ def _time_other(make: Callable[[], Call], gradient: bool, device: torch.device, 
     return milliseconds(lambda: torch.autograd.grad(step(*leaves), leaves, grad), device, seconds)
 
 
-def _or_none(measure: Callable[[], float]) -> float | None:
+def _or_none(measure: Callable[[], Measured]) -> Measured | None:
     """Return a measurement, or nothing where memory does not suffice or the other way does not run."""
     try:
         return measure()
-    except Exception as error:  # Triton's errors have no common base but this, and no row may be lost for one
+    except Exception as error:  # whatever it is, no other row may be lost for it
         common.console().print(f"left out: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
         return None
     finally:
@@ -197,9 +208,8 @@ def measure_tiles(shape: Shape, batch: int, device: torch.device, quick: bool, s
     args = arguments_of(tensors, routes)
     grad = torch.randn_like(args.x)
     rows = []
-    candidates = itertools.product((1, 2, 4, 8), (4, 8, 16, 32), (16, 32), (1, 2, 4))
-    steps = (16, 32, 64)  # of a tile
-    for tile in [backend.Tile(*c) for c in candidates if c[0] * c[1] in steps][: 1 if quick else None]:
+    candidates = itertools.product((1, 2, 4), (4, 8, 16, 32), (16, 32), (1, 2))
+    for tile in [backend.Tile(*c) for c in candidates if c[0] * c[1] in (16, 32)][: 1 if quick else None]:
         row: dict[str, Any] = dict(table="tiles", shape=str(shape), states=shape.states, rank=shape.rank, batch=batch)
         row |= dict(Q=tile.Q, S=tile.S, C=tile.C, warps=tile.warps)
         for name, step in (
@@ -216,19 +226,15 @@ def measure_model(
 ) -> dict[str, Any]:
     """Measure images per second and peak memory under bfloat16 autocast; nothing where memory does not suffice."""
     row: dict[str, Any] = dict(model=name, size=size, batch=batch, training=training)
-    model = build(name, size, "float32").to(device)
-    try:
+    row |= dict(milliseconds=None, images_per_second=None, peak_mib=None, backend=None)
+
+    def measure() -> dict[str, Any]:
+        model = build(name, size, "float32").to(device)
         speed = measure_speed(model, batch, size, size, training=training, autocast=torch.bfloat16, seconds=seconds)
-        row |= dict(milliseconds=speed.milliseconds, images_per_second=speed.images_per_second)
-        row |= dict(peak_mib=speed.peak_memory_mib, backend=speed.backend)
-    except torch.OutOfMemoryError:
-        common.console().print(f"{name}, {size}x{size}, batch {batch}: out of memory")
-        row |= dict(milliseconds=None, images_per_second=None, peak_mib=None, backend=None)
-    finally:
-        del model
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return row
+        found = dict(milliseconds=speed.milliseconds, images_per_second=speed.images_per_second)
+        return found | dict(peak_mib=speed.peak_memory_mib, backend=speed.backend)
+
+    return row | (_or_none(measure) or {})
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
@@ -249,18 +255,17 @@ def measure_kinds(
 ) -> dict[str, Any]:
     """Measure where the time of a step under bfloat16 autocast goes."""
     row: dict[str, Any] = dict(model=name, size=size, batch=batch, training=training)
-    model = build(name, size, "float32").to(device)
-    step = make_step(model, torch.randn(batch, 3, size, size, device=device), training)
-    try:
+    row |= dict.fromkeys(("milliseconds", *KINDS, REST, BETWEEN))
+
+    def measure() -> dict[str, float]:
+        model = build(name, size, "float32").to(device)
+        step = make_step(model, torch.randn(batch, 3, size, size, device=device), training)
         with torch.autocast(device.type, torch.bfloat16):
-            spent = time_by_kind(step, seconds=seconds, gpu=device.type == "cuda")
-    except torch.OutOfMemoryError:
-        common.console().print(f"{name}, {size}x{size}, batch {batch}: out of memory")
-        return row
-    finally:
-        del model, step
-        torch.cuda.empty_cache()
-    return row | dict(milliseconds=sum(spent.values())) | {kind: ms / sum(spent.values()) for kind, ms in spent.items()}
+            return time_by_kind(step, seconds=seconds, gpu=device.type == "cuda")
+
+    spent = _or_none(measure) or {}
+    whole = sum(spent.values())
+    return row | ({"milliseconds": whole} if spent else {}) | {kind: ms / whole for kind, ms in spent.items()}
 
 
 def show_operator(rows: list[dict[str, Any]]) -> None:
@@ -271,7 +276,11 @@ def show_operator(rows: list[dict[str, Any]]) -> None:
     floor += [(">floor", "{floor_ms:.3f}"), (">times floor", "{ratio_to_floor:.2f}")]
     title = "Cross scan on the backend triton, bfloat16"
     common.show(f"{title}: forward beside its floor", rows, call + floor, [FLOOR.format(**rows[0])])
-    others = [(">forward ms", "{forward_ms:.3f}"), (">with backward", "{both_ms:.3f}")]
+    others = [
+        (">forward ms", "{forward_ms:.3f}"),
+        (">in a graph", "{graph_ms:.3f}"),
+        (">with backward", "{both_ms:.3f}"),
+    ]
     others += [(">x", "{ratio_to_forward:.2f}")]
     for name in ("portable", "published"):
         others += [(f">{name} forward", f"{{{name}_ms:.3f}}"), (">x", f"{{{name}_ratio:.2f}}")]
@@ -318,6 +327,37 @@ def show_tiles(rows: list[dict[str, Any]]) -> None:
     columns = [("pass", "{pass}"), ("shape", "{shape}"), (">N", "{states}"), (">batch", "{batch}"), (">Q", "{Q}")]
     columns += [(">S", "{S}"), (">C", "{C}"), (">warps", "{warps}"), (">ms", "{ms:.3f}")]
     common.show("The three fastest tiles: S segments of Q steps, C channels", best, columns)
+
+
+def aims_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what is aimed at and what was found, of the operator in its worst stage of VMamba-T and VMamba-B."""
+    stages = [row for row in rows if row["table"] == "operator" and row["states"] == 1 and row["batch"] == 128]
+
+    def worst(name: str, pick: Callable[[list[float]], float]) -> float | None:
+        found = [row[name] for row in stages if row[name] is not None]
+        return pick(found) if found else None
+
+    def vmamba(size: int, training: bool, name: str) -> float | None:
+        setting = dict(table="models", model="vmamba_tiny", size=size, training=training)
+        return next((row[name] for row in rows if setting.items() <= row.items()), None)
+
+    aims = [
+        ("operator, forward, batch 128, worst stage: times its floor", 1.5, True, worst("ratio_to_floor", max)),
+        ("operator, forward and backward, the same: times forward", 3.0, True, worst("ratio_to_forward", max)),
+        ("operator, forward, the same: times as fast as published", 1.5, False, worst("published_ratio", min)),
+    ]
+    for size, training, aim in ((224, False, 1.0), (1024, False, 1.2), (224, True, 0.8), (1024, True, 1.0)):
+        what = f"VMamba-T, {'training' if training else 'inference'} at {size}: images/s, ratio to Swin-T"
+        aims.append((what, aim, False, vmamba(size, training, "speed_ratio")))
+    what = "VMamba-T, training at 224, batch 128: peak memory, ratio to Swin-T"
+    aims.append((what, 1.0, True, vmamba(224, True, "memory_ratio")))
+    return [
+        dict(
+            table="aims", what=what, aim=f"{'<=' if most else '>='} {aim}", found=found,
+            reached=None if found is None else found <= aim if most else found >= aim,
+        )
+        for what, aim, most, found in aims
+    ]  # fmt: skip
 
 
 def settings_of(device: torch.device) -> dict[str, str]:
@@ -373,9 +413,14 @@ def measure_tables(only: Sequence[str], names: list[str], device: torch.device, 
             show_models(found, "Models" if table == "models" else "Growth with the image")
         keep([{**row, "table": table} for row in found])
     if "tiles" in only:
-        tiles = [row for s, b in bar(calls, "tiles") for row in measure_tiles(s, b, device, quick, seconds / 5)]
+        few = calls if quick else [(shape, 128) for shape in (shapes[0], shapes[2], *shapes[-2:])]
+        tiles = [row for s, b in bar(few, "tiles") for row in measure_tiles(s, b, device, quick, seconds / 5)]
         show_tiles(tiles)
         keep(tiles)
+    aims = aims_of(rows)
+    columns = [("", "{what}"), ("aim", "{aim}"), (">found", "{found:.2f}"), ("reached", "{reached}")]
+    common.show("Aims", aims, columns)
+    keep(aims)
 
 
 def main() -> int:
@@ -385,7 +430,7 @@ def main() -> int:
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="first ask the GPU which tiles are fastest; Triton's cache keeps the answers",
+        help="ask the GPU which tiles are fastest before a call is timed; Triton's cache keeps the answers",
     )
     parser.add_argument("--models", nargs="+", metavar="NAME", help="timm names (default: every T model and its peers)")
     options = parser.parse_args()
@@ -403,6 +448,7 @@ def main() -> int:
     unknown = [name for name in names if not timm.is_model(name)]
     if unknown:
         parser.error(f"timm knows no model named {', '.join(unknown)}")
+    torch.set_num_threads(options.threads)
     if options.tune:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         logging.getLogger("vision_ssm").setLevel(logging.INFO)

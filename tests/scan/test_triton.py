@@ -208,10 +208,29 @@ def test_warming_up_leaves_a_model_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("sizes", [[], 0, [32, -1], [(32, 32, 32)], [3.5], "32"], ids=str)
+@pytest.mark.parametrize("sizes", [[], 0, [32, -1], [(32, 32, 32)], [3.5], "32", None, 32.0, True], ids=str)
 def test_warming_up_refuses(sizes):
     with pytest.raises(ValueError, match="sizes must be positive"):
         vision_ssm.warmup(timm.create_model("vmamba_atto"), sizes)
+
+
+@pytest.mark.parametrize("batch", [0, 2.5, "2", True], ids=str)
+def test_warming_up_refuses_a_batch(batch):
+    with pytest.raises(ValueError, match="batch must be an integer of at least 1"):
+        vision_ssm.warmup(timm.create_model("vmamba_atto"), 32, batch=batch)
+    with pytest.raises(ValueError, match="no parameters"):
+        vision_ssm.warmup(torch.nn.Identity(), 32)
+
+
+@needs_kernels
+def test_a_rate_of_minus_infinity_leaves_no_nan():
+    call = Case(batch=1, height=5, width=7, states=1).make(torch.float32)
+    args = arguments(call.on(device("triton")))
+    y, state = triton.forward(replace(args, A=torch.full_like(args.A, -torch.inf)), torch.float32)
+    assert y.isfinite().all()
+    assert state.isfinite().all()
+    _, state = triton.forward(replace(args, A=torch.full_like(args.A, torch.nan)), torch.float32)
+    assert state.isnan().all()
 
 
 @needs_kernels
@@ -227,9 +246,9 @@ def test_every_candidate_gives_the_same(kind, monkeypatch):
 def cache(monkeypatch, tmp_path):
     """An empty cache; calling it is like a new process."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    tiles._read.cache_clear()
-    yield tiles._read.cache_clear
-    tiles._read.cache_clear()
+    tiles._known.cache_clear()
+    yield tiles._known.cache_clear
+    tiles._known.cache_clear()
 
 
 @pytest.fixture
@@ -258,7 +277,7 @@ def small_model():
 
 
 @needs_kernels
-def test_tuning_keeps_the_fastest_tile_for_later_processes(cache, timed, used):
+def test_tuning_keeps_the_fastest_tile_for_later_processes(cache, timed, used, tmp_path):
     fastest = [CANDIDATES["forward"][2], CANDIDATES["backward"][2]]
     with use_backend("triton"):
         model = small_model()
@@ -272,8 +291,11 @@ def test_tuning_keeps_the_fastest_tile_for_later_processes(cache, timed, used):
             vision_ssm.warmup(model, 16, training=True)
             assert used == fastest
             cache()
+        tiles._write(tiles._gpu(torch.device(device("triton"))), {"another process's": FORWARD})
         vision_ssm.warmup(model, 16, training=True, tune=True)
         assert len(timed) == sum(map(len, CANDIDATES.values()))  # asked once
+        (kept,) = tmp_path.glob("cache/*/tiles.json")
+        assert len(json.loads(kept.read_text())) == 3
         used.clear()
         vision_ssm.warmup(model, 8)  # another kind of call
         assert used == [FORWARD]
@@ -354,10 +376,10 @@ def test_the_table_of_resources_is_of_the_tiles_in_use(cache, used, monkeypatch)
 @pytest.mark.skipif(not triton.interpreted(), reason="the script measures for minutes on a GPU")
 def test_the_gpu_benchmark_runs_through(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--quick", "--csv", tmp_path / "gpu.csv"]
-    done = subprocess.run([*command, "--only", "operator", "tiles"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--only", "operator", "kinds", "tiles"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     with open(tmp_path / "gpu.csv") as file:
-        assert {row["table"] for row in csv.DictReader(file)} == {"operator", "tiles"}
+        assert {row["table"] for row in csv.DictReader(file)} == {"operator", "kinds", "tiles", "aims"}
 
 
 def test_the_gpu_benchmark_says_that_there_is_no_gpu():

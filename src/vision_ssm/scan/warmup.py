@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -28,30 +29,33 @@ def warmup(
 
     Args:
         model: The model, on its device and in its dtype.
-        sizes: Height and width of the images in pixels, or one number for both; one or several.
+        sizes: Of the images, in pixels: a number for square ones, or several sizes, each a number or height and width
+            (``[(32, 64)]``).
         batch: Images at once.
         training: Also compile the backward pass.
-        tune: Also time the few ways to run each scan on this GPU, about ten seconds for each, and use the fastest from
-            now on, in later processes too: Triton's cache keeps the choice. Results then differ from those of another
-            GPU in their rounding. The times are logged, at level ``INFO``. Other devices have nothing to tune.
+        tune: Also time the few ways to run each kind of scan on this GPU, which takes seconds for each, and use the
+            fastest from now on, in later processes too: Triton's cache keeps the choice. Results may differ in their
+            rounding from those without. The times are logged, at level ``INFO``. Other devices have nothing to tune.
 
     Raises:
-        ValueError: If a size or the batch is smaller than 1, or there is no size.
+        ValueError: If a size or the batch is no positive integer, or there is no size, or the model has no parameters.
     """
-    given = [sizes] if isinstance(sizes, int) else list(sizes)
-    pairs = [(size, size) if isinstance(size, int) else size for size in given]
-    if not pairs or not all(_is_pair(pair) for pair in pairs):
+    given = list(sizes) if isinstance(sizes, Iterable) else [sizes]
+    pairs = [_pair(size) for size in given]
+    if not pairs or None in pairs:
         raise ValueError(f"sizes must be positive numbers of pixels or pairs of them, at least one, got {sizes!r}")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    parameter = next(model.parameters())
+    if not _is_count(batch):
+        raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError("the model has no parameters, which would tell its device and dtype")
     leaves = [p for p in model.parameters() if p.requires_grad]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with tuning() if tune else contextlib.nullcontext():
-            for height, width in pairs:
-                images = parameter.new_zeros(batch, getattr(model, "in_chans", 3), height, width)
+            for pair in filter(None, pairs):
+                images = parameter.new_zeros(batch, getattr(model, "in_chans", 3), *pair)
                 _run(model, images, leaves if training else [])
     finally:
         for module, mode in modes.items():
@@ -68,5 +72,13 @@ def _run(model: nn.Module, images: torch.Tensor, leaves: list[nn.Parameter]) -> 
             torch.autograd.grad(torch.stack([y.float().sum() for y in outputs]).sum(), leaves, allow_unused=True)
 
 
-def _is_pair(pair: Any) -> bool:
-    return isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair)
+def _is_count(n: Any) -> bool:
+    return isinstance(n, Integral) and not isinstance(n, bool) and int(n) > 0
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    """Return height and width, ``None`` if it is neither a positive number nor two."""
+    both = (size, size) if _is_count(size) else size
+    if isinstance(both, tuple | list) and len(both) == 2 and all(map(_is_count, both)):
+        return int(both[0]), int(both[1])
+    return None

@@ -35,7 +35,7 @@ class Plan:
         return self.groups * self.parts * self.chunks * self.blocks
 
 
-# Triton 3.10 does not fuse multiply-adds by itself. NVIDIA's assembler spills registers now and then to use fewer,
+# Newer Tritons do not fuse multiply-adds by themselves. NVIDIA's assembler spills registers now and then to use fewer,
 # unless told how many there are.
 _OPTIONS: dict[str, Any] = dict(enable_fp_fusion=True) | ({} if torch.version.hip else dict(maxnreg=255))
 

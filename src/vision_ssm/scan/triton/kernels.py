@@ -253,8 +253,9 @@ def _load_tile(
 
 @triton.jit
 def _load_rate(A, route, A_stride, n, c, inside, N: tl.constexpr):
-    """Return the rate of state n, (C,)."""
-    return tl.load(A + route.to(tl.int64) * A_stride + c * N + n, mask=inside, other=0.0)
+    """Return the rate of state n, (C,); finite, so that steps of size 0 keep the state even of a rate of -inf."""
+    rate = tl.load(A + route.to(tl.int64) * A_stride + c * N + n, mask=inside, other=0.0)
+    return tl.maximum(rate, -1e38, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

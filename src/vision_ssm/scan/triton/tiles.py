@@ -72,15 +72,15 @@ def choose(kind: str, args: ScanArguments, default: Tile, run: Callable[[Tile], 
 
     Args:
         kind: A key of ``CANDIDATES``.
-        args: The call; calls with about as many tokens are of one kind.
+        args: The call; of its sizes, the batch counts to the next power of two.
         default: The tile of GPUs that were not asked.
         run: The call with a given tile, to be timed.
     """
     device = args.x.device
-    table = _read(_gpu(device))
-    dtype, taken, width = str(args.x.dtype).removeprefix("torch."), args.routes_per_image, args.channels_per_route
-    tokens = 1 << (args.x.shape[0] * args.read.shape[1]).bit_length()
-    call = f"{kind} {dtype} N={args.state_size} R={args.rank} C={width} K={taken} tokens<{tokens}"
+    table = _known(_gpu(device))
+    if not table and not _tuning.get():
+        return default
+    call = f"{kind} {_describe(args)}"
     if _tuning.get() and call not in table:
         table[call] = _fastest(call, CANDIDATES[kind], run, device) or default
         _write(_gpu(device), table)
@@ -100,11 +100,31 @@ def _fastest(call: str, candidates: tuple[Tile, ...], run: Callable[[Tile], Any]
     return min(times, key=lambda tile: times[tile]) if times else None
 
 
+def _describe(args: ScanArguments) -> str:
+    """Return everything that decides which tile is fastest."""
+    batch = 1 << (args.x.shape[0] - 1).bit_length()
+    sizes = f"B<={batch} T={args.read.shape[1]} C={args.channels_per_route} N={args.state_size} R={args.rank}"
+    dtypes = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in (args.x, args.dbc))
+    groups = 0 if args.delta is None else args.delta.shape[2]
+    switches = {
+        "side by side": args.side_by_side,
+        "exclusive": not args.inclusive,
+        "no softplus": not args.softplus,
+        "one projection": args.dbc.shape[2] < args.routes,
+        "one step size": 0 < groups < args.routes,
+        "some tokens": not args.complete,
+        "chosen": args.route_index is not None,
+        "weighted": args.route_weight is not None,
+    }
+    return "; ".join([f"{sizes} K={args.routes_per_image}", dtypes, *(name for name, on in switches.items() if on)])
+
+
 def _milliseconds(step: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(step, warmup=10, rep=50, return_mode="median"))
+        with torch.cuda.device(device):  # the events of do_bench are those of the current one
+            return float(do_bench(step, warmup=10, rep=50, return_mode="median"))
     begin = time.perf_counter()
     step()
     return (time.perf_counter() - begin) * 1e3
@@ -116,13 +136,17 @@ def _gpu(device: torch.device) -> str:
     import triton
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
-    sources = b"".join((Path(__file__).parent / f"{module}.py").read_bytes() for module in ("kernels", "tiles"))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(f"{name} {triton.__version__}".encode() + sources).hexdigest()
 
 
 @lru_cache(maxsize=16)
-def _read(gpu: str) -> dict[str, Tile]:
+def _known(gpu: str) -> dict[str, Tile]:
     """Return what is known of a GPU; kept for the process, and added to by :func:`choose`."""
+    return _read(gpu)
+
+
+def _read(gpu: str) -> dict[str, Tile]:
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # no file, or none of ours
         path = _cache(gpu).get_file("tiles.json")
         known = {} if path is None else json.loads(Path(path).read_text())
@@ -132,6 +156,7 @@ def _read(gpu: str) -> dict[str, Tile]:
 
 
 def _write(gpu: str, table: dict[str, Tile]) -> None:
+    table = _read(gpu) | table  # another process may have added to it
     try:
         _cache(gpu).put(json.dumps({call: astuple(tile) for call, tile in table.items()}, indent=1), "tiles.json")
     except OSError as error:
