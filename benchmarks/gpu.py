@@ -143,8 +143,7 @@ def arguments_of(tensors: dict[str, Tensor], routes: Routes) -> ScanArguments:
 def _time_graph(step: Callable[[], Any], seconds: float) -> float:
     from triton.testing import do_bench_cudagraph
 
-    with torch.cuda.stream(torch.cuda.Stream()):
-        return float(do_bench_cudagraph(step, rep=int(seconds * 1000), return_mode="median"))
+    return float(do_bench_cudagraph(step, rep=int(seconds * 1000), return_mode="median"))
 
 
 def portable_call(routes: Routes, tensors: dict[str, Tensor]) -> Call:

@@ -330,13 +330,18 @@ def test_tuning_without_a_place_to_keep_it(cache, timed, used, tmp_path, caplog)
 
 
 @needs_kernels
-def test_tiles_that_do_not_fit_are_left_out(cache, monkeypatch):
-    def fail(step, device):
-        raise torch.OutOfMemoryError
+@pytest.mark.parametrize("fitting", [[], [CANDIDATES["forward"][1]]], ids=["none fits", "one fits"])
+def test_tiles_that_do_not_fit_are_left_out(fitting, cache, used, monkeypatch, tmp_path):
+    def milliseconds(step, device):
+        if step.args[0] not in fitting:
+            raise torch.OutOfMemoryError
+        return 1.0
 
-    monkeypatch.setattr(tiles, "_milliseconds", fail)
+    monkeypatch.setattr(tiles, "_milliseconds", milliseconds)
     with use_backend("triton"):
         vision_ssm.warmup(small_model(), 16, tune=True)
+    assert used == (fitting or [FORWARD])
+    assert len(list(tmp_path.glob("cache/*/tiles.json"))) == len(fitting)  # a default is not kept as an answer
 
 
 def test_kernels_compile_without_a_gpu_and_spill_nothing():

@@ -82,8 +82,10 @@ def choose(kind: str, args: ScanArguments, default: Tile, run: Callable[[Tile], 
         return default
     call = f"{kind} {_describe(args)}"
     if _tuning.get() and call not in table:
-        table[call] = _fastest(call, CANDIDATES[kind], run, device) or default
-        _write(_gpu(device), table)
+        fastest = _fastest(call, CANDIDATES[kind], run, device)
+        if fastest is not None:
+            table[call] = fastest
+            _write(_gpu(device), table)
     return table.get(call, default)
 
 
