@@ -10,8 +10,9 @@ import sys
 # (`vision_ssm.tasks.spec`, `vision_ssm.models.registry`), so that help, recipes and mistyped options take none.
 if "vision_ssm_program" not in sys.modules:
     from vision_ssm import models
+    from vision_ssm.optimize import optimize
     from vision_ssm.scan.warmup import warmup
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["__version__", "models", "warmup"]
+__all__ = ["__version__", "models", "optimize", "warmup"]

@@ -83,7 +83,7 @@ def test_keys_of_an_mlp_and_of_output_norms() -> None:
         (lambda s: s.update({"layers.2.0.weight": torch.zeros(1)}), "1 unexpected: layers.2.0.weight"),
         (
             lambda s: s.update({"layers.0.blocks.0.op.x_proj_weight": torch.zeros(4, 35, 32)}),
-            r"x_proj.weight \(file \(4, 35, 32\), model \(4, 33, 32\)\)",
+            r"x_proj.proj.weight \(file \(140, 32, 1, 1\), model \(132, 32, 1, 1\)\)",
         ),
         (
             lambda s: s.update({"layers.0.blocks.0.op.A_logs": torch.zeros(7, 3)}),

@@ -71,7 +71,7 @@ def test_qs_token_mixer_is_the_selective_scan_with_equal_rates_in_a_head() -> No
         expected = quasi_separable_scan(
             v[..., channels],
             torch.cat([bcdt[..., 8 + head : 9 + head], bc], dim=-1),
-            mixer.A_log[:, head, None, None].expand(-1, 32, 4),
+            -mixer.A_log[:, head, None, None].exp().expand(-1, 32, 4),
             mixer.D[head],
             mixer.switch.paths,
             dt_weight=torch.ones(1, 1, 32),

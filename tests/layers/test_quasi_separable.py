@@ -41,6 +41,10 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+def rates(*shape: int) -> Tensor:
+    return -random(*shape).detach().exp().requires_grad_()
+
+
 def gradients(y: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
     weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
     return dict(zip(of, torch.autograd.grad((y * weight).sum(), list(of.values())), strict=True))
@@ -60,7 +64,7 @@ def test_shared_projections(path: Path, size: tuple[int, int], aligned: bool) ->
     of = dict(
         x=random(1, height, width, channels),
         dbc=random(1, height, width, rank + 2 * states),
-        A_log=random(1, channels, states),
+        A=rates(1, channels, states),
         D=random(channels),
         dt_weight=random(1, rank, channels),
         dt_bias=random(2, 1, channels),
@@ -71,7 +75,7 @@ def test_shared_projections(path: Path, size: tuple[int, int], aligned: bool) ->
     tokens, dbc = (of[name].flatten(0, 2)[order] for name in ("x", "dbc"))
     low_rank, B, C = dbc.split([rank, states, states], dim=-1)
     step = F.softplus(low_rank @ of["dt_weight"][0] + of["dt_bias"])  # (2, L, channels)
-    M = matrices(step, B.expand(2, -1, -1), C.expand(2, -1, -1), -of["A_log"][0].exp(), of["D"], aligned)
+    M = matrices(step, B.expand(2, -1, -1), C.expand(2, -1, -1), of["A"][0], of["D"], aligned)
     expected = torch.einsum("cij,jc->ic", M, tokens)[order.argsort()].view(1, height, width, channels)
     if length == 1:  # the diagonal alone
         torch.testing.assert_close(y, expected, **TOLERANCE)
@@ -85,13 +89,13 @@ def test_projections_of_their_own(aligned: bool) -> None:
     of = dict(
         x=random(1, 1, length, channels),
         dbc=random(1, 1, length, 2 * (1 + 2 * states)),  # forward, backward
-        A_log=random(1, channels, states),
+        A=rates(1, channels, states),
         D=random(channels),
         dt_weight=random(1, 1, channels),
     )
     y = quasi_separable_scan(**of, paths=(ROWS,), aligned=aligned)
     low_rank, B, C = of["dbc"].view(length, 2, -1).transpose(0, 1).split([1, states, states], dim=-1)
-    M = matrices(F.softplus(low_rank @ of["dt_weight"][0]), B, C, -of["A_log"][0].exp(), of["D"], aligned)
+    M = matrices(F.softplus(low_rank @ of["dt_weight"][0]), B, C, of["A"][0], of["D"], aligned)
     expected = torch.einsum("cij,jc->ic", M, of["x"][0, 0])[None, None]
     assert_equal((y, gradients(y, of)), (expected, gradients(expected, of)))
 
@@ -101,7 +105,7 @@ def test_off_diagonal_blocks_have_rank_n(aligned: bool) -> None:
     states, length = 4, 15
     options: dict[str, Any] = dict(
         dbc=torch.randn(1, 1, length, 2 * states, dtype=torch.float64),
-        A_log=torch.randn(1, 1, states, dtype=torch.float64),
+        A=rates(1, 1, states),
         delta=torch.randn(1, 1, length, 1, dtype=torch.float64),
         dt_bias=torch.randn(2, 1, 1, dtype=torch.float64),
         D=torch.ones(1, dtype=torch.float64),
@@ -120,7 +124,7 @@ def test_off_diagonal_blocks_have_rank_n(aligned: bool) -> None:
 def test_reversed_input_gives_reversed_output(aligned: bool) -> None:
     x, dbc = random(2, 1, 9, 3), random(2, 1, 9, 4)
     delta, bias = random(2, 1, 9, 3), random(1, 1, 3).expand(2, -1, -1)
-    options: dict[str, Any] = dict(A_log=random(1, 3, 2), D=random(3), dt_bias=bias, paths=(ROWS,), aligned=aligned)
+    options: dict[str, Any] = dict(A=rates(1, 3, 2), D=random(3), dt_bias=bias, paths=(ROWS,), aligned=aligned)
     y = quasi_separable_scan(x, dbc, delta=delta, **options)
     flipped = quasi_separable_scan(x.flip(2), dbc.flip(2), delta=delta.flip(2), **options)
     torch.testing.assert_close(flipped, y.flip(2), **TOLERANCE)
@@ -133,18 +137,16 @@ def test_paths_are_chosen_and_weighted_per_image() -> None:
         dbc=random(3, height, width, 2 * states),
         delta=random(3, height, width, channels),
     )
-    A_log, bias, D = random(4, channels, states), random(2, 4, channels), random(channels)
+    A, bias, D = rates(4, channels, states), random(2, 4, channels), random(channels)
     index = torch.tensor([[0, 1], [3, 2], [2, 0]])
     weight = torch.rand(3, 2, dtype=torch.float64)
-    y = quasi_separable_scan(
-        **of, A_log=A_log, D=D, dt_bias=bias, paths=SCAN_POOL, path_index=index, path_weight=weight
-    )
+    y = quasi_separable_scan(**of, A=A, D=D, dt_bias=bias, paths=SCAN_POOL, path_index=index, path_weight=weight)
     for b in range(3):
         image = {name: tensor[b : b + 1] for name, tensor in of.items()}
         expected = image["x"] * D
         for k, w in zip(index[b].tolist(), weight[b], strict=True):
             alone = quasi_separable_scan(
-                **image, A_log=A_log[k : k + 1], D=D * 0, dt_bias=bias[:, k : k + 1], paths=(SCAN_POOL[k],)
+                **image, A=A[k : k + 1], D=D * 0, dt_bias=bias[:, k : k + 1], paths=(SCAN_POOL[k],)
             )
             expected = expected + w * alone
         torch.testing.assert_close(y[b : b + 1], expected, **TOLERANCE)
@@ -153,11 +155,11 @@ def test_paths_are_chosen_and_weighted_per_image() -> None:
 def test_one_call_for_all_paths_is_one_call_per_path() -> None:
     paths = (*SCAN_POOL, Snake(), Windowed(3))
     x, dbc = random(1, 5, 7, 4), random(1, 5, 7, 4)
-    A_log, bias, delta = random(6, 4, 2), random(2, 6, 4), random(1, 5, 7, 4)
+    A, bias, delta = rates(6, 4, 2), random(2, 6, 4), random(1, 5, 7, 4)
     zero = torch.zeros(4, dtype=torch.float64)
-    y = quasi_separable_scan(x, dbc, A_log, zero, paths, dt_bias=bias, delta=delta)
+    y = quasi_separable_scan(x, dbc, A, zero, paths, dt_bias=bias, delta=delta)
     parts = [
-        quasi_separable_scan(x, dbc, A_log[k : k + 1], zero, (path,), dt_bias=bias[:, k : k + 1], delta=delta)
+        quasi_separable_scan(x, dbc, A[k : k + 1], zero, (path,), dt_bias=bias[:, k : k + 1], delta=delta)
         for k, path in enumerate(paths)
     ]
     torch.testing.assert_close(y, sum(parts), **TOLERANCE)

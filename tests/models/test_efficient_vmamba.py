@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vision_ssm.analysis import complexity
 from vision_ssm.layers.patches import PatchMerging
 from vision_ssm.models import EfficientVMamba
-from vision_ssm.models.efficient_vmamba import ES2D, EVSSBlock, InvertedResidual, project_grids
+from vision_ssm.models.efficient_vmamba import ES2D, EVSSBlock, GridLinear, InvertedResidual
 
 MINI: dict[str, Any] = dict(dims=(8, 16, 16), depths=(1, 1, 2), num_classes=3)
 
@@ -84,22 +84,17 @@ def test_without_mlp_as_published() -> None:
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 6), (4, 5), (5, 7), (1, 1)], ids=str)
 def test_every_token_is_projected_by_its_sub_grid(size: tuple[int, int]) -> None:
-    x = torch.randn(2, *size, 6, requires_grad=True)
-    weight = torch.randn(4, 5, 6, requires_grad=True)
+    x, grids = torch.randn(2, *size, 6, requires_grad=True), GridLinear(6, 5)
+    weight = grids.proj.weight.view(4, 5, 6)
     expected = torch.zeros(2, *size, 5)
     for grid in range(4):
         row, column = grid % 2, grid // 2
         expected[:, row::2, column::2] = x[:, row::2, column::2] @ weight[grid].mT
-    torch.testing.assert_close(project_grids(x, weight), expected)
-    with torch.inference_mode():
-        torch.testing.assert_close(project_grids(x, weight), expected)
-    seed = torch.randn_like(expected)
-    for found, wanted in zip(
-        torch.autograd.grad(project_grids(x, weight), (x, weight), seed),
-        torch.autograd.grad(expected, (x, weight), seed),
-        strict=True,
-    ):
-        torch.testing.assert_close(found, wanted)
+    found = grids(x)
+    torch.testing.assert_close(found, expected)
+    seed, of = torch.randn_like(expected), (x, grids.proj.weight)
+    for mine, wanted in zip(torch.autograd.grad(found, of, seed), torch.autograd.grad(expected, of, seed), strict=True):
+        torch.testing.assert_close(mine, wanted)
 
 
 def test_sub_grids_meet_nowhere_in_the_scan() -> None:
@@ -171,7 +166,7 @@ def test_initialisation() -> None:
         assert linear.bias is None or not linear.bias.any()
     # torch's default, uniform within 1 / sqrt(fan in): all that is a convolution in the published model
     for weight, fan_in in (
-        (ss2d.x_proj.weight, 192),
+        (ss2d.x_proj.proj.weight, 192),
         (ss2d.conv2d.weight, 9),
         (model.stem.conv.weight, 48),
         (branch.conv_dw.weight, 9),

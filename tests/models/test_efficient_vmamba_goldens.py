@@ -19,7 +19,7 @@ from vision_ssm.checkpoints import load_strict
 from vision_ssm.checkpoints.efficient_vmamba import convert_efficient_vmamba
 from vision_ssm.layers import scan_map
 from vision_ssm.models import EfficientVMamba
-from vision_ssm.models.efficient_vmamba import project_grids
+from vision_ssm.models.efficient_vmamba import GridLinear
 from vision_ssm.scan import ATROUS_SCAN, build_routes
 
 # Absolute; logits and maps are of the order of 1.
@@ -98,7 +98,8 @@ def test_parts_of_blocks_agree() -> None:
             hooks.enter_context(block.ss2d.x_proj.register_forward_pre_hook(keep_input(at + "op_conv_act")))
         block, at = model.stages[2].blocks[0], "inres0."
         for part, keys in (
-            (block.act, ["conv_pw", "conv_dw"]),
+            (block.act1, ["conv_pw"]),
+            (block.act2, ["conv_dw"]),
             (block.se, ["se"]),
             (block.bn3, ["conv_pw2"]),
             (block, ["out"]),
@@ -180,10 +181,12 @@ def test_scan_and_its_gradients_agree() -> None:
     for value in given.values():
         value.requires_grad_()
     x = given["x"].permute(0, 2, 3, 1)
+    grids = GridLinear(8, given["x_proj_weight"].shape[1])
+    weights = {"proj.weight": given["x_proj_weight"].flatten(0, 1)[:, :, None, None]}
     y = scan_map(
         x,
-        project_grids(x, given["x_proj_weight"]),
-        given["A_logs"].view(4, 8, 16),
+        torch.func.functional_call(grids, weights, x),
+        -given["A_logs"].exp().view(4, 8, 16),
         given["Ds"].view(4, 8),
         given["dt_projs_weight"].mT,
         given["dt_projs_bias"],

@@ -159,13 +159,13 @@ def test_parts_of_a_block_agree(small: goldens.Golden) -> None:
         return [y for m, y in calls if m is module][call]
 
     mixer = block.mixer
-    groups = seen(mixer.ss2d.out_proj).unflatten(-1, (4, -1))  # (1, H, W, groups, d)
+    groups = seen(mixer.ss2d.out_proj).permute(0, 2, 3, 1).unflatten(-1, (4, -1))  # (1, H, W, groups, d)
     found = {
         "patch_embed1": seen(model.stem),
         "block1.0.attn.norm_call1": seen(mixer.norm),
         "block1.0.attn.gate": torch.sigmoid(seen(mixer.fc2)),
         "block1.0.attn.mamba_g2.in_proj": torch.cat(
-            [seen(part)[..., 8:16] for part in (mixer.ss2d.in_proj, mixer.ss2d.gate_proj)], -1
+            [seen(part)[:, 8:16].permute(0, 2, 3, 1) for part in (mixer.ss2d.in_proj, mixer.ss2d.gate_proj)], -1
         ),
         "block1.0.attn.mamba_g2.conv2d": seen(mixer.ss2d.conv2d)[:, 8:16],
         "block1.0.attn.mamba_g2.out_norm": seen(mixer.ss2d.out_norm)[..., 8:16],

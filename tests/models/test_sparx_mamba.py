@@ -146,7 +146,7 @@ def test_layer_scale_lies_on_the_identity_path() -> None:
     block = model.stages[1].blocks[0]
     nn.init.zeros_(block.ss2d.out_proj.weight)
     nn.init.zeros_(block.mlp.fc2.weight)
-    nn.init.zeros_(block.pos_embed.weight)
+    nn.init.zeros_(block.pos_embed.conv.weight)
     nn.init.ones_(block.layer_scale2.bias)
     x = torch.randn(1, 4, 4, 16)
     torch.testing.assert_close(block(x), 0.25 * x + 1)
@@ -168,8 +168,8 @@ def test_stochastic_depth_grows_linearly() -> None:
 def test_initialisation() -> None:
     model = timm.create_model("sparx_mamba_tiny", learnable_scale=True)
     block = model.stages[2].blocks[6]
-    weights = [block.dmca.kv, block.dmca.q.proj, block.dmca.join_proj, block.ss2d.conv2d, block.mlp.conv]
-    for layer in (*weights, block.mlp.fc1, block.pos_embed, model.stem.conv2, model.head.fc):
+    weights = [block.dmca.kv, block.dmca.q.proj, block.dmca.join_proj, block.ss2d.conv2d, block.mlp.conv.conv]
+    for layer in (*weights, block.mlp.fc1, block.pos_embed.conv, model.stem.conv2, model.head.fc):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert layer.bias is None or not layer.bias.any()
     for norm in (block.norm1, block.dmca.norm, block.dmca.q.norm, block.layer_scale1):

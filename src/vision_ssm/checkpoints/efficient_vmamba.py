@@ -66,9 +66,10 @@ def convert_efficient_vmamba(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             ours[key] = value
     for prefix, scan in scans.items():
-        # (4, R + 2N, E) as it is: one matrix per sub-grid
-        projection = {"x_proj.weight": scan.pop("x_proj_weight")} if "x_proj_weight" in scan else {}
-        ours |= {prefix + name: value for name, value in (convert_ss2d(scan) | projection).items()}
+        weight = scan.pop("x_proj_weight", None)
+        ours |= {prefix + name: value for name, value in convert_ss2d(scan).items()}
+        if weight is not None:  # (4, R + 2N, E), one matrix per sub-grid; a grouped 1x1 convolution here
+            ours[f"{prefix}x_proj.proj.weight"] = weight.reshape(-1, weight.shape[-1], 1, 1)
     return ours
 
 

@@ -19,26 +19,31 @@ def _transposed(groups: list[Tensor]) -> Tensor:
     return torch.cat([value.mT for value in groups])
 
 
+def _grouped(groups: list[Tensor]) -> Tensor:
+    """Join linear layers, (d', d) or (1, d', d), to a grouped 1x1 convolution, (4 d', d, 1, 1)."""
+    return torch.cat([value.reshape(-1, value.shape[-1]) for value in groups])[:, :, None, None]
+
+
 def _first_half(groups: list[Tensor]) -> Tensor:
-    return torch.stack([value[: value.shape[1]] for value in groups])
+    return _grouped([value[: value.shape[1]] for value in groups])
 
 
 def _second_half(groups: list[Tensor]) -> Tensor:
-    return torch.stack([value[value.shape[1] :] for value in groups])
+    return _grouped([value[value.shape[1] :] for value in groups])
 
 
 # Four modules of one group each there, one of four groups here: our names, and how the four become one.
 _GROUPED: dict[str, tuple[str, Callable[[list[Tensor]], Tensor]]] = {
     "conv2d.weight": ("conv2d.weight", torch.cat),  # (d, 1, 3, 3)
     "conv2d.bias": ("conv2d.bias", torch.cat),  # (d,)
-    "x_proj_weight": ("x_proj.weight", torch.cat),  # (1, R + 2N, d)
+    "x_proj_weight": ("x_proj.weight", _grouped),  # (1, R + 2N, d)
     "dt_projs_weight": ("dt_weight", _transposed),  # (1, d, R)
     "dt_projs_bias": ("dt_bias", torch.cat),  # (1, d)
     "A_logs": ("A_log", torch.stack),  # (d, N)
     "Ds": ("D", torch.stack),  # (d,)
     "out_norm.weight": ("out_norm.weight", torch.cat),  # (d,)
     "out_norm.bias": ("out_norm.bias", torch.cat),  # (d,)
-    "out_proj.weight": ("out_proj.weight", torch.stack),  # (d, d)
+    "out_proj.weight": ("out_proj.weight", _grouped),  # (d, d)
 }
 # Input and gate have one projection there, of their channels in this order.
 _HALVES: dict[str, Callable[[list[Tensor]], Tensor]] = {

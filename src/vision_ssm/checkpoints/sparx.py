@@ -22,7 +22,8 @@ _HEAD = {"0": "norm", "3": "head.fc"}
 _BLOCK = (
     (r"^norm\.", "norm1."),
     (r"^layerscale_([12])\.", r"layer_scale\1."),
-    (r"^mlp\.dwconv\.", "mlp.conv."),
+    (r"^mlp\.dwconv\.", "mlp.conv.conv."),
+    (r"^pos_embed\.", "pos_embed.conv."),
 )
 # The mixer's parts that are the aggregator here.
 _DMCA = (

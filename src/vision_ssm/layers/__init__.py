@@ -9,7 +9,6 @@ from vision_ssm.layers.mamba_mixer import (
     SelectiveTokenMixer,
     WeightedAverage,
 )
-from vision_ssm.layers.mlp import Linear, Mlp
 from vision_ssm.layers.norm import GroupNorm1
 from vision_ssm.layers.quasi_separable import quasi_separable_scan
 from vision_ssm.layers.sparx import DMCA, ChannelAttention, Connections, sparx_connections
@@ -27,8 +26,6 @@ __all__ = [
     "Connections",
     "GroupNorm1",
     "Layout",
-    "Linear",
-    "Mlp",
     "MultiResolutionConv",
     "QSTokenMixer",
     "ResidualConv",

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from vision_ssm.layers.mlp import Linear
 from vision_ssm.layers.sparx import DMCA, Connections, sparx_connections
 
 
@@ -123,7 +122,7 @@ class Ganglion(nn.Module):
         self.layout = layout
         self.norm = nn.LayerNorm(dim, **dd)
         self.dmca = DMCA(dim, dim, sources, reduction=reduction, **dd)
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         self.scale = nn.Parameter(torch.zeros(dim, **dd))
         self.block = block
 

@@ -17,10 +17,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from vision_ssm.layers.conv import conv_act
-from vision_ssm.layers.mlp import Linear
 from vision_ssm.layers.patches import symbolic
 from vision_ssm.layers.quasi_separable import quasi_separable_scan
-from vision_ssm.layers.ss2d import init_step_bias
+from vision_ssm.layers.ss2d import decay_rates, init_step_bias
 from vision_ssm.layers.switch_of_scans import SCAN_POOL, SwitchOfScans
 from vision_ssm.scan import ROWS, Path
 
@@ -28,7 +27,8 @@ _HEAD = 32  # channels that share a decay rate and step size in QSMixer
 _DESCRIPTOR = 7  # side of the pooled map that describes a channel
 
 
-torch.fx.wrap("quasi_separable_scan")  # one leaf of an FX graph
+torch.fx.wrap("decay_rates")  # leaves of an FX graph
+torch.fx.wrap("quasi_separable_scan")
 
 
 def _per_channel(x: Tensor) -> Tensor:
@@ -96,9 +96,9 @@ torch.fx.wrap("_weighted_sum")
 def _dilated(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """Depthwise 3x3 convolution of (B, C, H, W); one leaf of an FX graph."""
     options: dict[str, Any] = dict(padding=dilation, dilation=dilation, groups=weight.shape[0])
-    if x.device.type != "cpu" or x.dtype == torch.float64 or not torch.is_grad_enabled():
+    if x.device.type != "cpu" or x.dtype == torch.float64:
         return F.conv2d(x, weight, bias, **options)
-    # In bfloat16, oneDNN's gradient of a dilated weight reads memory that nobody wrote: now and then it is NaN.
+    # In bfloat16, oneDNN's gradient of a dilated weight is wrong on large maps, and now and then NaN.
     with torch.autocast("cpu", enabled=False):
         return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), **options).to(x.dtype)
 
@@ -182,13 +182,14 @@ class _TokenMixer(nn.Module):
         self.d_state, self.inner, self.aligned = d_state, inner, aligned
         self.norm = nn.LayerNorm(dim, **dd)
         self.gate = MultiResolutionConv(dim, **dd)
-        self.gate_proj = Linear(dim, inner, bias=False, **dd)
-        self.in_proj = Linear(dim, inner, bias=False, **dd)
+        self.gate_proj = nn.Linear(dim, inner, bias=False, **dd)
+        self.gate_act = nn.SiLU()
+        self.in_proj = nn.Linear(dim, inner, bias=False, **dd)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, **dd)
         self.act = nn.SiLU()
         self.switch = SwitchOfScans(dim, paths, scans, **dd)
         self.out_norm = nn.LayerNorm(inner, **dd)
-        self.out_proj = Linear(inner, dim, bias=False, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.drop_path = _drop_path(drop_path)
 
     def scan(self, u: Tensor, v: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ class _TokenMixer(nn.Module):
             :class:`SwitchOfScans`), else ``None``.
         """
         u = self.norm(x)
-        z = self.act(self.gate_proj(self.gate(u)))
+        z = self.gate_act(self.gate_proj(self.gate(u)))
         v = conv_act(self.in_proj(u), self.conv2d, self.act)  # (B, H, W, inner)
         index, weight, balance = self.switch(u)
         y = self.out_proj(self.out_norm(self.scan(u, v, index, weight)) * z)
@@ -247,7 +248,7 @@ class SelectiveTokenMixer(_TokenMixer):
         if rank < 1:
             raise ValueError(f"dt_rank must be at least 1, got {rank}")
         paths = len(self.switch.paths)
-        self.x_proj = Linear(self.inner, rank + 2 * self.d_state, bias=False, **dd)
+        self.x_proj = nn.Linear(self.inner, rank + 2 * self.d_state, bias=False, **dd)
         self.dt_weight = nn.Parameter(torch.empty(1, rank, self.inner, **dd))
         self.dt_bias = nn.Parameter(torch.empty(2, paths, self.inner, **dd))
         self.A_log = nn.Parameter(torch.empty(paths, self.inner, self.d_state, **dd))
@@ -264,16 +265,17 @@ class SelectiveTokenMixer(_TokenMixer):
         self.A_log.copy_(states.log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 
+    def scan_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters of :func:`quasi_separable_scan`."""
+        return dict(A=decay_rates(self.A_log), D=self.D, dt_weight=self.dt_weight, dt_bias=self.dt_bias)
+
     def scan(self, u: Tensor, v: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """See :class:`_TokenMixer`."""
         return quasi_separable_scan(
             v,
             self.x_proj(v),
-            self.A_log,
-            self.D,
-            self.switch.paths,
-            dt_weight=self.dt_weight,
-            dt_bias=self.dt_bias,
+            paths=self.switch.paths,
+            **self.scan_parameters(),
             path_index=index,
             path_weight=weight,
             aligned=self.aligned,
@@ -309,8 +311,9 @@ class QSTokenMixer(_TokenMixer):
         if self.inner % _HEAD:
             raise ValueError(f"dim * expand must be a multiple of {_HEAD}, the channels of a head, got {self.inner}")
         paths, heads, features = len(self.switch.paths), self.inner // _HEAD, 2 * self.d_state
-        self.bcdt_proj = Linear(dim, features + heads, bias=False, **dd)
+        self.bcdt_proj = nn.Linear(dim, features + heads, bias=False, **dd)
         self.bc_conv2d = nn.Conv2d(features, features, 3, padding=1, groups=features, **dd)
+        self.bc_act = nn.SiLU()
         self.dt_bias = nn.Parameter(torch.empty(2, paths, heads, **dd))
         self.A_log = nn.Parameter(torch.empty(paths, heads, **dd))
         self.D = nn.Parameter(torch.empty(heads, **dd))
@@ -323,18 +326,21 @@ class QSTokenMixer(_TokenMixer):
         nn.init.zeros_(self.A_log)
         nn.init.ones_(self.D)
 
+    def scan_parameters(self) -> dict[str, Tensor]:
+        """Return the parameters of :func:`quasi_separable_scan`, those of a head repeated for its channels."""
+        A = _per_channel(decay_rates(self.A_log)).unsqueeze(-1).expand(-1, -1, self.d_state)
+        return dict(A=A, D=_per_channel(self.D), dt_bias=_per_channel(self.dt_bias))
+
     def scan(self, u: Tensor, v: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """See :class:`_TokenMixer`."""
         features = 2 * self.d_state
         bcdt = self.bcdt_proj(u)
-        bc = conv_act(bcdt[..., :features], self.bc_conv2d, self.act)
+        bc = conv_act(bcdt[..., :features], self.bc_conv2d, self.bc_act)
         return quasi_separable_scan(
             v,
             bc,
-            _per_channel(self.A_log).unsqueeze(-1).expand(-1, -1, self.d_state),
-            _per_channel(self.D),
-            self.switch.paths,
-            dt_bias=_per_channel(self.dt_bias),
+            paths=self.switch.paths,
+            **self.scan_parameters(),
             delta=_per_channel(bcdt[..., features:]),
             path_index=index,
             path_weight=weight,
@@ -359,7 +365,7 @@ class ChannelConv1d(nn.Conv1d):
 
 
 def _scan_channels(
-    a: Tensor, raw: Tensor, bc_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, aligned: bool
+    a: Tensor, raw: Tensor, bc_bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor, aligned: bool
 ) -> Tensor:
     """Scan across the channels of a map, (B, C, H, W) to (B, H, W, C); one leaf of an FX graph.
 
@@ -373,10 +379,10 @@ def _scan_channels(
     y = quasi_separable_scan(
         a.reshape(batch, 1, channels, tokens),  # a sequence of channels, whose features are the tokens
         dbc.flatten(2).unsqueeze(1),
-        A_log.expand(1, 1, bc_bias.shape[1] // 2),
+        A.expand(1, 1, bc_bias.shape[1] // 2),
         D.unsqueeze(-1),
         (ROWS,),
-        dt_weight=A_log.new_ones(1, 1, tokens),
+        dt_weight=A.new_ones(1, 1, tokens),
         aligned=aligned,
     )
     return y.reshape(batch, channels, height, width).permute(0, 2, 3, 1)
@@ -448,17 +454,18 @@ class SelectiveChannelMixer(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_state, self.aligned = d_state, aligned
         self.norm = nn.LayerNorm(dim, **dd)
-        self.in_proj = Linear(dim, width, bias=False, **dd)
-        self.gate_proj = Linear(dim, width, bias=False, **dd) if gated else None
+        self.in_proj = nn.Linear(dim, width, bias=False, **dd)
+        self.gate_proj = nn.Linear(dim, width, bias=False, **dd) if gated else None
+        self.gate_act = nn.SiLU()
         self.conv1d = ChannelConv1d(**dd)
         self.act = nn.SiLU()
-        self.x_proj = Linear(_DESCRIPTOR**2, 1 + 2 * d_state, bias=False, **dd)
+        self.x_proj = nn.Linear(_DESCRIPTOR**2, 1 + 2 * d_state, bias=False, **dd)
         self.bc_bias = nn.Parameter(torch.empty(width, 2 * d_state, **dd))
         self.dt_bias = nn.Parameter(torch.empty(2, width, **dd))
         self.A_log = nn.Parameter(torch.empty(1, **dd))
         self.D = nn.Parameter(torch.empty(width, **dd))
         self.out_norm = nn.LayerNorm(width, **dd)
-        self.out_proj = Linear(width, dim, bias=False, **dd)
+        self.out_proj = nn.Linear(width, dim, bias=False, **dd)
         self.drop_path = _drop_path(drop_path)
         self.reset_scan_parameters()
 
@@ -470,13 +477,17 @@ class SelectiveChannelMixer(nn.Module):
         nn.init.zeros_(self.A_log)
         nn.init.ones_(self.D)
 
+    def scan_parameters(self) -> tuple[Tensor, Tensor]:
+        """Return A, (1,), and D, (width,)."""
+        return decay_rates(self.A_log), self.D
+
     def forward(self, x: Tensor) -> Tensor:
         """Mix the channels of a map, (B, H, W, dim), and add the input."""
         u = self.norm(x)
         a = self.act(self.conv1d(self.in_proj(u)))  # (B, width, H, W)
         g = _describe(a)
-        y = _scan_channels(a, self.x_proj(g), self.bc_bias, self.dt_bias, self.A_log, self.D, self.aligned)
+        y = _scan_channels(a, self.x_proj(g), self.bc_bias, self.dt_bias, *self.scan_parameters(), self.aligned)
         y = self.out_norm(y)
         if self.gate_proj is not None:
-            y = y * self.act(self.gate_proj(u))
+            y = y * self.gate_act(self.gate_proj(u))
         return x + self.drop_path(self.out_proj(y))

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from vision_ssm.layers.mlp import Linear
-
 
 def symbolic(height: int, width: int) -> bool:
     """Return whether a graph for many sizes is being made."""
@@ -83,8 +81,7 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"patch_size must be at least 1, got {patch_size}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_size = patch_size
-        # Weights lie in memory as the maps do; otherwise they would be rearranged in every call.
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd).to(memory_format=torch.channels_last)
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +108,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(4 * in_dim, **dd)
-        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
+        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve a map."""

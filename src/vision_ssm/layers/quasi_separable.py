@@ -17,7 +17,7 @@ from vision_ssm.scan import Path, Reversed, Shifted, build_routes, route_scan
 def quasi_separable_scan(
     x: Tensor,
     dbc: Tensor,
-    A_log: Tensor,
+    A: Tensor,
     D: Tensor,
     paths: Sequence[Path],
     *,
@@ -48,7 +48,7 @@ def quasi_separable_scan(
         dbc: Low-rank step size, B and C per token, (B, H, W, R + 2N), for all paths and directions, or
             (B, H, W, 2 * P * (R + 2N)), those of the forward directions first. With a ready-made ``delta``, B and C
             alone.
-        A_log: Logarithms of the negated decay rates, (P or 1, C or 1, N).
+        A: Decay rates, negative, (P or 1, C or 1, N), or (2 * P, C or 1, N), those of the forward directions first.
         D: The diagonal, (C,) or anything that broadcasts to the shape of ``x``.
         paths: The P paths.
         dt_weight: Projection of the step sizes, (P or 1, R, C), shared by the directions.
@@ -77,10 +77,10 @@ def quasi_separable_scan(
         path_weight = torch.cat([path_weight, path_weight], dim=1).to(dtype)
     y = route_scan(
         x.reshape(batch, height * width, channels),
-        dbc.unflatten(-1, (-1, rank + 2 * A_log.shape[2])).flatten(1, 2),
-        _both_directions(-torch.exp(A_log.to(dtype))).expand(-1, channels, -1),
+        dbc.unflatten(-1, (-1, rank + 2 * A.shape[2])).flatten(1, 2),
+        _both_directions(A.to(dtype), len(paths)).expand(-1, channels, -1),
         build_routes(directed, height, width, x.device),
-        dt_weight=None if dt_weight is None else _both_directions(dt_weight.to(dtype)),
+        dt_weight=None if dt_weight is None else _both_directions(dt_weight.to(dtype), len(paths)),
         dt_bias=None if dt_bias is None else dt_bias.to(dtype).flatten(0, 1),
         delta=None if delta is None else delta.reshape(batch, height * width, 1, channels),
         inclusive=not aligned,
@@ -92,5 +92,5 @@ def quasi_separable_scan(
     return torch.addcmul(y.reshape(batch, height, width, channels), x, D.to(x.dtype))
 
 
-def _both_directions(parameter: Tensor) -> Tensor:
-    return parameter if parameter.shape[0] == 1 else torch.cat([parameter, parameter])
+def _both_directions(parameter: Tensor, paths: int) -> Tensor:
+    return parameter if parameter.shape[0] in (1, 2 * paths) else torch.cat([parameter, parameter])

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from vision_ssm.layers.conv import conv_act
-from vision_ssm.layers.mlp import Linear
 from vision_ssm.layers.norm import GroupNorm1
 
 
@@ -132,7 +131,7 @@ class _Projection(nn.Module):
             side = reduction + 1
             conv = nn.Conv2d(dim, dim, side, stride=reduction, padding=side // 2, groups=dim, bias=False, **dd)
             self.reduce = nn.Sequential(conv, nn.BatchNorm2d(dim, **dd), nn.GELU())
-        self.proj = Linear(dim, dim, bias=False, **dd)
+        self.proj = nn.Linear(dim, dim, bias=False, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,19 +228,21 @@ class DMCA(nn.Module):
         self.conv = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False, **dd)
         self.conv_norm = nn.BatchNorm2d(wide, **dd)
         self.act = nn.GELU()
-        self.kv = Linear(wide, 2 * dim, **dd)
+        self.kv = nn.Linear(wide, 2 * dim, **dd)
+        self.kv_act = nn.GELU()
         self.q = _Projection(dim, reduction, **dd)
         self.k = _Projection(dim, reduction, **dd)
         self.v = _Projection(dim, 1, **dd)
         self.attention = ChannelAttention(4, scale, **dd)
         self.join_conv = nn.Conv2d(3 * dim, 3 * dim, 3, padding=1, groups=3 * dim, **dd)
+        self.join_act = nn.GELU()
         self.join_proj = nn.Conv2d(3 * dim, out_dim - self.missing, 1, groups=3, **dd)
 
     def forward(self, x: Tensor, shortcut: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
         """Aggregate a layer's normalised map, (B, H, W, dim), and the earlier maps, to (B, H, W, out_dim)."""
         s = self.norm(torch.cat(shortcut, -1))
         s = self.act(self.conv_norm(self.conv(s.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
-        k, v = self.act(self.kv(s)).chunk(2, dim=-1)  # GELU also after the projection
+        k, v = self.kv_act(self.kv(s)).chunk(2, dim=-1)  # GELU also after the projection
         q, k, v = self.q(x), self.k(k), self.v(v)
         # The published code joins the query where it is of the map's size: always without reduction, and on maps of
         # one token.
@@ -250,7 +251,7 @@ class DMCA(nn.Module):
         x = (
             x.unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(-2)
         )  # channel shuffle: all channels i, i + 3, ... together
-        x = conv_act(conv_act(x, self.join_conv, self.act), self.join_proj)
+        x = conv_act(conv_act(x, self.join_conv, self.join_act), self.join_proj)
         if self.missing:
             # Three groups make a multiple of 3; the last one or two channels are means over all channels, or over
             # their first and second half.

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from vision_ssm.layers.conv import conv_act
-from vision_ssm.layers.mlp import Linear, Mlp
 from vision_ssm.scan import CROSS_SCAN, Path, build_routes, route_scan
 
 
@@ -26,10 +26,15 @@ def init_step_bias(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, dt_f
     bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
 
+def decay_rates(A_log: Tensor) -> Tensor:
+    """Return A from the logarithms of the negated rates, at least in float32; one leaf of an FX graph."""
+    return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
+
+
 def scan_map(
     x: Tensor,
     dbc: Tensor,
-    A_log: Tensor,
+    A: Tensor,
     D: Tensor | None,
     dt_weight: Tensor,
     dt_bias: Tensor,
@@ -40,7 +45,7 @@ def scan_map(
     Args:
         x: Map, (B, H, W, C).
         dbc: Low-rank step size, B and C per token, (B, H, W, K * (R + 2N)), or (B, H, W, R + 2N) for all routes.
-        A_log: Logarithms of the negated decay rates, (K, C, N).
+        A: Decay rates, negative, (K, C, N).
         D: Skip connection, (K, C).
         dt_weight: Projection of the step sizes, (K, R, C).
         dt_bias: Bias of the step sizes, (K, C).
@@ -51,14 +56,14 @@ def scan_map(
         published kernels hand to the norm that follows.
     """
     batch, height, width, channels = x.shape
-    features = dt_weight.shape[1] + 2 * A_log.shape[2]
+    features = dt_weight.shape[1] + 2 * A.shape[2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # asking for "meta" is an error
     y = route_scan(
         x.reshape(batch, height * width, channels),
         dbc.reshape(batch, height * width, dbc.shape[-1] // features, features),
-        -torch.exp(A_log.to(dtype)),
+        A.to(dtype),
         build_routes(paths, height, width, x.device),
         dt_weight=dt_weight.to(dtype),
         dt_bias=dt_bias.to(dtype),
@@ -69,6 +74,7 @@ def scan_map(
     return y.reshape(batch, height, width, channels)
 
 
+torch.fx.wrap("decay_rates")
 torch.fx.wrap("scan_map")
 
 
@@ -132,16 +138,16 @@ class SS2D(nn.Module):
         self.paths = tuple(paths)
         self.gated = gated
         routes = len(self.paths)
-        self.in_proj = Linear(dim, inner * (2 if gated else 1), bias=bias, **dd) if project_in else nn.Identity()
+        self.in_proj = nn.Linear(dim, inner * (2 if gated else 1), bias=bias, **dd) if project_in else nn.Identity()
         self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias, **dd)
         self.act = nn.SiLU()
-        self.x_proj = Linear(inner, routes * (rank + 2 * d_state), bias=False, **dd)
+        self.x_proj = nn.Linear(inner, routes * (rank + 2 * d_state), bias=False, **dd)
         self.dt_weight = nn.Parameter(torch.empty(routes, rank, inner, **dd))
         self.dt_bias = nn.Parameter(torch.empty(routes, inner, **dd))
         self.A_log = nn.Parameter(torch.empty(routes, inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(routes, inner, **dd))
         self.out_norm = norm_layer(inner, **dd)
-        self.out_proj = Linear(inner, dim, bias=bias, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=bias, **dd)
         self.drop = nn.Dropout(drop)
         self.reset_scan_parameters()
 
@@ -155,6 +161,10 @@ class SS2D(nn.Module):
         self.A_log.copy_(states.log().expand_as(self.A_log))
         nn.init.ones_(self.D)
 
+    def scan_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return A, D, the projection and the bias of the step sizes, as :func:`scan_map` takes them."""
+        return decay_rates(self.A_log), self.D, self.dt_weight, self.dt_bias
+
     def project(self, x: Tensor) -> Tensor:
         """Return step sizes in low rank, B and C, (B, H, W, K * (R + 2N)), of a map, (B, H, W, inner)."""
         return self.x_proj(x)
@@ -166,10 +176,9 @@ class SS2D(nn.Module):
         if self.gated:
             x, z = x.chunk(2, dim=-1)
         x = conv_act(x, self.conv2d, self.act)  # (B, H, W, inner)
-        y = scan_map(x, self.project(x), self.A_log, self.D, self.dt_weight, self.dt_bias, self.paths)
-        y = self.out_norm(y)
+        y = self.out_norm(scan_map(x, self.project(x), *self.scan_parameters(), self.paths))
         if z is not None:
-            y = y * self.act(z)
+            y = y * F.silu(z)
         return self.drop(self.out_proj(y))
 
 

@@ -283,9 +283,7 @@ def stem_strides(stride: int) -> tuple[int, int]:
 
 def conv2d(in_dim: int, dim: int, size: int = 3, stride: int = 1, bias: bool = True, **dd: Any) -> nn.Conv2d:
     """Return a dense convolution of a map whose channels lie last, padded by half of its side."""
-    # Weights lie in memory as the maps do; otherwise they would be rearranged in every call.
-    conv = nn.Conv2d(in_dim, dim, size, stride=stride, padding=size // 2, bias=bias, **dd)
-    return conv.to(memory_format=torch.channels_last)
+    return nn.Conv2d(in_dim, dim, size, stride=stride, padding=size // 2, bias=bias, **dd)
 
 
 def init_weights(module: nn.Module, name: str) -> None:

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.efficient_vmamba import convert_efficient_vmamba
-from vision_ssm.layers import SS2D, Linear, Mlp
-from vision_ssm.layers.mlp import batched_linear
+from vision_ssm.layers import SS2D, conv_act
 from vision_ssm.layers.patches import PatchMerging, cells, symbolic
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, init_weights, make_cfg
 from vision_ssm.scan import ATROUS_SCAN
@@ -28,44 +27,40 @@ __all__ = ["EfficientVMamba"]
 _SCANNING_STAGES = 2
 
 
-def project_grids(x: Tensor, weight: Tensor) -> Tensor:
-    """Project every token of a map with the weight of its sub-grid; one leaf of an FX graph.
+def from_cells(y: Tensor, height: int, width: int) -> Tensor:
+    """Undo :func:`vision_ssm.layers.patches.cells`; one leaf of an FX graph.
 
     Args:
-        x: Map, (B, H, W, C).
-        weight: One matrix per place in a cell of 2x2 tokens, (4, features, C), in the order of ``ATROUS_SCAN``:
-            column by column.
+        y: Cells of 2x2 tokens, each column by column, (B, ceil(H/2), ceil(W/2), 4 * C).
+        height: H.
+        width: W.
 
     Returns:
-        The projections, (B, H, W, features).
+        The map, (B, H, W, C).
     """
-    height, width = x.shape[1:3]
-    grids = cells(x).movedim(3, 0)  # (4, B, H/2, W/2, C)
-    y = batched_linear(grids.flatten(1, 3), weight)  # (4, B * H/2 * W/2, features)
-    y = y.reshape(2, 2, *grids.shape[1:4], weight.shape[1])
+    y = y.unflatten(3, (2, 2, -1))  # (B, H/2, W/2, 2 columns, 2 rows, C)
     if symbolic(height, width):  # cutting off a padding that may be none would tie the graph to one of the cases
-        row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+        row, column = torch.arange(height, device=y.device)[:, None], torch.arange(width, device=y.device)
         up, left = row // 2, column // 2
-        return y[column - 2 * left, row - 2 * up, :, up, left].permute(2, 0, 1, 3)
-    y = y.permute(2, 3, 1, 4, 0, 5)  # (B, H/2, 2, W/2, 2, features)
+        return y[:, up, left, column - 2 * left, row - 2 * up]
+    y = y.permute(0, 1, 4, 2, 3, 5)  # (B, H/2, 2, W/2, 2, C)
     return y.flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
-torch.fx.wrap("project_grids")
+torch.fx.wrap("cells")
+torch.fx.wrap("from_cells")
 
 
 class GridLinear(nn.Module):
-    """Linear layer without bias, another one for each of the four sub-grids; see :func:`project_grids`."""
+    """Linear layer without bias, another one for each of the four sub-grids, in the order of ``ATROUS_SCAN``."""
 
     def __init__(self, in_features: int, features: int, **dd: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(4, features, in_features, **dd))
-        bound = in_features**-0.5  # as nn.Linear
-        nn.init.uniform_(self.weight, -bound, bound)
+        self.proj = nn.Conv2d(4 * in_features, 4 * features, 1, groups=4, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Project a map, (B, H, W, in_features) to (B, H, W, features)."""
-        return project_grids(x, self.weight)
+        return from_cells(conv_act(cells(x).flatten(3), self.proj), x.shape[1], x.shape[2])
 
 
 class ES2D(SS2D):
@@ -89,7 +84,7 @@ class ConvBranch(nn.Module):
         self.conv_dw = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
         self.bn = nn.BatchNorm2d(dim, **dd)
         self.act = nn.GELU()
-        self.conv_pw = Linear(dim, dim, **dd)
+        self.conv_pw = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map."""
@@ -158,21 +153,21 @@ class InvertedResidual(nn.Module):
     def __init__(self, dim: int, drop_path: float = 0.0, **dd: Any) -> None:
         super().__init__()
         hidden = 4 * dim
-        self.conv_pw = Linear(dim, hidden, bias=False, **dd)
+        self.conv_pw = nn.Linear(dim, hidden, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(hidden, **dd)
         self.conv_dw = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False, **dd)
         self.bn2 = nn.BatchNorm2d(hidden, **dd)
-        self.act = nn.ReLU(inplace=True)
+        self.act1, self.act2 = nn.ReLU(), nn.ReLU()
         self.se = ChannelGate(hidden, max(1, hidden // 8), nn.Identity(), nn.ReLU(), **dd)
-        self.conv_pwl = Linear(hidden, dim, bias=False, **dd)
+        self.conv_pwl = nn.Linear(hidden, dim, bias=False, **dd)
         self.bn3 = nn.BatchNorm2d(dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map, (B, H, W, dim), into one of the same shape."""
         y = self.conv_pw(x).permute(0, 3, 1, 2)
-        y = self.act(self.bn1(y))
-        y = self.act(self.bn2(self.conv_dw(y))).permute(0, 2, 3, 1)  # (B, H, W, hidden)
+        y = self.act1(self.bn1(y))
+        y = self.act2(self.bn2(self.conv_dw(y))).permute(0, 2, 3, 1)  # (B, H, W, hidden)
         y = self.conv_pwl(self.se(y))
         y = self.bn3(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + self.drop_path(y)
@@ -188,7 +183,7 @@ class Stem(nn.Module):
         super().__init__()
         if stride < 1:
             raise ValueError(f"stem_stride must be at least 1, got {stride}")
-        self.conv = nn.Conv2d(in_chans, dim, stride, stride=stride, **dd).to(memory_format=torch.channels_last)
+        self.conv = nn.Conv2d(in_chans, dim, stride, stride=stride, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:

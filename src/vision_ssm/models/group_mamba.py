@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.group_mamba import convert_group_mamba
-from vision_ssm.layers import SS2D, Linear, Mlp, conv_act, scan_map
-from vision_ssm.layers.conv import group_linear
+from vision_ssm.layers import SS2D, conv_act, scan_map
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, conv2d, make_cfg, stem_strides
 from vision_ssm.models.vmamba import Downsample
 from vision_ssm.scan import CROSS_SCAN
@@ -50,31 +49,22 @@ class Stem(nn.Module):
         self.norm2 = nn.BatchNorm2d(hidden, **dd)
         self.conv3 = conv2d(hidden, hidden, bias=False, **dd)
         self.norm3 = nn.BatchNorm2d(hidden, **dd)
-        self.act = nn.ReLU(inplace=True)
+        self.act1, self.act2, self.act3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
         self.conv4 = conv2d(hidden, dim, stride=last, **dd)
         self.norm4 = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed an image."""
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.act(self.norm1(self.conv1(x)))
-        x = self.act(self.norm2(self.conv2(x)))
-        x = self.act(self.norm3(self.conv3(x)))
+        x = self.act1(self.norm1(self.conv1(x)))
+        x = self.act2(self.norm2(self.conv2(x)))
+        x = self.act3(self.norm3(self.conv3(x)))
         return self.norm4(self.conv4(x).permute(0, 2, 3, 1))
 
 
-class GroupLinear(nn.Module):
-    """A linear layer for each group of channels: (B, H, W, C) to (B, H, W, groups * out_dim); no bias."""
-
-    def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(_GROUPS, out_dim, dim // _GROUPS, **dd))
-        bound = (dim // _GROUPS) ** -0.5  # as in nn.Linear
-        nn.init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform every group, in one product."""
-        return group_linear(x, self.weight)
+def group_linear(dim: int, out_dim: int, **dd: Any) -> nn.Conv2d:
+    """Return a linear layer without bias for each group of channels: (B, C, H, W) to (B, groups * out_dim, H, W)."""
+    return nn.Conv2d(dim, _GROUPS * out_dim, 1, groups=_GROUPS, bias=False, **dd)
 
 
 class GroupLayerNorm(nn.Module):
@@ -104,19 +94,20 @@ class GroupSS2D(SS2D):
         width = dim // _GROUPS
         super().__init__(width, paths=_PATHS, gated=True, conv_bias=True, **dd)
         rank, states = self.dt_weight.shape[1], self.A_log.shape[2]
-        self.in_proj = GroupLinear(dim, width, **dd)  # type: ignore[assignment]
-        self.gate_proj = GroupLinear(dim, width, **dd)
+        self.in_proj = group_linear(dim, width, **dd)  # type: ignore[assignment]
+        self.gate_proj = group_linear(dim, width, **dd)
+        self.gate_act = nn.SiLU()
         self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.x_proj = GroupLinear(dim, rank + 2 * states, **dd)  # type: ignore[assignment]
+        self.x_proj = group_linear(dim, rank + 2 * states, **dd)  # type: ignore[assignment]
         self.out_norm = GroupLayerNorm(dim, **dd)
-        self.out_proj = GroupLinear(dim, width, **dd)  # type: ignore[assignment]
+        self.out_proj = group_linear(dim, width, **dd)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map, (B, H, W, C), into one of the same shape."""
-        z = self.act(self.gate_proj(x))
-        x = conv_act(self.in_proj(x), self.conv2d, self.act)
-        y = scan_map(x, self.x_proj(x), self.A_log, self.D, self.dt_weight, self.dt_bias, self.paths)
-        return self.out_proj(self.out_norm(y) * z)
+        z = conv_act(x, self.gate_proj, self.gate_act)
+        x = conv_act(conv_act(x, self.in_proj), self.conv2d, self.act)
+        y = scan_map(x, conv_act(x, self.x_proj), *self.scan_parameters(), self.paths)
+        return conv_act(self.out_norm(y) * z, self.out_proj)
 
 
 class ModulatedGroupMamba(nn.Module):
@@ -129,11 +120,11 @@ class ModulatedGroupMamba(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim, **dd)
         self.ss2d = GroupSS2D(dim, **dd)
-        self.fc1 = Linear(dim, dim // gate_reduction, **dd)
+        self.fc1 = nn.Linear(dim, dim // gate_reduction, **dd)
         self.act = nn.ReLU()
-        self.fc2 = Linear(dim // gate_reduction, dim, **dd)
+        self.fc2 = nn.Linear(dim // gate_reduction, dim, **dd)
         self.skip_scale = nn.Parameter(torch.ones(1, **dd))
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map."""
@@ -150,10 +141,10 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, **dd: Any) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden, **dd)
+        self.fc1 = nn.Linear(dim, hidden, **dd)
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
         self.act = nn.GELU()
-        self.fc2 = Linear(hidden, dim, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map."""
@@ -380,11 +371,9 @@ class GroupMamba(Backbone):
 
 def init_weights(module: nn.Module, name: str) -> None:
     """Initialise as published."""
-    if isinstance(module, nn.Linear) or name.endswith(
-        ("in_proj", "gate_proj", "out_proj")
-    ):  # x_proj keeps nn.Linear's own
+    if isinstance(module, nn.Linear) or name.endswith(("in_proj", "gate_proj", "out_proj")):
         trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, nn.Conv2d) and not name.endswith("x_proj"):  # which keeps torch's default
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
     elif isinstance(module, SS2D):

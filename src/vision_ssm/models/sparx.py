@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.sparx import convert_sparx
-from vision_ssm.layers import DMCA, SS2D, Connections, GroupNorm1, Linear, ResidualConv, sparx_connections
+from vision_ssm.layers import DMCA, SS2D, Connections, GroupNorm1, ResidualConv, sparx_connections
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, conv2d, make_cfg, stem_strides
 from vision_ssm.scan import CROSS_SCAN, Path
 
@@ -74,9 +74,9 @@ class ConvMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, **dd: Any) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden, **dd)
+        self.fc1 = nn.Linear(dim, hidden, **dd)
         self.conv = ResidualConv(hidden, nn.GELU(), **dd)
-        self.fc2 = Linear(hidden, dim, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map, (B, H, W, dim)."""

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
 
 from vision_ssm.checkpoints import build_from_official
-from vision_ssm.layers import DMCA, Linear, Mlp
+from vision_ssm.layers import DMCA
 from vision_ssm.layers.patches import PatchEmbed, PatchMerging, pad_map, symbolic
 from vision_ssm.models.backbone import ATTO, Backbone, check_options, make_cfg
 from vision_ssm.models.sparx import ConnectedStage, per_stage, stage_connections
@@ -179,8 +179,8 @@ class WindowAttention(nn.Module):
         self.window_size = window_size
         self.shifted = shifted
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, num_heads, **dd))
-        self.qkv = Linear(dim, 3 * dim, **dd)
-        self.proj = Linear(dim, dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:

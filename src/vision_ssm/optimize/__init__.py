@@ -1,0 +1,5 @@
+"""The fastest form of a model for inference on a CPU: ``optimize(model)``."""
+
+from vision_ssm.optimize.optimize import optimize
+
+__all__ = ["optimize"]

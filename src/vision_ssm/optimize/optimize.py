@@ -1,0 +1,125 @@
+"""Fuse and pack a model's layers for inference on a CPU."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from vision_ssm.layers import ResidualConv
+from vision_ssm.optimize.chains import Chain, find_chains
+from vision_ssm.optimize.packed import DTYPES, Frozen, activation_of, can_be_packed, frozen, pack
+
+_logger = logging.getLogger(__name__)
+
+
+def optimize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a copy of a model for inference on a CPU: its layers fused, packed for oneDNN, and frozen.
+
+    Linear layers and convolutions run on oneDNN's products with packed weights, together with the activation that
+    follows; batch norms are folded into the layer before them, and what the scans derive from parameters alone is
+    computed once. That is done wherever the modules are torch's own, in models of this package and in others; what is
+    not recognized stays as it is. Images may have any size and any floating-point dtype.
+
+    The copy keeps the model's class and attributes, so that ``forward_features`` or a ``features_only`` wrapper work on
+    it. It cannot be trained, loaded into or moved. It needs at most twice the memory of the weights: packed ones
+    stand beside the others, from which they are made again after ``copy.deepcopy`` or unpickling. Under
+    ``torch.compile``, ``torch.export`` and FLOP counters its layers are torch's operators.
+
+    Args:
+        model: The model; it stays as it is.
+        dtype: ``torch.float32`` or ``torch.bfloat16``; ``None`` keeps the model's own. Scans keep float32 inside.
+
+    Returns:
+        The copy, in evaluation mode, without gradients.
+
+    Raises:
+        TypeError: If ``model`` is no module, or ``dtype`` none of the two.
+        ValueError: If a parameter or buffer is not on a CPU, or the model is an optimized copy already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model must be a plain torch.nn.Module, got a TorchScript module")
+    if dtype not in (None, *DTYPES):
+        raise TypeError(f"dtype must be {' or '.join(map(str, DTYPES))} or None, got {dtype}")
+    if any(isinstance(module, Frozen) for module in model.modules()):
+        raise ValueError("the model is an optimized copy already; optimize the model that it was made of")
+    elsewhere = {str(t.device) for t in (*model.parameters(), *model.buffers()) if t.device.type != "cpu"}
+    if elsewhere:
+        raise ValueError(f"the model must be on a CPU, got parameters or buffers on {', '.join(sorted(elsewhere))}")
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    _fix_scan_parameters(copied)
+    for module in list(copied.modules()):
+        if isinstance(module, ResidualConv):
+            _absorb_residual(module)
+    chains = find_chains(copied)
+    for chain in chains:
+        _fold_norm(copied, chain)
+    if dtype is not None:
+        copied = copied.to(dtype)
+    activations: dict[nn.Module, str] = {chain.layer: chain.act for chain in chains if chain.act}
+    for layer in [module for module in copied.modules() if can_be_packed(module)]:
+        name = activations.get(layer)
+        act = copied.get_submodule(name) if name else None
+        pack(layer, activation_of(act) or ("none", "none"))
+        if name:
+            _replace(copied, name)
+    if not isinstance(copied, Frozen):
+        kind: Any = type(copied)
+        copied.__class__ = frozen(kind)
+    return copied
+
+
+class _Known:
+    """What a method without arguments returned, to be returned again."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self) -> Any:
+        return self.value
+
+
+def _fix_scan_parameters(model: nn.Module) -> None:
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "scan_parameters"):
+            found = module.scan_parameters()
+            if isinstance(found, dict):
+                module.scan_parameters = _Known({name: _float(value) for name, value in found.items()})
+            else:
+                module.scan_parameters = _Known(tuple(_float(value) for value in found))
+
+
+def _float(value: Tensor) -> Tensor:
+    value = value.detach()
+    return (value if value.dtype == torch.float64 else value.float()).contiguous()
+
+
+@torch.no_grad()
+def _absorb_residual(module: ResidualConv) -> None:
+    """Put the map itself into the kernel, as a one in its middle."""
+    if can_be_packed(module.conv):
+        module.conv.weight[:, :, 1, 1] += 1
+        module.residual = False
+
+
+def _fold_norm(model: nn.Module, chain: Chain) -> None:
+    if chain.norm is None:
+        return
+    norm: Any = model.get_submodule(chain.norm)
+    layer: Any = chain.layer
+    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    fuse: Any = fuse_conv_bn_weights if isinstance(layer, nn.Conv2d) else fuse_linear_bn_weights
+    layer.weight, layer.bias = fuse(layer.weight, layer.bias, *statistics)
+    layer.requires_grad_(False)
+    _replace(model, chain.norm)
+
+
+def _replace(model: nn.Module, name: str) -> None:
+    model.set_submodule(name, nn.Identity().eval())
