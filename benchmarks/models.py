@@ -24,7 +24,8 @@ from kinds import time_by_kind
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision_ssm.analysis import has_scan, scan_backend
+import vision_ssm
+from vision_ssm.analysis import scan_backend
 from vision_ssm.models.registry import registered_models
 
 SWIN = "swin_tiny_patch4_window7_224"
@@ -35,6 +36,7 @@ SETS = {
     "light": (["efficient_vmamba_tiny", "efficient_vmamba_small"], [SWIN, "mobilevitv2_100", "efficientvit_b1"]),
 }
 Setting = tuple[int, str, int]  # size, dtype, batch
+PLAIN, CHECKPOINTING, OPTIMIZED, COMPILED = "plain", "checkpointing", "optimized", "compiled"
 
 
 def names_of(name: str, quick: bool) -> list[str]:
@@ -80,10 +82,24 @@ def training_step(model: nn.Module, images: torch.Tensor, checkpointing: bool) -
     model(images).float().square().mean().backward()
 
 
-def make_step(model: nn.Module, images: torch.Tensor, training: bool, checkpointing: bool = False) -> Callable[[], Any]:
+def forms_of(model: nn.Module, options: argparse.Namespace) -> list[str]:
+    """Return in which forms a model is measured."""
+    if options.training:
+        return [PLAIN, CHECKPOINTING] if can_checkpoint(model) else [PLAIN]
+    return [PLAIN, OPTIMIZED, *([COMPILED] if options.compile else [])]
+
+
+def make_step(model: nn.Module, images: torch.Tensor, training: bool, form: str = PLAIN) -> Callable[[], Any]:
     """Return what is measured."""
     model.train(training)
-    return partial(training_step, model, images, checkpointing) if training else partial(inference_step, model, images)
+    if training:
+        return partial(training_step, model, images, form == CHECKPOINTING)
+    if form == OPTIMIZED:
+        model = vision_ssm.optimize(model)
+    elif form == COMPILED:
+        torch.compiler.reset()
+        model = torch.compile(model)  # type: ignore[assignment]
+    return partial(inference_step, model, images)
 
 
 def random_images(setting: Setting) -> torch.Tensor:
@@ -92,44 +108,44 @@ def random_images(setting: Setting) -> torch.Tensor:
     return torch.randn(batch, 3, size, size).to(common.DTYPES[dtype])
 
 
-def measure_memory(name: str, setting: Setting, training: bool, checkpointing: bool, threads: int) -> float | None:
+def measure_memory(name: str, setting: Setting, training: bool, form: str, threads: int) -> float | None:
     """Measure the peak of one step in a process of its own; MiB beyond model and images."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_memory_of_step, (name, setting, training, checkpointing, threads))
+        return pool.apply(_memory_of_step, (name, setting, training, form, threads))
 
 
-def _memory_of_step(name: str, setting: Setting, training: bool, checkpointing: bool, threads: int) -> float | None:
+def _memory_of_step(name: str, setting: Setting, training: bool, form: str, threads: int) -> float | None:
     torch.set_num_threads(threads)
     model, images = build(name, *setting[:2]), random_images(setting)
-    make_step(model, images[:1], training, checkpointing)()  # loads code and fills caches of routes
+    step = make_step(model, images, training, form)
+    step()  # loads code, fills caches of routes and packs weights
     model.zero_grad(set_to_none=True)
-    return common.peak_memory(make_step(model, images, training, checkpointing))
+    return common.peak_memory(step)
 
 
 def measure(models: dict[str, nn.Module], setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time one step of all models in turns, and in inference matrix products among them.
-
-    Training is timed with and without gradient checkpointing.
-    """
+    """Time one step of all models in all forms in turns, and in inference matrix products among them."""
     size, dtype, batch = setting
     images = random_images(setting)
-    steps: dict[tuple[str, bool], Callable[[], Any]] = {}
-    for name, model in models.items():
-        steps[name, False] = make_step(model, images, options.training)
-        if options.training and can_checkpoint(model):
-            steps[name, True] = make_step(model, images, True, checkpointing=True)
+    steps = {
+        (name, form): make_step(model, images, options.training, form)
+        for name, model in models.items()
+        for form in forms_of(model, options)
+    }
     gmacs = {name: batch * macs_per_image(model, images) / 1e9 for name, model in models.items()}
-    backends = {name: backend_of(model, steps[name, False], size) for name, model in models.items()}
+    backends = {key: scan_backend(step) or "" for key, step in steps.items()}
     others = (
         {} if options.training else common.products(common.DTYPES[dtype], (256,) if options.quick else (1024, 2048))
     )
     timings = common.interleaved({**{str(key): step for key, step in steps.items()}, **others}, options.seconds)
     first = reference(models)
     rows: list[dict[str, Any]] = []
-    for name, checkpointing in steps:
-        timing, base = timings[str((name, checkpointing))], timings.get(str((first, checkpointing)))
+    for name, form in steps:
+        timing, base = timings[str((name, form))], timings[str((first, PLAIN))]
+        alike = timings.get(str((first, form)))
         row = dict(
             model=name,
+            form=form,
             size=size,
             dtype=dtype,
             batch=batch,
@@ -137,12 +153,13 @@ def measure(models: dict[str, nn.Module], setting: Setting, options: argparse.Na
             best_milliseconds=timing.best * 1e3,
             images_per_second=batch / timing.median,
             gmacs=gmacs[name],
-            ratio=timing.median / base.median if base else None,
-            ratio_per_mac=timing.median / base.median * gmacs[first] / gmacs[name] if base else None,
-            backend=backends[name],
+            ratio=timing.median / base.median,
+            ratio_alike=timing.median / alike.median if alike else None,
+            ratio_per_mac=timing.median / alike.median * gmacs[first] / gmacs[name] if alike else None,
+            backend=backends[name, form],
         )
         if options.training:
-            row = dict(table="training", **row, checkpointing=checkpointing)
+            row = dict(table="training", **row)
         else:
             rate = common.product_rate(timings) / 1e9
             floor = 2e3 * gmacs[name] / rate
@@ -158,11 +175,11 @@ def add_memory(rows: list[dict[str, Any]], training: bool, threads: int) -> None
     """Measure the peak memory of every row, and its ratio to that of the reference."""
     for row in rows:
         setting = row["size"], row["dtype"], row["batch"]
-        row["peak_mib"] = measure_memory(row["model"], setting, training, row.get("checkpointing", False), threads)
+        row["peak_mib"] = measure_memory(row["model"], setting, training, row["form"], threads)
     first = reference({row["model"]: None for row in rows})
-    of_first = {row.get("checkpointing"): row["peak_mib"] for row in rows if row["model"] == first}
+    of_first = {row["form"]: row["peak_mib"] for row in rows if row["model"] == first}
     for row in rows:
-        base = of_first.get(row.get("checkpointing"))
+        base = of_first.get(row["form"])
         row["memory_ratio"] = row["peak_mib"] / base if row["peak_mib"] is not None and base else None
 
 
@@ -170,7 +187,7 @@ def add_bfloat16_gain(rows: list[dict[str, Any]]) -> None:
     """Tell how many times as fast as in float32 every row in bfloat16 is, where both were measured."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["model"], row["size"], row["batch"], row.get("checkpointing")
+        return row["model"], row["size"], row["batch"], row["form"]
 
     float32 = {key(row): row["milliseconds"] for row in rows if row["dtype"] == "float32"}
     for row in rows:
@@ -192,12 +209,6 @@ def is_ours(model: nn.Module) -> bool:
     return type(model).__module__.startswith("vision_ssm")
 
 
-def backend_of(model: nn.Module, step: Callable[[], Any], size: int) -> str:
-    """Run a step and return the scan's backend, empty for a model without a scan."""
-    step()
-    return (scan_backend() or "") if has_scan(model, (3, size, size)) else ""
-
-
 def reference(models: dict[str, Any]) -> str:
     """Return the name of the model to which the others are compared: Swin-T, else the first."""
     return next((name for name in models if name.startswith("swin_tiny")), next(iter(models)))
@@ -216,7 +227,7 @@ def macs_per_image(model: nn.Module, images: torch.Tensor) -> int:
 def measure_kinds(model: nn.Module, setting: Setting, training: bool) -> list[dict[str, Any]]:
     """Return where a step spends its time."""
     size, dtype, batch = setting
-    spent = time_by_kind(make_step(model, random_images(setting), training))
+    spent = time_by_kind(make_step(model, random_images(setting), training, PLAIN if training else OPTIMIZED))
     whole = sum(spent.values())
     shared = dict(table="kinds", size=size, dtype=dtype, batch=batch)
     return [{**shared, "kind": kind, "milliseconds": ms, "share": ms / whole} for kind, ms in spent.items()]
@@ -225,13 +236,20 @@ def measure_kinds(model: nn.Module, setting: Setting, training: bool) -> list[di
 def show_rows(rows: list[dict[str, Any]], training: bool) -> None:
     """Print the table of steps."""
     first = reference({row["model"]: None for row in rows})
-    columns = [("model", "{model}"), (">size", "{size}"), ("dtype", "{dtype}"), (">batch", "{batch}")]
-    if training:
-        columns += [("checkpointing", "{checkpointing}")]
+    columns = [
+        ("model", "{model}"),
+        ("form", "{form}"),
+        (">size", "{size}"),
+        ("dtype", "{dtype}"),
+        (">batch", "{batch}"),
+    ]
     columns += [(">median", "{milliseconds:.1f}"), (">best", "{best_milliseconds:.1f}")]
     columns += [(">images/s", "{images_per_second:.1f}"), (">ratio", "{ratio:.2f}")]
-    columns += [(">per MAC", "{ratio_per_mac:.2f}")]
-    notes = [f"ratio: to {first} in the same turns, of the medians; per MAC: that ratio of the times per MAC."]
+    columns += [(">alike", "{ratio_alike:.2f}"), (">per MAC", "{ratio_per_mac:.2f}")]
+    notes = [
+        f"ratio: of the median to that of {first}, plain, in the same turns; alike: to {first} in the same form; "
+        "per MAC: that of the times per MAC."
+    ]
     if any(row["bfloat16_gain"] for row in rows):
         columns += [(">gain", "{bfloat16_gain:.2f}")]
         notes.append("gain: how many times as fast as in float32 (not in the same turns).")
@@ -282,6 +300,7 @@ def main() -> int:
         "--dtype", nargs="+", choices=common.DTYPES, default=list(common.DTYPES), help="dtypes of model and images"
     )
     parser.add_argument("--training", action="store_true", help="measure training steps instead of inference")
+    parser.add_argument("--compile", action="store_true", help="also measure the models through torch.compile")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process for every row)")
     options = parser.parse_args()
     if options.quick:
@@ -300,7 +319,7 @@ def main() -> int:
         rows += measured
         for row in measured:
             model = built[setting[:2]][row["model"]]
-            if is_ours(model) and not row.get("checkpointing"):
+            if is_ours(model) and row["form"] == (PLAIN if options.training else OPTIMIZED):
                 kinds += [{"model": row["model"], **k} for k in measure_kinds(model, setting, options.training)]
     add_bfloat16_gain(rows)
     show_rows(rows, options.training)

@@ -2,7 +2,7 @@
 
 from vision_ssm.analysis.complexity import Complexity, complexity, feature_shapes
 from vision_ssm.analysis.pictures import draw_routes
-from vision_ssm.analysis.speed import Speed, has_scan, machine_settings, measure_speed, scan_backend
+from vision_ssm.analysis.speed import Speed, machine_settings, measure_speed, scan_backend
 
 __all__ = [
     "Complexity",
@@ -10,7 +10,6 @@ __all__ = [
     "complexity",
     "draw_routes",
     "feature_shapes",
-    "has_scan",
     "machine_settings",
     "measure_speed",
     "scan_backend",

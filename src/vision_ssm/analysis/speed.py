@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vision_ssm import __version__
 from vision_ssm.scan import last_backend
@@ -77,7 +76,7 @@ def measure_speed(
                 y.float().square().mean().backward()
 
     start = time.perf_counter()
-    step()
+    backend = scan_backend(step)
     while time.perf_counter() - start < seconds / 5:
         step()
     if device.type == "cuda":
@@ -91,23 +90,14 @@ def measure_speed(
         spread=times.iqr / times.median,
         images_per_second=batch / times.median,
         peak_memory_mib=memory,
-        backend=scan_backend() if has_scan(model, (images.shape[1], height, width)) else None,
+        backend=backend,
     )
 
 
-def has_scan(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> bool:
-    """Tell whether a model scans, by a pass in which nothing is computed."""
-    if not any(type(module).__module__.startswith("vision_ssm") for module in model.modules()):
-        return False
-    ghost = copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta").eval()  # what torch.compile has wrapped
-    dtype = next(ghost.parameters()).dtype
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        ghost(torch.empty(1, *input_size, device="meta", dtype=dtype))
-    return torch.ops.vision_ssm.route_scan in counter.get_flop_counts()["Global"]
-
-
-def scan_backend() -> str | None:
-    """Return the backend of this thread's latest scan, the C++ one with its instruction set, such as ``cpu-avx512``."""
+def scan_backend(step: Callable[[], Any]) -> str | None:
+    """Run ``step`` and return the scan's backend, the C++ one with its instruction set; ``None`` if nothing scanned."""
+    last_backend(forget=True)
+    step()
     name = last_backend()
     library = load_library() if name == "cpu" else None
     return f"cpu-{library.levels[-1]}" if library else name

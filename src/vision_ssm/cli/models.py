@@ -61,6 +61,8 @@ class BenchOptions:
     """Number format of the computation."""
     compile: bool = False
     """Run through torch.compile."""
+    optimize: bool = True
+    """On a CPU, time the model's fastest form (`vision_ssm.optimize`), unless --train or --compile."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = None
@@ -246,6 +248,7 @@ def bench(words: Sequence[str]) -> int:
     from rich.progress import Progress
 
     from vision_ssm.analysis import machine_settings, measure_speed
+    from vision_ssm.optimize import optimize
     from vision_ssm.tasks.classifier import find_device
     from vision_ssm.tasks.spec import create_model
 
@@ -254,6 +257,7 @@ def bench(words: Sequence[str]) -> int:
     device = find_device(options.device)
     dtype = torch.bfloat16 if options.precision == "bf16-true" else torch.float32
     autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(options.precision)
+    optimized = options.optimize and device.type == "cpu" and not (options.train or options.compile or autocast)
     rows: list[dict[str, Any]] = []
     built = [(name, create_model(name, {}, 1000)) for name in options.models]
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -261,6 +265,8 @@ def bench(words: Sequence[str]) -> int:
         for name, model in built:
             height, width = _size(options.size, model.pretrained_cfg)  # type: ignore[arg-type]
             model = model.to(device, dtype)
+            if optimized:
+                model = optimize(model, dtype=torch.float32 if options.precision == "32-true" else torch.bfloat16)
             runner = torch.compile(model) if options.compile else model
             for batch in options.batch:
                 progress.update(task, description=f"{name}, batch {batch}")
@@ -285,6 +291,7 @@ def bench(words: Sequence[str]) -> int:
         "precision": options.precision,
         "dtype of the weights": str(dtype).removeprefix("torch."),
         "torch.compile": "on" if options.compile else "off",
+        "vision_ssm.optimize": "on" if optimized else "off",
         "layout of images": "channels first, contiguous",
         "spread": "interquartile range of the times over their median",
         "scan backend": ", ".join(sorted({row["backend"] for row in rows if row["backend"]})) or "none",

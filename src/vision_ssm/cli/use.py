@@ -48,6 +48,8 @@ class EvalOptions:
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Precision = "32-true"
     """Number format of the computation."""
+    optimize: bool = True
+    """On a CPU, use the model's fastest form (`vision_ssm.optimize`)."""
     workers: int | None = None
     """Processes that load images."""
 
@@ -72,6 +74,8 @@ class PredictOptions:
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Precision = "32-true"
     """Number format of the computation."""
+    optimize: bool = True
+    """On a CPU, use the model's fastest form (`vision_ssm.optimize`)."""
     workers: int | None = None
     """Processes that load images."""
 
@@ -141,7 +145,7 @@ def _run_and_images(options: EvalOptions) -> _Subject:
         given = "--pretrained" if options.pretrained else f"--weights {options.weights}"
         raise InputError(f"{given} belongs to the name of a model, and {options.model} is a file or folder here")
     path = weights_file(Path(options.model), options.weights or "best")
-    classifier = load_classifier(path, options.device, options.precision)
+    classifier = load_classifier(path, options.device, options.precision, options.optimize)
     if options.data is None:
         images = load_splits(RunFolder(path.parent).read_config()).val
     else:
@@ -165,7 +169,7 @@ def _model_and_images(options: EvalOptions) -> _Subject:
     if options.data is None:
         raise InputError(f"what is {name} to be measured on? give a folder of class folders with --data DIR")
     images = _read_images(options.data)
-    classifier = load_model(name, file, options.device, options.precision)
+    classifier = load_model(name, file, options.device, options.precision, options.optimize)
     images = assign_outputs(images, len(classifier.spec.classes))
     classifier = dataclasses.replace(classifier, spec=dataclasses.replace(classifier.spec, classes=images.classes))
     if file is not None:
@@ -209,7 +213,7 @@ def predict(words: Sequence[str]) -> int:
     from vision_ssm.tasks.classifier import load_classifier
 
     images = find_images(options.images)
-    classifier = load_classifier(path, options.device, options.precision)
+    classifier = load_classifier(path, options.device, options.precision, options.optimize)
     broken: list[str] = []
     try:
         probabilities = classifier.predict(images, options.batch_size, options.workers)

@@ -1,5 +1,5 @@
 """The fastest form of a model for inference on a CPU: ``optimize(model)``."""
 
-from vision_ssm.optimize.optimize import optimize
+from vision_ssm.optimize.fuse import optimize
 
 __all__ = ["optimize"]

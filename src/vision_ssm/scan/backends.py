@@ -141,9 +141,16 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def last_backend() -> str | None:
-    """Return the name of the backend that ran this thread's latest scan, ``None`` before the first."""
-    return getattr(_last, "name", None)
+def last_backend(*, forget: bool = False) -> str | None:
+    """Return the name of the backend that ran this thread's latest scan, ``None`` before the first.
+
+    Args:
+        forget: Return ``None`` afterwards, until the next scan.
+    """
+    name = getattr(_last, "name", None)
+    if forget:
+        _last.name = None
+    return name
 
 
 def select(x: Tensor) -> Backend:
