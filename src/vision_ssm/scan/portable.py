@@ -226,7 +226,7 @@ def _to_tokens(values: Tensor, args: ScanArguments, index: Tensor, route: Tensor
         return torch.stack(list(per_route), 2)
     total = values.new_zeros(batch, groups, tokens, width)
     for chosen, part in zip(route, per_route, strict=True):
-        total[torch.arange(batch, device=values.device), chosen] += part
+        total = total.index_put((torch.arange(batch, device=values.device), chosen), part, accumulate=True)
     return total.transpose(1, 2)
 
 
@@ -259,18 +259,41 @@ def _linear_scan(decay: Tensor, drive: Tensor, backwards: bool) -> Tensor:
     return h
 
 
+# An operator, so that torch's older vmap, which is behind `is_grads_batched`, maps over it as a whole.
+_library = torch.library.Library("vision_ssm", "FRAGMENT")
+_library.define("linear_scan(Tensor decay, Tensor drive, bool backwards) -> Tensor")
+torch.library.impl("vision_ssm::linear_scan", "CompositeExplicitAutograd", _linear_scan, lib=_library)
+torch.library.register_fake("vision_ssm::linear_scan", lambda decay, drive, backwards: drive.clone(), lib=_library)
+
+
 class _LinearScan(torch.autograd.Function):
-    """:func:`_linear_scan` with a gradient that is itself a linear scan."""
+    """:func:`_linear_scan` with derivatives in both modes that are themselves linear scans."""
 
     @staticmethod
-    def forward(ctx: Any, decay: Tensor, drive: Tensor, backwards: bool) -> Tensor:
-        h = _linear_scan(decay, drive, backwards)
-        ctx.save_for_backward(decay, h)
-        ctx.backwards = backwards
-        return h
+    def forward(decay: Tensor, drive: Tensor, backwards: bool) -> Tensor:
+        return torch.ops.vision_ssm.linear_scan(decay, drive, backwards)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        decay, _, ctx.backwards = inputs
+        ctx.save_for_backward(decay, output)
+        ctx.save_for_forward(decay, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         decay, h = ctx.saved_tensors
         gradient = _LinearScan.apply(_previous(decay, not ctx.backwards), grad, not ctx.backwards)
         return gradient * _previous(h, ctx.backwards), gradient, None
+
+    @staticmethod
+    def jvp(ctx: Any, decay_tangent: Tensor, drive_tangent: Tensor, _: None) -> Tensor:
+        decay, h = ctx.saved_tensors
+        drive = torch.addcmul(drive_tangent, decay_tangent, _previous(h, ctx.backwards))
+        return _LinearScan.apply(decay, drive, ctx.backwards)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, decay: Tensor, drive: Tensor, backwards: bool) -> tuple[Tensor, int]:
+        # The axes after the steps are independent of each other: one more of them.
+        pairs = zip((decay, drive), in_dims, strict=False)
+        mapped = (t.unsqueeze(3) if dim is None else t.movedim(dim, 3) for t, dim in pairs)
+        return _LinearScan.apply(*torch.broadcast_tensors(*mapped), backwards), 3
