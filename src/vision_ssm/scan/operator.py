@@ -117,6 +117,9 @@ def route_scan(
 
 def _run_plain(args: ScanArguments, float_output: bool, return_state: bool) -> tuple[Tensor, Tensor]:
     """Run a backend made of torch's operators, each of which torch sees and differentiates."""
+    if args.x.numel() == 0:
+        y, state = _empty_results(args, float_output, return_state)
+        return y.zero_(), state.zero_()
     with torch.autocast(args.x.device.type, enabled=False):
         y, state = select(args.x).forward(args, _output_dtype(args, float_output))
     return y, state if return_state else state.new_empty(0)
@@ -204,10 +207,6 @@ def _backward_fake(grad_y: Tensor, grad_state: Tensor | None, *values: Any) -> t
     return tuple(grad_y.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in given)
 
 
-def _differentiable(args: ScanArguments) -> list[str]:
-    return [name for name in _DIFFERENTIABLE if getattr(args, name) is not None]
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *given, _, ctx.return_state = inputs
     given_by_name = dict(zip(_NAMES, given, strict=True))
@@ -226,22 +225,25 @@ def _autograd(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | No
     else:
         values = [getattr(args, name) for name in _NAMES]
         grads = torch.ops.vision_ssm.route_scan_backward(grad_y, state, *values, ctx.backend)
-        found = {name: grad for name, grad in zip(_DIFFERENTIABLE, grads, strict=True) if getattr(args, name) is not None}
+        found = {
+            name: grad for name, grad in zip(_DIFFERENTIABLE, grads, strict=True) if getattr(args, name) is not None
+        }
     return (*(found.get(name) for name in _NAMES), None, None)
 
 
 def _differentiable_gradients(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> dict[str, Tensor]:
     """Return gradients that can be differentiated again, through the portable form."""
-    names = [name for name in _differentiable(args) if getattr(args, name).requires_grad]
-    # Fresh views: one argument may have been computed from another, which must not count here.
-    views = {name: (tensor := getattr(args, name)).view_as(tensor) for name in names}
+    given = ((name, getattr(args, name)) for name in _DIFFERENTIABLE)
+    again = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(args.x.device.type, enabled=False):
+        # Fresh views: one argument may have been computed from another, which must not count here.
+        views = {name: tensor.view_as(tensor) for name, tensor in given if tensor is not None and tensor.requires_grad}
         y, state = portable.scan(replace(args, **views), args.dtype)
         outputs, grads = [y], [grad_y.to(y.dtype)]
         if grad_state is not None:
             outputs, grads = [y, state], [*grads, grad_state]
-        found = torch.autograd.grad(outputs, list(views.values()), grads, create_graph=True, allow_unused=True)
-    return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+        found = torch.autograd.grad(outputs, list(views.values()), grads, create_graph=again, allow_unused=True)
+    return {name: grad for name, grad in zip(views, found, strict=True) if grad is not None}
 
 
 def _decomposition(*values: Any) -> tuple[Tensor, Tensor]:
