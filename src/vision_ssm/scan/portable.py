@@ -287,10 +287,10 @@ def _differentiable_scan(decay: Tensor, drive: Tensor, backwards: bool = False) 
     """:func:`_linear_scan`, differentiable; under transforms in plain operators, as torch (2.14) nests no others."""
     if not transformed():
         return _LinearScan.apply(decay, drive, backwards)
-    chunks = range(decay.shape[2])
+    chunks = list(range(decay.shape[2]))
     steps = list(zip(decay.unbind(1), drive.unbind(1), strict=True))
     if backwards:
-        chunks, steps = reversed(chunks), steps[::-1]
+        chunks, steps = chunks[::-1], steps[::-1]
     through, end = steps[0]
     for a, b in steps[1:]:
         through, end = through * a, torch.addcmul(b, a, end)

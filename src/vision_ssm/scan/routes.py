@@ -357,15 +357,15 @@ def build_routes(paths: Sequence[Path], height: int, width: int, device: torch.d
         device = torch.device("cuda", torch.cuda.current_device())
     key = (tuple(paths) if isinstance(paths, Sequence) else paths, height, width, device)
     try:
-        found = _cache.get(key)
+        found, fixed = _cache.get(key), True
     except TypeError:  # attributes that may change: built anew each time
-        key, found = None, None
+        found, fixed = None, False
     if found is not None:
         return found
     # Tensors born in inference mode could never take part in training later, nor could any of a function transform.
     with torch.inference_mode(False), torch._C._DisableFuncTorch():
         routes = _build(as_paths(paths), height, width, torch.device("cpu")).to(device)
-    return routes if key is None else _cache.put(key, routes)
+    return _cache.put(key, routes) if fixed else routes
 
 
 def _size(name: str, value: Any) -> Any:

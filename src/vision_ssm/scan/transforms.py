@@ -20,7 +20,7 @@ def transformed() -> bool:
 
 def has_tangent(tensor: Tensor) -> bool:
     """Return whether a tensor carries a forward-mode tangent of the open level; also below torch's autograd."""
-    return torch._VF._unpack_dual(tensor, level=forward_ad._current_level)[1] is not None  # type: ignore[attr-defined]
+    return torch._VF._unpack_dual(tensor, level=forward_ad._current_level)[1] is not None
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
