@@ -1,8 +1,10 @@
 """Routes: their orders, their invariants, their cache, and their errors."""
 
 import pickle
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from cases import PATHS
@@ -16,6 +18,7 @@ from vision_ssm.scan import (
     ROWS,
     AntiDiagonal,
     Diagonal,
+    Path,
     Reversed,
     Routes,
     Rows,
@@ -25,7 +28,9 @@ from vision_ssm.scan import (
     Transposed,
     Windowed,
     build_routes,
+    route_scan,
 )
+from vision_ssm.scan.routes import _Cache
 
 FULL = [
     ROWS,
@@ -149,6 +154,154 @@ def test_cache_holds_no_inference_tensors():
     assert not routes.read.is_inference()
 
 
+class Every(Path):
+    """A class as users write them, no dataclass: every ``step``-th token."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def tokens(self, height, width, device=None):
+        return torch.arange(0, height * width, self.step, device=device)
+
+
+class FromTable(Every):
+    def tokens(self, height, width, device=None):
+        return torch.as_tensor(self.step, device=device)
+
+
+@dataclass(frozen=True)
+class Started(Every):
+    """Its field is not all it has."""
+
+    start: int = field(default=0, compare=False)
+
+    def tokens(self, height, width, device=None):
+        return torch.arange(self.start, height * width, device=device)
+
+
+class Wider(Windowed):
+    """Inherits a dataclass's comparison, which sees the size alone."""
+
+    def __init__(self, size, extra):
+        super().__init__(size)
+        self.extra = extra
+
+    def tokens(self, height, width, device=None):
+        return torch.arange(self.extra, device=device)
+
+
+class Slotted(Path):
+    __slots__ = ("count",)
+
+    def __init__(self, count):
+        object.__setattr__(self, "count", count)
+
+    def tokens(self, height, width, device=None):
+        return torch.arange(self.count, device=device)
+
+
+def read(path):
+    return build_routes((path,), 2, 3).read[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Every(1), Every(2)),
+        (Started(0), Started(1)),
+        (Wider(2, 3), Wider(2, 4)),
+        (Slotted(3), Slotted(4)),
+        (Reversed(Every(2)), Reversed(Every(3))),
+        (FromTable([0, 1]), FromTable([1, 0])),
+        (FromTable((0, 1)), FromTable((1, 0))),
+    ],
+    ids=repr,
+)
+def test_a_class_of_the_users_own_is_a_value_by_all_its_attributes(one, other):
+    assert one != other
+    assert read(one) != read(other)
+    copy = pickle.loads(pickle.dumps(one))
+    assert copy == one
+    assert read(copy) == read(one)
+    if not isinstance(one, FromTable) or isinstance(one.step, tuple):
+        assert hash(copy) == hash(one)
+        assert build_routes((copy,), 2, 3) is build_routes((one,), 2, 3)
+
+
+def test_attributes_that_change_are_never_cached():
+    path = FromTable([0, 1])
+    assert read(path) == [0, 1]
+    path.step[0] = 5
+    assert read(path) == [5, 1]
+    path.step = torch.tensor([3, 4])
+    assert read(path) == [3, 4]
+    path.step[0] = 0
+    assert read(path) == [0, 4]
+    path = Every(2)
+    assert read(path) == [0, 2, 4]
+    path.step = 3
+    assert read(path) == [0, 3]
+    with pytest.raises(TypeError, match="unhashable path: its step is of type list"):
+        hash(Every([2]))
+
+
+def test_equal_numbers_of_other_types_are_other_routes():
+    assert read(Every(1)) == [0, 1, 2, 3, 4, 5]
+    assert Every(1.5) != Every(1) != Every(True)
+    with pytest.raises(TypeError, match="read must be a signed integer tensor"):
+        build_routes((Every(1.0),), 2, 3)
+
+
+def test_a_class_defined_again_is_another():
+    def define(shift):
+        class Mine(Path):
+            def tokens(self, height, width, device=None):
+                return torch.arange(height * width, device=device).roll(shift)
+
+        return Mine()
+
+    assert read(define(0)) != read(define(1))
+
+
+def test_a_path_of_the_users_own_compiles():
+    def scan(x):
+        y = route_scan(x, x[:, :, None, :2], -torch.ones(1, 4, 1), build_routes((Every(2),), 2, 3), delta=x[:, :, None])
+        return y.sum()
+
+    x = torch.rand(1, 6, 4)
+    torch.testing.assert_close(torch.compile(scan, fullgraph=True, backend="aot_eager")(x), scan(x))
+
+
+def test_the_cache_is_bounded_by_bytes(monkeypatch):
+    cache = _Cache(64 * 2**20)
+    monkeypatch.setattr("vision_ssm.scan.routes._cache", cache)
+    size = 4 * 4 * 70_000
+    first = build_routes(CROSS_SCAN, 1, 70_000)
+    for n in range(1, 100):
+        build_routes(CROSS_SCAN, 1, 70_000 + n)
+        assert build_routes(CROSS_SCAN, 1, 70_000) is first  # used all the time
+        assert cache.held <= cache.limit
+    assert cache.held > cache.limit - 2 * size
+    cache.limit = size  # too small for what follows
+    assert build_routes(CROSS_SCAN, 1, 70_100) is not build_routes(CROSS_SCAN, 1, 70_100)
+
+
+def test_threads_share_the_cache(monkeypatch):
+    cache = _Cache(200_000)
+    monkeypatch.setattr("vision_ssm.scan.routes._cache", cache)
+
+    def work(seed):
+        for n in range(300):
+            size = 1 + (n * (seed + 3)) % 40
+            assert build_routes((ROWS,), size, 25).tokens == size * 25
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+    assert 0 < cache.held <= cache.limit
+    assert cache.held == sum(cache._size(routes) for routes in cache._routes.values())
+
+
 @pytest.mark.parametrize(
     ("read", "write", "error", "message"),
     [
@@ -180,7 +333,7 @@ def test_padding_may_repeat():
         (lambda: Windowed(0), "size must be at least 1, got 0"),
         (lambda: SkipSampled(2, 0), r"row must lie in 0\.\.1 \(step - 1\), got 2"),
         (lambda: SkipSampled(0, 0, 0), "step must be at least 1, got 0"),
-        (lambda: build_routes([], 2, 2), "at least one path"),
+        (lambda: build_routes([], 2, 2), "at least one route"),
         (lambda: build_routes([ROWS], 0, 2), "height and width must be at least 1, got 0 and 2"),
         (lambda: build_routes([ROWS, SkipSampled()], 4, 4), r"same number of steps, got \[16, 4\] on a 4x4 map"),
     ],
@@ -189,3 +342,26 @@ def test_padding_may_repeat():
 def test_bad_paths(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: build_routes(ROWS, 2, 2), r"sequence of paths such as \(ROWS, COLUMNS\), got Rows\(\)"),
+        (lambda: build_routes([ROWS, Rows], 2, 2), r"paths\[1\] must be a path such as .*got <class"),
+        (lambda: build_routes("rows", 2, 2), r"paths\[0\] must be a path .*got 'r'"),
+        (lambda: build_routes([ROWS], 2.0, 2), "height must be an integer, got 2.0"),
+        (lambda: build_routes([ROWS], 2, torch.tensor([2, 3])), r"width must be an integer, got tensor"),
+        (lambda: Routes(torch.tensor([[0]]), tokens=1.0), "tokens must be an integer, got 1.0"),
+        (lambda: Routes([[0]], tokens=1), "read must be an integer tensor, got list"),
+        (lambda: Windowed(2.0), "size must be an integer, got 2.0"),
+    ],
+    ids=["one path", "a class", "a string", "height", "width", "tokens", "list", "window"],
+)
+def test_wrong_types(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_sizes_of_other_integer_types():
+    assert build_routes([ROWS], np.int64(2), torch.tensor(3)) is build_routes((ROWS,), 2, 3)

@@ -22,6 +22,7 @@ from vision_ssm.layers.quasi_separable import quasi_separable_scan
 from vision_ssm.layers.ss2d import decay_rates, init_step_bias
 from vision_ssm.layers.switch_of_scans import SCAN_POOL, SwitchOfScans
 from vision_ssm.scan import ROWS, Path
+from vision_ssm.scan.routes import as_paths
 
 _HEAD = 32  # channels that share a decay rate and step size in QSMixer
 _DESCRIPTOR = 7  # side of the pooled map that describes a channel
@@ -176,7 +177,7 @@ class _TokenMixer(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if inner < 1:
             raise ValueError(f"expand must give {dim} channels at least one inner channel, got {expand}")
-        if paths and not 1 <= scans <= len(paths):
+        if not 1 <= scans <= len(as_paths(paths)):
             raise ValueError(f"scans must be between 1 and {len(paths)}, the number of paths, got {scans}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_state, self.inner, self.aligned = d_state, inner, aligned

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vision_ssm.scan import Path, Reversed, Shifted, build_routes, route_scan
+from vision_ssm.scan.routes import as_paths
 
 
 def quasi_separable_scan(
@@ -62,8 +63,13 @@ def quasi_separable_scan(
         The mixed map, (B, H, W, C), in the dtype of ``x``; under autocast in float32.
 
     Raises:
+        TypeError: If ``paths`` is no sequence of paths.
         ValueError: If shapes do not fit.
     """
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must have shape (batch, height, width, channels), got {shape}")
+    paths = as_paths(paths)
     batch, height, width, channels = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vision_ssm.layers.conv import conv_act
 from vision_ssm.scan import CROSS_SCAN, Path, build_routes, route_scan
+from vision_ssm.scan.routes import as_paths
 
 
 @torch.no_grad()
@@ -29,6 +30,21 @@ def init_step_bias(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, dt_f
 def decay_rates(A_log: Tensor) -> Tensor:
     """Return A from the logarithms of the negated rates, at least in float32; one leaf of an FX graph."""
     return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
+
+
+def check_map(x: Tensor, channels: int) -> Tensor:
+    """Return ``x`` if it is a map of so many channels, (B, H, W, channels); one leaf of an FX graph.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If its shape does not fit.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor of shape (batch, height, width, {channels}), got {type(x).__name__}")
+    if x.dim() != 4 or x.shape[3] != channels:
+        hint = "; x.permute(0, 2, 3, 1) puts channels last" if x.dim() == 4 and x.shape[1] == channels else ""
+        raise ValueError(f"x must have shape (batch, height, width, {channels}), got {tuple(x.shape)}{hint}")
+    return x
 
 
 def scan_map(
@@ -76,6 +92,7 @@ def scan_map(
 
 torch.fx.wrap("decay_rates")
 torch.fx.wrap("scan_map")
+torch.fx.wrap("check_map")
 
 
 class SS2D(nn.Module):
@@ -101,6 +118,7 @@ class SS2D(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
+        TypeError: If ``paths`` is no sequence of paths.
         ValueError: If a size is out of range.
     """
 
@@ -132,10 +150,9 @@ class SS2D(nn.Module):
             raise ValueError(f"d_conv must be odd and at least 1, got {d_conv}")
         if gated and not project_in:
             raise ValueError("gated must be False without an input projection, which makes the gate")
-        if len(paths) < 1:
-            raise ValueError("paths must name at least one route, got none")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.paths = tuple(paths)
+        self.paths = as_paths(paths)
+        self.in_channels = dim if project_in else inner
         self.gated = gated
         routes = len(self.paths)
         self.in_proj = nn.Linear(dim, inner * (2 if gated else 1), bias=bias, **dd) if project_in else nn.Identity()
@@ -171,7 +188,7 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map, (B, H, W, C), into one of the same shape."""
-        x = self.in_proj(x)
+        x = self.in_proj(check_map(x, self.in_channels))
         z = None
         if self.gated:
             x, z = x.chunk(2, dim=-1)
@@ -226,6 +243,7 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map, (B, H, W, C), into one of the same shape."""
+        x = check_map(x, self.norm1.normalized_shape[0])
         x = x + self.drop_path1(self.ss2d(self.norm1(x)))
         if self.mlp is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_ssm.scan import COLUMNS, ROWS, AntiDiagonal, Diagonal, Path
+from vision_ssm.scan.routes import as_paths
 
 SCAN_POOL: tuple[Path, ...] = (ROWS, COLUMNS, AntiDiagonal(), Diagonal())
 """Rows, columns and both diagonals; each is walked in both directions."""
@@ -47,12 +48,10 @@ class SwitchOfScans(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if len(paths) < 1:
-            raise ValueError("paths must name at least one path, got none")
+        self.paths = as_paths(paths)
         if not 1 <= k <= len(paths):
             raise ValueError(f"k must be between 1 and {len(paths)}, the number of paths, got {k}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.paths = tuple(paths)
         self.k = k
         self.router = nn.Linear(dim, len(self.paths), **dd)
         self.reset_parameters()

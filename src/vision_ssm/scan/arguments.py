@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vision_ssm.scan.transforms import unwrapped
+
 
 @dataclass(frozen=True)
 class ScanArguments:
@@ -167,7 +169,7 @@ def check_values(args: ScanArguments) -> None:
     index = args.route_index
     if index is None or index.device.type != "cpu" or index.numel() == 0:
         return
-    low, high = index.aminmax()
+    low, high = unwrapped(index).aminmax()
     for value in (int(low), int(high)):
         if not 0 <= value < args.routes:
             raise ValueError(f"route_index holds {value}; allowed are 0..{args.routes - 1}")

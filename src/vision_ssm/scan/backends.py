@@ -16,6 +16,7 @@ from torch import Tensor
 from vision_ssm.scan import cpu, portable, reference, triton
 from vision_ssm.scan.arguments import ScanArguments
 from vision_ssm.scan.cpu.library import LEVELS
+from vision_ssm.scan.transforms import transformed
 
 ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 
@@ -108,7 +109,8 @@ def available_backends() -> tuple[str, ...]:
 def backend_for(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """Return the name of the backend that a call on ``device`` with tokens of ``dtype`` would use now.
 
-    A backend that does not take the device or dtype gives way to ``"portable"``.
+    A backend that does not take the device or dtype gives way to ``"portable"``, and so does one not made of torch's
+    operators inside a function transform or a level of forward-mode differentiation.
 
     Raises:
         ValueError: If the environment variable ``VISION_SSM_BACKEND`` names no backend of this machine.
@@ -123,6 +125,8 @@ def backend_for(device: torch.device | str, dtype: torch.dtype = torch.float32) 
             chosen = "portable"
             if kind == "cuda" and triton.load_kernels() is None:
                 triton.warn_of_fallback()
+    if BACKENDS[chosen].compiled is not None and transformed():
+        return "portable"
     return chosen if BACKENDS[chosen].takes(kind, dtype) else "portable"
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vision_ssm.eager import unobserved
 from vision_ssm.scan import export_form, portable
 from vision_ssm.scan.arguments import ScanArguments, check_arguments, check_values
 from vision_ssm.scan.backends import BACKENDS, backend_for, select
 from vision_ssm.scan.routes import Routes
+from vision_ssm.scan.transforms import forward_mode, has_tangent, transformed, unobserved
 
 _ARGUMENTS = (
     "Tensor x, Tensor dbc, Tensor A, Tensor read, Tensor write, Tensor? delta, Tensor? dt_weight, "
@@ -25,7 +25,12 @@ _NAMES = tuple(part.split()[-1] for part in _ARGUMENTS.split(", "))
 
 _library = torch.library.Library("vision_ssm", "DEF")
 _library.define(f"route_scan({_ARGUMENTS}, bool float_output, bool return_state) -> (Tensor, Tensor)")
-_library.define(f"route_scan_backward(Tensor grad_y, Tensor? grad_state, {_ARGUMENTS}, str backend) -> Tensor[]")
+# One gradient per differentiable argument, empty where it was not given: a list could not be mapped over, as
+# `is_grads_batched=True` does.
+_library.define(
+    f"route_scan_backward(Tensor grad_y, Tensor? grad_state, {_ARGUMENTS}, str backend) "
+    f"-> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})"
+)
 
 
 def route_scan(
@@ -99,8 +104,9 @@ def route_scan(
         raise ValueError(f"x has {x.shape[1]} tokens, but the routes were built for {routes.tokens}")
     if not torch.compiler.is_compiling():
         check_values(args)
-        if backend_for(x.device, x.dtype) == "reference":
-            return _run_reference(args, float_output, return_last_state)
+        if transformed() or backend_for(x.device, x.dtype) == "reference":
+            y, state = _run_plain(args, float_output, return_last_state)
+            return (y, state) if return_last_state else y
         # Spares 0.1 ms in torch's dispatcher, where a profiler would want to see it.
         if x.device.type == "cpu" and unobserved(x) and not torch.autograd._profiler_enabled():
             y, state = _run(args, float_output, return_last_state)
@@ -109,10 +115,14 @@ def route_scan(
     return (y, state) if return_last_state else y
 
 
-def _run_reference(args: ScanArguments, float_output: bool, return_state: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _run_plain(args: ScanArguments, float_output: bool, return_state: bool) -> tuple[Tensor, Tensor]:
+    """Run a backend made of torch's operators, each of which torch sees and differentiates."""
+    if args.x.numel() == 0:
+        y, state = _empty_results(args, float_output, return_state)
+        return y.zero_(), state.zero_()
     with torch.autocast(args.x.device.type, enabled=False):
         y, state = select(args.x).forward(args, _output_dtype(args, float_output))
-    return (y, state) if return_state else y
+    return y, state if return_state else state.new_empty(0)
 
 
 def _output_dtype(args: ScanArguments, float_output: bool) -> torch.dtype:
@@ -121,7 +131,33 @@ def _output_dtype(args: ScanArguments, float_output: bool) -> torch.dtype:
 
 def _forward(*values: Any) -> tuple[Tensor, Tensor]:
     *given, float_output, return_state = values
+    _refuse_tangents(given)
     return _run(ScanArguments(**dict(zip(_NAMES, given, strict=True))), float_output, return_state)
+
+
+def _transformed_forward(*values: Any) -> tuple[Tensor, Tensor]:
+    *given, float_output, return_state = values
+    args = ScanArguments(**dict(zip(_NAMES, given, strict=True)))
+    check_arguments(args)
+    if not torch.compiler.is_compiling():
+        check_values(args)
+    return _run_plain(args, float_output, return_state)
+
+
+def _transformed_backward(*values: Any) -> tuple[Tensor, ...]:
+    raise NotImplementedError(
+        "torch.ops.vision_ssm.route_scan_backward cannot run inside a transform of torch.func; "
+        "differentiate vision_ssm.scan.route_scan instead"
+    )
+
+
+def _refuse_tangents(values: list[Any]) -> None:
+    # Here, below autograd, a tangent would be lost without a word.
+    if forward_mode() and any(isinstance(value, Tensor) and has_tangent(value) for value in values):
+        raise NotImplementedError(
+            "the operators torch.ops.vision_ssm.* have no forward-mode derivative; call vision_ssm.scan.route_scan, "
+            "which has one"
+        )
 
 
 def _run(args: ScanArguments, float_output: bool, return_state: bool) -> tuple[Tensor, Tensor]:
@@ -152,26 +188,23 @@ def _empty_results(args: ScanArguments, float_output: bool, return_state: bool) 
     return y, x.new_empty(shape, dtype=args.dtype)
 
 
-def _backward(grad_y: Tensor, grad_state: Tensor | None, *values: Any) -> list[Tensor]:
+def _backward(grad_y: Tensor, grad_state: Tensor | None, *values: Any) -> tuple[Tensor, ...]:
     *given, backend = values
+    _refuse_tangents([grad_y, grad_state, *given])
     args = ScanArguments(**dict(zip(_NAMES, given, strict=True)))
     check_arguments(args)
     if args.x.numel() == 0:
-        return [grad.zero_() for grad in _backward_fake(grad_y, grad_state, *values)]
+        return tuple(grad.zero_() for grad in _backward_fake(grad_y, grad_state, *values))
     with torch.no_grad(), torch.autocast(args.x.device.type, enabled=False):
         chosen = BACKENDS[backend] if backend else select(args.x)
         found = chosen.run_backward(args, grad_y, grad_state)
-    return [found[name].contiguous() for name in _differentiable(args)]
+    return tuple(found[name].contiguous() if name in found else grad_y.new_empty(0) for name in _DIFFERENTIABLE)
 
 
-def _backward_fake(grad_y: Tensor, grad_state: Tensor | None, *values: Any) -> list[Tensor]:
-    *given, _ = values
-    args = ScanArguments(**dict(zip(_NAMES, given, strict=True)))
-    return [(tensor := getattr(args, name)).new_empty(tensor.shape) for name in _differentiable(args)]
-
-
-def _differentiable(args: ScanArguments) -> list[str]:
-    return [name for name in _DIFFERENTIABLE if getattr(args, name) is not None]
+def _backward_fake(grad_y: Tensor, grad_state: Tensor | None, *values: Any) -> tuple[Tensor, ...]:
+    args = ScanArguments(**dict(zip(_NAMES, values[:-1], strict=True)))
+    given = (getattr(args, name) for name in _DIFFERENTIABLE)
+    return tuple(grad_y.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in given)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -187,27 +220,30 @@ def _autograd(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | No
     names = [name for name in _NAMES if name not in ctx.switches]
     args = ScanArguments(**dict(zip(names, ctx.saved_tensors, strict=True)), **ctx.switches)
     state = grad_state if ctx.return_state else None
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and args.x.numel() > 0:
+    if (torch.is_grad_enabled() or transformed()) and not torch.compiler.is_compiling() and args.x.numel() > 0:
         found = _differentiable_gradients(args, grad_y, state)
     else:
         values = [getattr(args, name) for name in _NAMES]
         grads = torch.ops.vision_ssm.route_scan_backward(grad_y, state, *values, ctx.backend)
-        found = dict(zip(_differentiable(args), grads, strict=True))
+        found = {
+            name: grad for name, grad in zip(_DIFFERENTIABLE, grads, strict=True) if getattr(args, name) is not None
+        }
     return (*(found.get(name) for name in _NAMES), None, None)
 
 
 def _differentiable_gradients(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> dict[str, Tensor]:
     """Return gradients that can be differentiated again, through the portable form."""
-    names = [name for name in _differentiable(args) if getattr(args, name).requires_grad]
-    # Fresh views: one argument may have been computed from another, which must not count here.
-    views = {name: (tensor := getattr(args, name)).view_as(tensor) for name in names}
-    with torch.autocast(args.x.device.type, enabled=False):
+    given = ((name, getattr(args, name)) for name in _DIFFERENTIABLE)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(args.x.device.type, enabled=False):
+        # Fresh views: one argument may have been computed from another, which must not count here.
+        views = {name: tensor.view_as(tensor) for name, tensor in given if tensor is not None and tensor.requires_grad}
         y, state = portable.scan(replace(args, **views), args.dtype)
         outputs, grads = [y], [grad_y.to(y.dtype)]
         if grad_state is not None:
             outputs, grads = [y, state], [*grads, grad_state]
-        found = torch.autograd.grad(outputs, list(views.values()), grads, create_graph=True, allow_unused=True)
-    return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+        found = torch.autograd.grad(outputs, list(views.values()), grads, create_graph=again, allow_unused=True)
+    return {name: grad for name, grad in zip(views, found, strict=True) if grad is not None}
 
 
 def _decomposition(*values: Any) -> tuple[Tensor, Tensor]:
@@ -246,6 +282,11 @@ def _backward_flops(grad_y: Any, grad_state: Any, *values: Any, **_: Any) -> int
 
 torch.library.impl("vision_ssm::route_scan", "CompositeExplicitAutograd", _forward, lib=_library)
 torch.library.impl("vision_ssm::route_scan_backward", "CompositeExplicitAutograd", _backward, lib=_library)
+# The outermost key of torch.func's transforms: they see plain operators, with all the rules those have.
+torch.library.impl("vision_ssm::route_scan", "FuncTorchDynamicLayerFrontMode", _transformed_forward, lib=_library)
+torch.library.impl(
+    "vision_ssm::route_scan_backward", "FuncTorchDynamicLayerFrontMode", _transformed_backward, lib=_library
+)
 torch.library.register_fake("vision_ssm::route_scan", _fake, lib=_library)
 torch.library.register_fake("vision_ssm::route_scan_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("vision_ssm::route_scan", _autograd, setup_context=_setup_context, lib=_library)

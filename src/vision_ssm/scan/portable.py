@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_ssm.scan.arguments import ScanArguments
+from vision_ssm.scan.transforms import transformed
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def scan(args: ScanArguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         last step, (B, K', Dk, N).
     """
     steps = _unroll(args)
-    h = _LinearScan.apply(steps.decay, steps.drive, False)
+    h = _differentiable_scan(steps.decay, steps.drive)
     y = _outputs(args, steps, h if args.inclusive else steps.decay * _previous(h))
     if args.route_weight is not None:
         y = y * _per_step(args.route_weight.t().to(args.dtype)).unsqueeze(-1)
@@ -59,7 +60,7 @@ def linear_scan(decay: Tensor, drive: Tensor) -> Tensor:
         padded = torch.cat([tensor.new_zeros(in_front, *tensor.shape[1:]), tensor])
         return padded.unflatten(0, (chunks, length)).transpose(0, 1).unsqueeze(0)
 
-    h = _LinearScan.apply(cut(decay), cut(drive), False)
+    h = _differentiable_scan(cut(decay), cut(drive))
     return h[0].transpose(0, 1).flatten(0, 1)[in_front:]
 
 
@@ -179,7 +180,7 @@ def _of_route(parameter: Tensor, route: Tensor, dtype: torch.dtype) -> Tensor:
     """Expand a (K or 1, ...) parameter to (K', B or 1, ...)."""
     parameter = parameter.to(dtype)
     if parameter.shape[0] > 1:
-        return parameter[route]
+        return parameter.index_select(0, route.reshape(-1)).unflatten(0, route.shape)
     return parameter.expand(route.shape[0], *parameter.shape[1:]).unsqueeze(1)
 
 
@@ -226,7 +227,7 @@ def _to_tokens(values: Tensor, args: ScanArguments, index: Tensor, route: Tensor
         return torch.stack(list(per_route), 2)
     total = values.new_zeros(batch, groups, tokens, width)
     for chosen, part in zip(route, per_route, strict=True):
-        total[torch.arange(batch, device=values.device), chosen] += part
+        total = total.index_put((torch.arange(batch, device=values.device), chosen), part, accumulate=True)
     return total.transpose(1, 2)
 
 
@@ -259,12 +260,18 @@ def _linear_scan(decay: Tensor, drive: Tensor, backwards: bool) -> Tensor:
     return h
 
 
+# An operator, so that torch's older vmap, which is behind `is_grads_batched`, maps over it as a whole.
+_library = torch.library.Library("vision_ssm", "FRAGMENT")
+_library.define("linear_scan(Tensor decay, Tensor drive, bool backwards) -> Tensor")
+torch.library.impl("vision_ssm::linear_scan", "CompositeExplicitAutograd", _linear_scan, lib=_library)
+
+
 class _LinearScan(torch.autograd.Function):
     """:func:`_linear_scan` with a gradient that is itself a linear scan."""
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, drive: Tensor, backwards: bool) -> Tensor:
-        h = _linear_scan(decay, drive, backwards)
+        h = torch.ops.vision_ssm.linear_scan(decay, drive, backwards)
         ctx.save_for_backward(decay, h)
         ctx.backwards = backwards
         return h
@@ -272,5 +279,27 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         decay, h = ctx.saved_tensors
-        gradient = _LinearScan.apply(_previous(decay, not ctx.backwards), grad, not ctx.backwards)
+        gradient = _differentiable_scan(_previous(decay, not ctx.backwards), grad, not ctx.backwards)
         return gradient * _previous(h, ctx.backwards), gradient, None
+
+
+def _differentiable_scan(decay: Tensor, drive: Tensor, backwards: bool = False) -> Tensor:
+    """:func:`_linear_scan`, differentiable; under transforms in plain operators, as torch (2.14) nests no others."""
+    if not transformed():
+        return _LinearScan.apply(decay, drive, backwards)
+    chunks = list(range(decay.shape[2]))
+    steps = list(zip(decay.unbind(1), drive.unbind(1), strict=True))
+    if backwards:
+        chunks, steps = chunks[::-1], steps[::-1]
+    through, end = steps[0]
+    for a, b in steps[1:]:
+        through, end = through * a, torch.addcmul(b, a, end)
+    carry, starts, h = torch.zeros_like(end[:, 0]), [], []
+    for s in chunks:
+        starts.append(carry)
+        carry = torch.addcmul(end[:, s], through[:, s], carry)
+    state = torch.stack(starts[::-1] if backwards else starts, 1)
+    for a, b in steps:
+        state = torch.addcmul(b, a, state)
+        h.append(state)
+    return torch.stack(h[::-1] if backwards else h, 1)

@@ -16,6 +16,8 @@ def scan(args: ScanArguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         The outputs summed over routes, rounded once to ``dtype``, (B, L, C), and the state after the
         last step, (B, K', Dk, N).
     """
+    if args.route_index is not None and torch._C._functorch.is_batchedtensor(args.route_index):
+        raise NotImplementedError("the reference backend reads route_index and cannot run where vmap maps over it")
     per_image = [_scan_image(args.images(slice(b, b + 1))) for b in range(args.x.shape[0])]
     return torch.cat([y for y, _ in per_image]).to(dtype), torch.cat([state for _, state in per_image])
 

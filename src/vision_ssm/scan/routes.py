@@ -7,9 +7,12 @@ height and width; :class:`Routes` holds the indices of several routes for one si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copyreg
+import operator
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
@@ -19,12 +22,19 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 _INT32_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True)
+def _check_integers(**fields: Any) -> None:
+    for name, value in fields.items():
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+@dataclass(frozen=True, eq=False)
 class Path:
     """The order in which a route visits the tokens of a (height, width) map.
 
-    A path is a value: it compares, hashes and pickles by its fields. Tokens are numbered
-    row by row, ``row * width + column``. Subclasses implement :meth:`tokens`.
+    A path is a value: it compares, hashes and pickles by its class and attributes, dataclass or not. Tokens are
+    numbered row by row, ``row * width + column``. Subclasses implement :meth:`tokens`, from attributes and size alone.
+    Where all attributes are numbers, strings, paths or tuples of them, a path can be hashed and its indices are cached.
     """
 
     complete: ClassVar[bool] = False
@@ -38,6 +48,16 @@ class Path:
         super().__init_subclass__(**options)
         if "complete" not in cls.__dict__:
             cls.complete = False
+        # Inherited from a dataclass or made for one, these would see its fields alone.
+        for name in ("__eq__", "__hash__"):
+            if cls.__module__ != __name__ and name not in cls.__dict__:
+                setattr(cls, name, getattr(Path, name))
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and _state(self) == _state(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), _state(self, fixed=True)))
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
         """Return the visited tokens in order, (T,) int64; -1 stands for a padding token.
@@ -116,6 +136,7 @@ class Windowed(Path):
     size: int = 7
 
     def __post_init__(self) -> None:
+        _check_integers(size=self.size)
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
 
@@ -148,6 +169,7 @@ class SkipSampled(Path):
     step: int = 2
 
     def __post_init__(self) -> None:
+        _check_integers(row=self.row, column=self.column, step=self.step)
         if self.step < 1:
             raise ValueError(f"step must be at least 1, got {self.step}")
         for name, value in (("row", self.row), ("column", self.column)):
@@ -269,6 +291,8 @@ class Routes:
         if read.device != write.device:
             raise ValueError(f"read and write must be on one device, got {read.device} and {write.device}")
         if _holds_values(read):
+            if not isinstance(tokens, int):
+                raise TypeError(f"tokens must be an integer, got {tokens!r}")
             _check_values("read", read, tokens)
             if write is not read:
                 _check_values("write", write, tokens)
@@ -294,36 +318,126 @@ class Routes:
         return moved
 
 
+def as_paths(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Return ``paths`` as a tuple.
+
+    Raises:
+        TypeError: If it is no sequence of paths.
+        ValueError: If it is empty.
+    """
+    if not isinstance(paths, Sequence):
+        raise TypeError(f"paths must be a sequence of paths such as (ROWS, COLUMNS), got {paths!r}")
+    for i, path in enumerate(paths):
+        if not isinstance(path, Path):
+            raise TypeError(f"paths[{i}] must be a path such as ROWS or Windowed(7), got {path!r}")
+    if not paths:
+        raise ValueError("paths must name at least one route, got none")
+    return tuple(paths)
+
+
 def build_routes(paths: Sequence[Path], height: int, width: int, device: torch.device | str | None = None) -> Routes:
     """Return the indices of ``paths`` on a (height, width) map.
 
-    Results are cached by value, except while tracing (torch.compile, torch.export, fake tensors),
+    Results are cached by value, those of latest use, except while tracing (torch.compile, torch.export, fake tensors),
     where the arithmetic becomes part of the graph and sizes may be symbolic.
 
     Raises:
+        TypeError: If ``paths`` is no sequence of paths, or a size no integer.
         ValueError: If the paths differ in their number of steps, or the map is empty.
     """
     device = torch.device(device) if device is not None else torch.device("cpu")
-    tracing = (
-        torch.compiler.is_compiling()
-        or not (type(height) is int and type(width) is int)
-        or _get_current_dispatch_mode() is not None
-    )
-    if tracing:
-        return _build(paths, height, width, device)
-    return _build_cached(tuple(paths), height, width, device)
+    if torch.compiler.is_compiling():
+        return _build(as_paths(paths), height, width, device)
+    if type(height) is not int or type(width) is not int:
+        height, width = _size("height", height), _size("width", width)
+    symbolic = not (type(height) is int and type(width) is int)
+    if symbolic or _get_current_dispatch_mode() is not None:
+        return _build(as_paths(paths), height, width, device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    key = (tuple(paths) if isinstance(paths, Sequence) else paths, height, width, device)
+    try:
+        found, fixed = _cache.get(key), True
+    except TypeError:  # attributes that may change: built anew each time
+        found, fixed = None, False
+    if found is not None:
+        return found
+    # Tensors born in inference mode could never take part in training later, nor could any of a function transform.
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+        routes = _build(as_paths(paths), height, width, torch.device("cpu")).to(device)
+    return _cache.put(key, routes) if fixed else routes
 
 
-@lru_cache(maxsize=256)
-def _build_cached(paths: tuple[Path, ...], height: int, width: int, device: torch.device) -> Routes:
-    # A tensor born in inference mode could never take part in training later.
-    with torch.inference_mode(False):
-        return _build(paths, height, width, torch.device("cpu")).to(device)
+def _size(name: str, value: Any) -> Any:
+    if isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and torch.jit.is_tracing()):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _state(path: Path, fixed: bool = False) -> tuple[Any, ...]:
+    """Return all attributes, in slots too, as pickle finds them; if ``fixed``, none that could change or hide another.
+
+    Raises:
+        TypeError: If one is not ``fixed``.
+    """
+    slots = copyreg._slotnames(type(path))  # type: ignore[attr-defined]
+    found = vars(path) | {name: getattr(path, name) for name in slots if hasattr(path, name)}
+    if fixed and not all(issubclass(base, Path) or base is object for base in type(path).__mro__):
+        raise TypeError(f"unhashable path: {type(path).__name__} has other base classes than paths")
+    return tuple((name, _typed(name, found[name], fixed)) for name in sorted(found))
+
+
+def _typed(name: str, value: Any, fixed: bool) -> Any:
+    """Return a value with its type: 1, 1.0 and True are equal, but not as sizes."""
+    if isinstance(value, Path):
+        return value
+    if type(value) is tuple:
+        return tuple([_typed(name, part, fixed) for part in value])
+    if fixed and type(value) not in (int, float, bool, str, bytes, type(None)):
+        raise TypeError(f"unhashable path: its {name} is of type {type(value).__name__}")
+    return type(value), value
+
+
+class _Cache:
+    """Routes by their keys, those of latest use in at most ``limit`` bytes; for any number of threads."""
+
+    OVERHEAD = 4096  # more than an entry takes besides its indices
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._routes: OrderedDict[Hashable, Routes] = OrderedDict()
+        self._lock = RLock()  # a path's own comparison may ask for routes
+
+    def get(self, key: Hashable) -> Routes | None:
+        with self._lock:
+            if (found := self._routes.get(key)) is not None:
+                self._routes.move_to_end(key)
+            return found
+
+    def put(self, key: Hashable, routes: Routes) -> Routes:
+        """Keep routes unless they alone are too large; return them, or those that another thread has put there."""
+        if (size := self._size(routes)) > self.limit:
+            return routes
+        with self._lock:
+            if key in self._routes:
+                return self._routes[key]
+            self._routes[key] = routes
+            self.held += size
+            while self.held > self.limit:
+                self.held -= self._size(self._routes.popitem(last=False)[1])
+        return routes
+
+    def _size(self, routes: Routes) -> int:
+        return self.OVERHEAD + sum(t.nbytes for t in {id(t): t for t in (routes.read, routes.write)}.values())
+
+
+_cache = _Cache(64 * 2**20)
 
 
 def _build(paths: Sequence[Path], height: int, width: int, device: torch.device) -> Routes:
-    if not paths:
-        raise ValueError("paths must name at least one path, got none")
     if type(height) is int and type(width) is int and (height < 1 or width < 1):
         raise ValueError(f"height and width must be at least 1, got {height} and {width}")
     steps = [path.steps(height, width, device) for path in paths]
@@ -331,10 +445,10 @@ def _build(paths: Sequence[Path], height: int, width: int, device: torch.device)
         lengths = [len(read) for read, _ in steps]
         if len(set(lengths)) > 1:
             raise ValueError(f"paths must have the same number of steps, got {lengths} on a {height}x{width} map")
-    read = torch.stack([read for read, _ in steps]).to(torch.int32)
+    read = torch.stack([read for read, _ in steps])
     write = None
     if not all(step_read is step_write for step_read, step_write in steps):
-        write = torch.stack([write for _, write in steps]).to(torch.int32)
+        write = torch.stack([write for _, write in steps])
     return Routes(read, write, tokens=height * width, complete=all(path.complete for path in paths))
 
 
