@@ -48,7 +48,7 @@ def group_linear(x: Tensor, weight: Tensor) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(x, kernel, None, *sizes, "none", [], "none").permute(0, 2, 3, 1)
     batch, height, width, _ = x.shape
     y = torch.bmm(x.reshape(-1, groups, in_dim).transpose(0, 1), weight.mT)  # (groups, tokens, out_dim)
-    return y.transpose(0, 1).reshape(batch, height, width, groups * out_dim)
+    return torch.cat(y.unbind(), -1).reshape(batch, height, width, groups * out_dim)
 
 
 class ResidualConv(nn.Conv2d):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, named_apply, register_model
 from torch import Tensor, nn
@@ -40,13 +41,13 @@ def project_grids(x: Tensor, weight: Tensor) -> Tensor:
         The projections, (B, H, W, features).
     """
     height, width = x.shape[1:3]
+    if symbolic(height, width):  # cutting off a padding that may be none would tie the graph to one of the cases
+        row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
+        every = F.linear(x, weight.flatten(0, 1)).unflatten(-1, (len(weight), -1))
+        return every[:, row, column, 2 * (column % 2) + row % 2]
     grids = cells(x).movedim(3, 0)  # (4, B, H/2, W/2, C)
     y = batched_linear(grids.flatten(1, 3), weight)  # (4, B * H/2 * W/2, features)
     y = y.reshape(2, 2, *grids.shape[1:4], weight.shape[1])
-    if symbolic(height, width):  # cutting off a padding that may be none would tie the graph to one of the cases
-        row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
-        up, left = row // 2, column // 2
-        return y[column - 2 * left, row - 2 * up, :, up, left].permute(2, 0, 1, 3)
     y = y.permute(2, 3, 1, 4, 0, 5)  # (B, H/2, 2, W/2, 2, features)
     return y.flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
