@@ -19,7 +19,7 @@ from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.efficient_vmamba import convert_efficient_vmamba
 from vision_ssm.layers import SS2D, Linear, Mlp
 from vision_ssm.layers.mlp import batched_linear
-from vision_ssm.layers.patches import PatchMerging, cells, symbolic
+from vision_ssm.layers.patches import PatchMerging, cells, channels_first, symbolic
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, init_weights, make_cfg
 from vision_ssm.scan import ATROUS_SCAN
 
@@ -52,6 +52,7 @@ def project_grids(x: Tensor, weight: Tensor) -> Tensor:
     return y.flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
+torch.fx.wrap("channels_first")
 torch.fx.wrap("project_grids")
 
 
@@ -94,7 +95,7 @@ class ConvBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map."""
-        x = self.bn(self.conv_dw(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        x = self.bn(self.conv_dw(channels_first(x))).permute(0, 2, 3, 1)
         return self.conv_pw(self.act(x))
 
 
@@ -171,11 +172,11 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map, (B, H, W, dim), into one of the same shape."""
-        y = self.conv_pw(x).permute(0, 3, 1, 2)
+        y = channels_first(self.conv_pw(x))
         y = self.act(self.bn1(y))
         y = self.act(self.bn2(self.conv_dw(y))).permute(0, 2, 3, 1)  # (B, H, W, hidden)
         y = self.conv_pwl(self.se(y))
-        y = self.bn3(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = self.bn3(channels_first(y)).permute(0, 2, 3, 1)
         return x + self.drop_path(y)
 
 
