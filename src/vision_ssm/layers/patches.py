@@ -12,8 +12,8 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 def symbolic(height: int, width: int) -> bool:
     """Return whether a graph for many sizes is being made."""
-    # torch.compile lets its symbols pass for int; torch.jit.trace has tensors here, and takes a graph for one size.
-    return not all(isinstance(length, Tensor) or has_static_value(length) for length in (height, width))
+    # torch.jit.trace has tensors here; torch.compile lets its symbols pass for int.
+    return any(isinstance(length, Tensor) or not has_static_value(length) for length in (height, width))
 
 
 def pad_map(x: Tensor, height: int, width: int) -> Tensor:
@@ -21,6 +21,15 @@ def pad_map(x: Tensor, height: int, width: int) -> Tensor:
     if not symbolic(height, width) and x.shape[1:3] == (height, width):
         return x  # padding by nothing would be a copy
     return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """View a map, (B, H, W, C), as (B, C, H, W); one leaf of an FX graph.
+
+    In a graph for many sizes it is a copy: of a view, torch's batch norm asks whether a row's stride divides 1.
+    """
+    x = x.permute(0, 3, 1, 2)
+    return x.contiguous() if symbolic(*x.shape[2:]) else x
 
 
 def cells(x: Tensor) -> Tensor:
@@ -48,6 +57,7 @@ def _whole_patches(x: Tensor, size: int) -> Tensor:
     return x
 
 
+torch.fx.wrap("channels_first")
 torch.fx.wrap("cells")
 torch.fx.wrap("_whole_patches")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vision_ssm.layers.conv import conv_act
 from vision_ssm.layers.norm import GroupNorm1
+from vision_ssm.layers.patches import symbolic
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,10 @@ class ChannelAttention(nn.Module):
 
 
 def _reduced_or_whole(reduced: Tensor, whole: Tensor) -> Tensor:
+    height, width = whole.shape[1:3]
+    if symbolic(height, width):  # only a map of one token is not smaller when reduced
+        one_token = torch.arange(height * width, device=whole.device)[-1] == 0
+        return torch.where(one_token, reduced[:, :1, :1], whole)
     return reduced if reduced.shape[1:3] == whole.shape[1:3] else whole
 
 
@@ -224,6 +229,7 @@ class DMCA(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         wide = sources * dim
         self.missing = out_dim % 3
+        self.reduced = reduction > 1
         self.norm = GroupNorm1(wide, **dd)
         self.conv = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False, **dd)
         self.conv_norm = nn.BatchNorm2d(wide, **dd)
@@ -246,7 +252,7 @@ class DMCA(nn.Module):
         q, k, v = self.q(x), self.k(k), self.v(v)
         # The published code joins the query where it is of the map's size: always without reduction, and on maps of
         # one token.
-        first = _reduced_or_whole(q, x)
+        first = _reduced_or_whole(q, x) if self.reduced else q
         x = torch.cat([first, self.attention(q, k, v), v], -1)
         x = (
             x.unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(-2)

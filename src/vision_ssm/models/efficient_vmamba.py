@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.efficient_vmamba import convert_efficient_vmamba
 from vision_ssm.layers import SS2D, conv_act
-from vision_ssm.layers.patches import PatchMerging, cells, symbolic
+from vision_ssm.layers.patches import PatchMerging, cells, channels_first, symbolic
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, init_weights, make_cfg
 from vision_ssm.scan import ATROUS_SCAN
 
@@ -48,6 +48,7 @@ def from_cells(y: Tensor, height: int, width: int) -> Tensor:
 
 
 torch.fx.wrap("cells")
+torch.fx.wrap("channels_first")
 torch.fx.wrap("from_cells")
 
 
@@ -88,7 +89,7 @@ class ConvBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map."""
-        x = self.bn(self.conv_dw(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        x = self.bn(self.conv_dw(channels_first(x))).permute(0, 2, 3, 1)
         return self.conv_pw(self.act(x))
 
 
@@ -165,11 +166,11 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map, (B, H, W, dim), into one of the same shape."""
-        y = self.conv_pw(x).permute(0, 3, 1, 2)
+        y = channels_first(self.conv_pw(x))
         y = self.act1(self.bn1(y))
         y = self.act2(self.bn2(self.conv_dw(y))).permute(0, 2, 3, 1)  # (B, H, W, hidden)
         y = self.conv_pwl(self.se(y))
-        y = self.bn3(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = self.bn3(channels_first(y)).permute(0, 2, 3, 1)
         return x + self.drop_path(y)
 
 

@@ -116,7 +116,7 @@ def _attend_by_index(qkv: Tensor, table: Tensor, height: int, width: int, size: 
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     heads, area = table.shape[1], size * size
     # shifted along an axis where there are several windows
-    down, right = size // 2 * torch.sym_min(rows - 1, 1), size // 2 * torch.sym_min(columns - 1, 1)
+    down, right = size // 2 * (1 - 1 // rows), size // 2 * (1 - 1 // columns)
     if not shifted:
         down = right = 0
     group = torch.arange(rows * columns * heads, device=qkv.device)[:, None]

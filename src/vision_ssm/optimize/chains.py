@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from vision_ssm.layers.patches import channels_first
 from vision_ssm.optimize.packed import activation_of, can_be_packed
 
 _logger = logging.getLogger(__name__)
@@ -79,9 +80,8 @@ def _follow(model: nn.Module, prefix: str, node: fx.Node, layer: nn.Module, alon
     norm, last = None, False
     last = isinstance(layer, nn.Linear)  # whether the layer's output channels are the last axis of the value
     for user in _only_users(node):
-        if user.op == "call_method" and user.target == "permute":
-            order = user.args[1:] if len(user.args) > 2 else user.args[1]
-            if tuple(order) != (_TO_CHANNELS_FIRST if last else _TO_CHANNELS_LAST):  # type: ignore[arg-type]
+        if (order := _order(user)) is not None:
+            if order != (_TO_CHANNELS_FIRST if last else _TO_CHANNELS_LAST):
                 break
             last = not last
             continue
@@ -95,6 +95,15 @@ def _follow(model: nn.Module, prefix: str, node: fx.Node, layer: nn.Module, alon
         else:
             return Chain(layer, norm, name if activation_of(module) else None)
     return Chain(layer, norm, None)
+
+
+def _order(node: fx.Node) -> tuple[Any, ...] | None:
+    """Return how a node permutes the axes of a map; ``None`` if it does something else."""
+    if node.op == "call_function" and node.target is channels_first:
+        return _TO_CHANNELS_FIRST
+    if node.op != "call_method" or node.target != "permute":
+        return None
+    return tuple(node.args[1:]) if len(node.args) > 2 else tuple(node.args[1])  # type: ignore[arg-type]
 
 
 def _only_users(node: fx.Node) -> Iterator[fx.Node]:

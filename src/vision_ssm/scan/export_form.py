@@ -6,6 +6,8 @@ over about sqrt(T) steps would be unrolled for one size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,9 @@ def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
     """
     from torch._higher_order_ops.scan import scan_op
 
+    if torch.onnx.is_in_onnx_export():  # torch would look for the scan's gradient, and fail for an example of one image
+        given = {name: getattr(args, name) for name in (*args.PER_IMAGE, *args.SHARED)}
+        args = replace(args, **{name: value.detach() for name, value in given.items() if value is not None})
     batch, tokens = args.x.shape[:2]
     width, states, rank, dtype = args.channels_per_route, args.state_size, args.rank, args.dtype
     read, write = args.read.long().expand(batch, -1, -1), args.write.long().expand(batch, -1, -1)
@@ -37,20 +42,28 @@ def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
     else:
         parameters = {name: None if value is None else value.unsqueeze(0) for name, value in parameters.items()}
 
-    def per_step(tensor: Tensor) -> Tensor:  # (B, L, G, F) to (T, B, K', F)
+    def pick(tensor: Tensor) -> Tensor:  # (B, L, G, F) to (B, K', T, F)
         tensor = tensor.expand(-1, -1, args.routes, -1) if tensor.shape[2] == 1 else tensor
         tensor = tensor.transpose(1, 2)
         if args.route_index is not None:
             tensor = tensor[image, index]
         # -1 must not reach a gather: ONNX takes it as the last element.
         picked = tensor.gather(2, read.clamp(min=0).unsqueeze(-1).expand(-1, -1, -1, tensor.shape[-1]))
-        picked = torch.where(read.unsqueeze(-1) >= 0, picked.to(dtype), 0.0)
-        return picked.permute(2, 0, 1, 3)
+        return torch.where(read.unsqueeze(-1) >= 0, picked.to(dtype), 0.0)
 
-    x = per_step(args.x.unflatten(2, (-1, width)))
-    low_rank, B, C = per_step(args.dbc).split([rank, states, states], dim=-1)
+    def per_step(tensor: Tensor) -> Tensor:  # (B, K', T, F) to (T, B, K', F)
+        return tensor.permute(2, 0, 1, 3)
+
+    x = per_step(pick(args.x.unflatten(2, (-1, width))))
+    low_rank, B, C = pick(args.dbc).split([rank, states, states], dim=-1)
+    B, C = per_step(B), per_step(C)
     weight, bias, A, D = (parameters[name] for name in ScanArguments.SHARED)
-    delta = per_step(args.delta) if args.delta is not None else (low_rank.unsqueeze(-2) @ weight).squeeze(-2)
+    if args.delta is not None:
+        delta = per_step(pick(args.delta))
+    else:
+        # Repeated, not broadcast: a product that broadcasts asks whether there is one image, and bakes the answer in.
+        weight = weight if args.route_index is not None else weight.repeat(batch, 1, 1, 1)
+        delta = per_step(low_rank @ weight)
     if bias is not None:
         delta = delta + bias
     if args.softplus:
