@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_ssm.eager import unobserved
 from vision_ssm.scan.arguments import ScanArguments
 from vision_ssm.scan.transforms import transformed
 
@@ -114,7 +115,23 @@ def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> 
     return {name: grad.to(getattr(args, name).dtype) for name, grad in found.items()}
 
 
+def _check_indices(args: ScanArguments) -> None:
+    """Refuse indices out of range, with the messages of the C++ backend; on a GPU that would synchronize."""
+    with torch.no_grad():
+        if args.read.device.type != "cpu" or not unobserved(args.read):
+            return
+    names = ("read and write", "read and write", "route_index")
+    bounds = ((-1, args.x.shape[1]), (-1, args.x.shape[1]), (0, args.routes))
+    for name, index, (first, end) in zip(names, (args.read, args.write, args.route_index), bounds, strict=True):
+        if index is None or index.numel() == 0:
+            continue
+        low, high = index.aminmax()
+        if low < first or high >= end:
+            raise ValueError(f"{name} must lie in {first}..{end - 1}; an index is out of range")
+
+
 def _unroll(args: ScanArguments) -> _Steps:
+    _check_indices(args)
     width, states, rank, dtype = args.channels_per_route, args.state_size, args.rank, args.dtype
     route = torch.arange(args.routes, device=args.x.device).view(-1, 1)
     if args.route_index is not None:
@@ -129,7 +146,9 @@ def _unroll(args: ScanArguments) -> _Steps:
     if args.dt_bias is not None:
         raw = raw + _per_step(_of_route(args.dt_bias, route, dtype))
     delta = F.softplus(raw) if args.softplus else raw
-    decay = torch.exp(delta.unsqueeze(-1) * _per_step(_of_route(args.A, route, dtype)))
+    # Finite, because the step size of padding may be 0, and 0 times infinity is no number.
+    A = args.A.clamp(min=-3e38)
+    decay = torch.exp(delta.unsqueeze(-1) * _per_step(_of_route(A, route, dtype)))
     drive = (delta * x).unsqueeze(-1) * B.unsqueeze(-2)
     return _Steps(route, x, low_rank, B, C, raw, delta, decay, drive)
 
@@ -240,20 +259,32 @@ def _previous(h: Tensor, backwards: bool = False) -> Tensor:
     return torch.cat([edge, h[:, :-1]], dim=1)
 
 
+def _product(decay: Tensor) -> Tensor:
+    """Return the product over the steps of a chunk.
+
+    In floating point, factors just below 1 are multiples of 2^-24 below it, their product's distance from 1 is the sum
+    of theirs, and what (1 - a)(1 - b) has beyond that is always rounded away; a sum of logarithms has no such bias.
+    """
+    total = decay.log().sum(1)
+    # 0 only if a factor is: an infinite state stays infinite.
+    return torch.where(total == -math.inf, 0, total.clamp(min=-87).exp())
+
+
 def _linear_scan(decay: Tensor, drive: Tensor, backwards: bool) -> Tensor:
     """Return h_t = decay_t h_(t-1) + drive_t, or from the end backwards; both (K', c, S, ...)."""
     length, chunks = decay.shape[1:3]
     order = range(length - 1, -1, -1) if backwards else range(length)
     decays, drives = decay.unbind(1), drive.unbind(1)
-    end = drives[order[0]].clone()
-    for i in order[1:]:
+    end = torch.zeros_like(drives[0])
+    for i in order:
         torch.addcmul(drives[i], decays[i], end, out=end)
-    through = decay.prod(1)
+    through = _product(decay)
     state = torch.empty_like(end)
     carry = torch.zeros_like(end[:, 0])
     for s in range(chunks - 1, -1, -1) if backwards else range(chunks):
         state[:, s] = carry
-        carry = torch.addcmul(end[:, s], through[:, s], carry)
+        # A product may overflow where no factor did; 0 stays 0 through it.
+        carry = torch.where(carry == 0, end[:, s], torch.addcmul(end[:, s], through[:, s], carry))
     h = torch.empty_like(drive)
     for i in order:
         state = torch.addcmul(drives[i], decays[i], state, out=h[:, i])

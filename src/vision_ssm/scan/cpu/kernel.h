@@ -27,7 +27,7 @@ INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multi
 
 // A thread's working memory, cut into arrays of rows: kBlock channels each, or for the last two lines kTile steps.
 struct Scratch {
-  float *weight, *bias, *rate, *skip, *state;  // the route's parameters (rate = A log2 e) and running state
+  float *weight, *bias, *rate, *skip, *state;  // the route's parameters (rate: see Rate) and running state
   float *x, *raw, *out;                        // a tile: inputs, step sizes before the softplus, gradients of x
   float *zeros, *unread;                       // the input of padding tokens; where outputs of no token go
   float *sums;                                 // y or grad_x of the block: (tokens, block_size)
@@ -49,7 +49,7 @@ struct Scratch {
     const int64_t features = round_up(p.rank + 2 * p.states, kTile);
     weight = take(p.rank, kBlock);
     bias = take(1, kBlock);
-    rate = take(p.states, kBlock);
+    rate = take(2 * p.states, kBlock);  // the high parts, then the low ones
     skip = take(1, kBlock);
     state = take(p.states, kBlock);
     x = take(kTile, kBlock);
@@ -129,16 +129,30 @@ struct Walk {
     if (p.states == 1) load_row_as<Float32>(s.rate, A, 0, block.count);
     for (int64_t n = 0; n < p.states && p.states > 1; ++n)
       for (int64_t c = 0; c < block.count; ++c) s.rate[n * kBlock + c] = A[c * p.states + n];
-    for (int64_t i = 0; i < p.states * kBlock; i += kWidth) {
+    for (int64_t i = 0; i < p.states * kBlock; ++i) {
+      double exact = s.rate[i] * kLog2E;
       // Finite, because the step sizes of no steps are 0, and 0 times infinity is no number.
-      store(s.rate + i, max_of(splat(-3e38f), load(s.rate + i) * kLog2E));
+      exact = exact < -3e38 ? -3e38 : exact;
+      s.rate[i] = (float)exact;
+      const double low = exact - s.rate[i];
+      s.rate[p.states * kBlock + i] = low < kNear ? (low > -kNear ? (float)low : -kNear) : kNear;
     }
     one_rate = true;
     for (int64_t n = 1; n < p.states && one_rate; ++n)
-      one_rate = !memcmp(s.rate, s.rate + n * kBlock, kBlock * sizeof(float));
+      one_rate = same_rate(n);
     memset(s.state, 0, p.states * kBlock * sizeof(float));
     memset(s.rows, 0, row * kTile * sizeof(float));
     memset(s.zeros, 0, kBlock * sizeof(float));
+  }
+
+  bool same_rate(int64_t n) const {
+    const float *low = s.rate + p.states * kBlock;
+    return !memcmp(s.rate, s.rate + n * kBlock, kBlock * sizeof(float)) &&
+           !memcmp(low, low + n * kBlock, kBlock * sizeof(float));
+  }
+
+  Rate rate(int64_t n, int64_t c) const {
+    return {load(s.rate + n * kBlock + c), load(s.rate + (p.states + n) * kBlock + c)};
   }
 
   void set(float *to, const float *parameter, int64_t offset) const {
@@ -249,20 +263,17 @@ INLINE void forward_tile(const Walk &w, int64_t c, int64_t count, const float *c
   Vec delta[kTile];
   step_sizes(w, c, count, delta);
   for (int t = 0; t < count; t += kGroup) {
-    Group driven, y, decay;
+    Group driven, y, decay, near;
     EACH {
+      near[i] = near_of(delta[t + i]);
       const Vec input = load(x[t + i] + c);
       driven[i] = delta[t + i] * input;
       y[i] = load(s.skip + c) * input;
     }
     for (int64_t n = 0; n < states; ++n) {
-      const Vec rate = load(s.rate + n * kBlock + c);
       const float *B = s.dbc + (w.p.rank + n) * kTile + t, *C = B + states * kTile;
       Vec h = load(s.state + n * kBlock + c);
-      if (n == 0 || !w.one_rate) {
-        EACH decay[i] = delta[t + i] * rate;
-        exp2_of(decay);
-      }
+      if (n == 0 || !w.one_rate) exp_of(delta + t, near, w.rate(n, c), decay);
       EACH {
         const Vec decayed = decay[i] * h;
         h = decay[i] * h + driven[i] * B[i];
@@ -336,18 +347,17 @@ INLINE Vec backward_tile(const Walk &w, int64_t c, int64_t count, const float *c
     }
   }
   for (int64_t t = count; t < kTile; ++t) delta[t] = slope[t] = splat(0.0f);  // see step_sizes
+  Vec near[kTile];
+  for (int t = 0; t < kTile; ++t) near[t] = near_of(delta[t]);
   const Vec weight = splat(w.weight()), skip = load(s.skip + c);
   Vec product = {};
   for (int64_t n = 0; n < states; ++n) {
-    const Vec rate = load(s.rate + n * kBlock + c);
+    const Rate rate = w.rate(n, c);
     const float *B = s.dbc + (p.rank + n) * kTile, *C = B + states * kTile;
     float *grad_B = s.grad_B + n * kTile * kWidth, *grad_C = s.grad_C + n * kTile * kWidth;
     Vec h = load(saved + n * kBlock + c), decayed[kTile];
     for (int t = 0; t < kTile; t += kGroup) {
-      if (n == 0 || !w.one_rate) {
-        EACH decay[t + i] = delta[t + i] * rate;
-        exp2_of(decay + t);
-      }
+      if (n == 0 || !w.one_rate) exp_of(delta + t, near + t, rate, decay + t);
       EACH {
         decayed[t + i] = decay[t + i] * h;
         h = decay[t + i] * h + delta[t + i] * load(x[t + i] + c) * B[t + i];
@@ -364,7 +374,7 @@ INLINE Vec backward_tile(const Walk &w, int64_t c, int64_t count, const float *c
       const Vec of_exponent = of_decayed * decayed[t];
       store(grad_C + t * kWidth, (c ? load(grad_C + t * kWidth) : splat(0.0f)) + g * seen);
       store(grad_B + t * kWidth, (c ? load(grad_B + t * kWidth) : splat(0.0f)) + of_drive * driven);
-      of_delta[t] = (n ? of_delta[t] : splat(0.0f)) + of_exponent * rate;
+      of_delta[t] = (n ? of_delta[t] : splat(0.0f)) + of_exponent * rate.high;
       of_driven[t] = (n ? of_driven[t] : splat(0.0f)) + of_drive * B[t];
       grad_rate += of_exponent * delta[t];
       carry = decay[t] * of_decayed;
@@ -376,7 +386,7 @@ INLINE Vec backward_tile(const Walk &w, int64_t c, int64_t count, const float *c
   for (int t = 0; t < kTile; ++t) {
     const Vec input = load(x[t] + c), given = load(s.grad_y + t * kBlock + c), g = given * weight;
     if (p.route_weight) product += given * (skip * input);
-    const Vec grad_raw = ((1 / kLog2E) * of_delta[t] + of_driven[t] * input) * slope[t];
+    const Vec grad_raw = ((float)(1 / kLog2E) * of_delta[t] + of_driven[t] * input) * slope[t];
     store(s.grad_raw + t * kBlock + c, grad_raw);
     store(s.out + t * kBlock + c, of_driven[t] * delta[t] + skip * g);
     grad_bias += grad_raw;

@@ -105,7 +105,13 @@ INLINE Half to_float16(Vec v) {
 #endif
 }
 
-INLINE Vec select(Int mask, Vec yes, Vec no) { return (Vec)((mask & (Int)yes) | (~mask & (Int)no)); }
+INLINE Vec select(Int mask, Vec yes, Vec no) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (Vec)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)mask);
+#else
+  return (Vec)((mask & (Int)yes) | (~mask & (Int)no));
+#endif
+}
 
 // The larger one; `y` where either is NaN.
 INLINE Vec max_of(Vec x, Vec y) {
@@ -125,35 +131,62 @@ constexpr int kGroup = kWidth == 16 ? 4 : 2;
 typedef Vec Group[kGroup];
 #define EACH for (int i = 0; i < kGroup; ++i)
 
-// y = 2^y to about 1.5 ulp, for y < 128; without AVX-512 between 2^-126 and 2^127.
-INLINE void exp2_of(Group y) {
-  Group f, p;
+constexpr double kLog2E = 1.4426950408889634;
+
+// a log2(e) in two parts: rounded to one, it would bias exponentials of large exponents.
+struct Rate {
+  Vec high, low;
+};
+
+// Limits x, and the low part of a rate, where they make no difference but together could overflow.
+constexpr float kNear = 1e6f;
+
+INLINE Vec near_of(Vec x) {
 #if defined(__AVX512F__)
-  EACH f[i] = (Vec)_mm512_reduce_ps((__m512)y[i], _MM_FROUND_TO_NEG_INF);  // y - floor(y); 0 for -infinity
+  return (Vec)_mm512_range_ps((__m512)x, _mm512_set1_ps(kNear), 2);  // the smaller magnitude, the sign of x
 #else
-  EACH y[i] = max_of(splat(-126.0f), select(y[i] > 127.0f, splat(127.0f), y[i]));
-  Group floor;
-  EACH floor[i] = (y[i] - 0.5f) + 12582912.0f;  // rounds to an integer, which the low bits then hold
-  EACH f[i] = y[i] - (floor[i] - 12582912.0f);
-#endif
-  EACH p[i] = 1.86713009e-3f * f[i] + 9.01703028e-3f;
-  EACH p[i] = p[i] * f[i] + 5.57999131e-2f;
-  EACH p[i] = p[i] * f[i] + 2.40164450e-1f;
-  EACH p[i] = p[i] * f[i] + 6.93151312e-1f;
-  EACH p[i] = p[i] * f[i] + 1.0f;
-#if defined(__AVX512F__)
-  EACH y[i] = (Vec)_mm512_scalef_ps((__m512)p[i], (__m512)y[i]);  // p 2^floor(y)
-#else
-  EACH y[i] = select(y[i] != y[i], y[i], (Vec)((Bits)p[i] + ((Bits)floor[i] << 23)));
+  return x;
 #endif
 }
 
-constexpr float kLog2E = 1.44269504088896341f;
+// to = exp(x a), given the rate of a and near = near_of(x). The exponent is cut into a multiple of a power of 2 and a
+// rest f on either side of 0, where the result is exactly 1: many steps of nearly no decay would add up a bias. Without
+// AVX-512, results below 2^-126 are 0.
+INLINE void exp_of(const Vec *x, const Vec *near, Rate rate, Group to) {
+  Group y, whole, f, p;
+  EACH y[i] = x[i] * rate.high;
+#if defined(__AVX512F__)
+  const Vec table = {1.0f,          1.0442737f,  1.0905077f,  1.1387886f, 1.1892071f, 1.2418578f,
+                     1.2968396f,    1.3542556f,  1.4142135f,  1.4768262f, 1.5422108f, 1.6104903f,
+                     1.6817929f,    1.7562522f,  1.8340081f,  1.9152066f};  // 2^(i/16)
+  EACH f[i] = (Vec)_mm512_reduce_ps((__m512)y[i], 4 << 4 | _MM_FROUND_NO_EXC);  // beyond sixteenths; 0 for infinity
+  EACH whole[i] = y[i] - f[i];
+  EACH f[i] = near[i] * rate.low + f[i];
+  EACH p[i] = 5.5504e-2f * f[i] + 2.4022651e-1f;
+  EACH p[i] = p[i] * f[i] + 6.9314718e-1f;
+  EACH to[i] = (Vec)_mm512_permutexvar_ps((__m512i)(whole[i] + 786432.0f), (__m512)table);  // by the sum's low bits
+  EACH p[i] = p[i] * (f[i] * to[i]) + to[i];
+  EACH to[i] = (Vec)_mm512_scalef_ps((__m512)p[i], (__m512)whole[i]);  // p 2^floor(whole)
+#else
+  Group t;
+  EACH t[i] = y[i] + 12582912.0f;  // rounds to an integer, which the low bits then hold
+  EACH whole[i] = t[i] - 12582912.0f;
+  EACH f[i] = near[i] * rate.low + (y[i] - whole[i]);
+  EACH p[i] = 1.53264713e-4f * f[i] + 1.33908060e-3f;
+  EACH p[i] = p[i] * f[i] + 9.61850584e-3f;
+  EACH p[i] = p[i] * f[i] + 5.55036013e-2f;
+  EACH p[i] = p[i] * f[i] + 2.40226477e-1f;
+  EACH p[i] = p[i] * f[i] + 6.93147182e-1f;
+  EACH p[i] = p[i] * f[i] + 1.0f;
+  EACH p[i] = (Vec)(((Bits)p[i] + ((Bits)t[i] << 23)) & (Bits)(y[i] > -126.0f));
+  EACH to[i] = select(y[i] < 128.0f, p[i], y[i] * 0x1p127f);  // infinity or NaN
+#endif
+}
 
 // t = exp(-|z|), from which softplus and its derivative follow.
 INLINE void exp_minus_abs(const Group z, Group t) {
-  EACH t[i] = (Vec)((Bits)z[i] & 0x7fffffff) * -kLog2E;
-  exp2_of(t);
+  EACH t[i] = (Vec)((Bits)z[i] & 0x7fffffff);
+  exp_of(t, t, {splat(-(float)kLog2E), splat(0.0f)}, t);
 }
 
 // to = log(1 + exp(z)) = max(z, 0) + log(1 + t); the logarithm to about 1 ulp.
