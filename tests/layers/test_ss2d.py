@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vision_ssm.checkpoints import load_strict
 from vision_ssm.checkpoints.vmamba import convert_ss2d, convert_vss_block
-from vision_ssm.layers import SS2D, VSSBlock
+from vision_ssm.layers import SS2D, SelectiveTokenMixer, SwitchOfScans, VSSBlock, quasi_separable_scan
 from vision_ssm.scan import CROSS_SCAN, ROWS, Diagonal, Path, Reversed, Snake, Transposed
 
 V0: dict[str, Any] = dict(d_state=16, ssm_ratio=2.0, conv_bias=True, gated=True)
@@ -203,3 +204,51 @@ def test_v0_initialisation() -> None:
 def test_parameters_to_be_spared_by_weight_decay_are_named_as_in_the_models() -> None:
     names = {name for name, _ in SS2D(8).named_parameters()}
     assert {"A_log", "D", "dt_bias"} <= names
+
+
+@pytest.mark.parametrize(
+    "layer", [SS2D(8), VSSBlock(8), torch.fx.symbolic_trace(SS2D(8))], ids=["SS2D", "block", "traced"]
+)
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.randn(2, 8, 5, 6), ValueError, r"height, width, 8\), got \(2, 8, 5, 6\); x.permute\(0, 2, 3, 1\) puts"),
+        (torch.randn(2, 5, 6, 9), ValueError, r"x must have shape \(batch, height, width, 8\), got \(2, 5, 6, 9\)$"),
+        (torch.randn(2, 30, 8), ValueError, r"x must have shape .*got \(2, 30, 8\)"),
+        ([1.0], TypeError, "x must be a tensor of shape .*got list"),
+    ],
+    ids=["channels first", "channels", "tokens", "list"],
+)
+def test_bad_maps(layer: nn.Module, x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        layer(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SS2D(8, paths=ROWS),
+        lambda: SwitchOfScans(8, ROWS),
+        lambda: SelectiveTokenMixer(8, paths=ROWS),
+        lambda: quasi_separable_scan(torch.zeros(1, 2, 2, 4), *[torch.zeros(1)] * 3, ROWS),
+    ],
+    ids=["SS2D", "switch", "mixer", "quasi-separable"],
+)
+def test_one_path_is_no_sequence(make: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match=r"paths must be a sequence of paths such as \(ROWS, COLUMNS\), got Rows\(\)"):
+        make()
+
+
+def test_gradients_per_sample() -> None:
+    torch.manual_seed(0)
+    block, x = VSSBlock(8, d_state=2, gated=True).double(), torch.randn(3, 4, 5, 8, dtype=torch.float64)
+    parameters = dict(block.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(block, parameters, (image[None],)).square().sum()
+
+    detached = {name: p.detach() for name, p in parameters.items()}
+    found = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(detached, x)
+    for i, image in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+        torch.testing.assert_close([grad[i] for grad in found.values()], list(expected))

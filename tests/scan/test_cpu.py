@@ -11,7 +11,8 @@ import pytest
 import torch
 from cases import Case
 
-from vision_ssm.scan import ROWS, available_backends, backend_for, build_routes, route_scan, use_backend
+from vision_ssm.scan import ROWS, available_backends, backend_for, build_routes, cpu, route_scan, use_backend
+from vision_ssm.scan.arguments import ScanArguments
 from vision_ssm.scan.cpu import build, library
 
 LEVELS = [level for level in library.LEVELS if f"cpu-{level}" in available_backends()]
@@ -216,3 +217,26 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path):
         LD_PRELOAD=" ".join(preload),
         ASAN_OPTIONS="detect_leaks=0",
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 37, 40), (3, 16, 16), (1, 33, 2, 24), (2, 64, 1, 101), (2, 5, 8), (1, 1, 20)], ids=str
+)
+def test_copies_of_what_is_not_channels_last(shape, dtype):
+    # (B, L, ...) of memory that is (B, ..., L)
+    tensor = torch.randn(*shape[:1], *shape[2:], shape[1]).to(dtype).movedim(-1, 1)
+    dense = cpu._dense(tensor)
+    assert dense.is_contiguous()
+    assert torch.equal(dense, tensor)
+
+
+def test_channels_first_images_are_copied_some_at_a_time(monkeypatch):
+    call = Case(batch=5, height=9, width=7, channels=40, rank=0).make(torch.float32)
+    expected = call.run()
+    monkeypatch.setattr(cpu, "_COPIED", 2 * 63 * 40)
+    monkeypatch.setattr(cpu, "_FORWARD_BLOCK", 1)
+    assert cpu._images_at_once(ScanArguments(call.tensors["x"].mT.contiguous().mT, *[call.tensors["A"]] * 4)) == 2
+    moved = {name: call.tensors[name].movedim(1, -1).contiguous().movedim(-1, 1) for name in ("x", "dbc", "delta")}
+    found = replace(call, tensors=call.tensors | moved).run()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vision_ssm.layers.ss2d import check_map
 from vision_ssm.scan import Path, Reversed, Shifted, build_routes, route_scan
 from vision_ssm.scan.routes import as_paths
 
@@ -66,11 +67,8 @@ def quasi_separable_scan(
         TypeError: If ``paths`` is no sequence of paths.
         ValueError: If shapes do not fit.
     """
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must have shape (batch, height, width, channels), got {shape}")
     paths = as_paths(paths)
-    batch, height, width, channels = x.shape
+    batch, height, width, channels = check_map(x).shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # asking for "meta" is an error

@@ -32,18 +32,19 @@ def decay_rates(A_log: Tensor) -> Tensor:
     return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
 
 
-def check_map(x: Tensor, channels: int) -> Tensor:
-    """Return ``x`` if it is a map of so many channels, (B, H, W, channels); one leaf of an FX graph.
+def check_map(x: Tensor, channels: int | None = None) -> Tensor:
+    """Return ``x`` if it is a map, (B, H, W, C), of so many channels; one leaf of an FX graph.
 
     Raises:
         TypeError: If it is no tensor.
         ValueError: If its shape does not fit.
     """
+    wanted = f"(batch, height, width, {channels or 'channels'})"
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor of shape (batch, height, width, {channels}), got {type(x).__name__}")
-    if x.dim() != 4 or x.shape[3] != channels:
+        raise TypeError(f"x must be a tensor of shape {wanted}, got {type(x).__name__}")
+    if x.dim() != 4 or channels not in (None, x.shape[3]):
         hint = "; x.permute(0, 2, 3, 1) puts channels last" if x.dim() == 4 and x.shape[1] == channels else ""
-        raise ValueError(f"x must have shape (batch, height, width, {channels}), got {tuple(x.shape)}{hint}")
+        raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}{hint}")
     return x
 
 
@@ -71,7 +72,7 @@ def scan_map(
         The sum over routes, (B, H, W, C), in the dtype of ``x``, under autocast in float32, which the
         published kernels hand to the norm that follows.
     """
-    batch, height, width, channels = x.shape
+    batch, height, width, channels = check_map(x).shape
     features = dt_weight.shape[1] + 2 * A.shape[2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type

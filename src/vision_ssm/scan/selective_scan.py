@@ -80,6 +80,7 @@ def selective_scan_fn(
         raise ValueError(f"z must have the shape of u, {tuple(u.shape)}, got {tuple(z.shape)}")
 
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    state: Tensor | None
     if B.dim() == 2 or C.dim() == 2:
         y, state = _scan_constant(u, delta, A, B, C, D, delta_bias, delta_softplus, dtype)
     else:
@@ -96,13 +97,17 @@ def selective_scan_fn(
             D=None if D is None else D.to(dtype).unflatten(0, (groups, -1)),
             softplus=delta_softplus,
             float_output=True,
-            return_last_state=True,
+            return_last_state=return_last_state,
         )
-        y, state = result[0].transpose(1, 2), result[1].flatten(1, 2)
+        y, state = result if isinstance(result, tuple) else (result, None)
+        y, state = y.transpose(1, 2), None if state is None else state.flatten(1, 2)
     if z is not None:
         y = y * F.silu(z.to(dtype))
     y = y.to(u.dtype)
-    return (y, state) if return_last_state else y
+    if not return_last_state:
+        return y
+    assert state is not None
+    return y, state
 
 
 def _check_matrix(name: str, matrix: Tensor, batch: int, channels: int, states: int, steps: int) -> None:

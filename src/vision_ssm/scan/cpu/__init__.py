@@ -23,6 +23,7 @@ _TENSORS = (
 )
 _VECTOR = 16  # channels; blocks are multiples of it
 _FORWARD_BLOCK, _BACKWARD_BLOCK = 8, 4  # vectors in a block at most
+_COPIED = 2**20  # numbers
 _GROUPS = 32  # of images with parameter gradients of their own; fixed, so that sums do not depend on threads
 
 
@@ -34,19 +35,39 @@ def available(level: str | None = None) -> bool:
 
 def forward(args: ScanArguments, dtype: torch.dtype, level: str | None = None) -> tuple[Tensor, Tensor]:
     """Return the outputs in ``dtype``, (B, L, C), and the state after the last step, (B, K', Dk, N)."""
+    batch = args.x.shape[0]
+    y = args.x.new_empty(args.x.shape, dtype=dtype)
+    state = _floats(args, batch, args.routes_per_image, args.channels_per_route, args.state_size)
+    size = _images_at_once(args)
+    if size >= batch:
+        _forward(args, y, state, level)
+    else:
+        for first in range(0, batch, size):
+            group = slice(first, min(batch, first + size))
+            _forward(args.images(group), y[group], state[group], level)
+    return y, state
+
+
+def _images_at_once(args: ScanArguments) -> int:
+    """Return how many images to copy where arguments are not dense: few, as fresh memory costs more than the copy."""
+    batch, tokens, channels = args.x.shape
+    if args.x.is_contiguous() and (args.delta is None or args.delta.is_contiguous()):
+        return batch
+    enough = math.ceil(torch.get_num_threads() * _VECTOR * _FORWARD_BLOCK / channels)  # for all threads
+    return max(enough, _COPIED // (tokens * channels), 1)
+
+
+def _forward(args: ScanArguments, y: Tensor, state: Tensor, level: str | None) -> None:
     problem, keep = _problem(args)
     batch, tokens, channels = args.x.shape
-    y = args.x.new_empty(batch, tokens, channels, dtype=dtype)
-    state = _floats(args, batch, args.routes_per_image, args.channels_per_route, args.state_size)
     images, routes = (batch * args.routes, 1) if args.side_by_side else (batch, args.routes_per_image)
     plan = _forward_plan(args.channels_per_route, images, routes, torch.get_num_threads())
     problem.blocks, problem.block_size, problem.parts = plan
     if problem.parts > 1:
         keep.append(_floats(args, problem.parts, batch, tokens, channels))
         problem.partial = keep[-1].data_ptr()
-    problem.y, problem.y_type, problem.state = y.data_ptr(), _TYPES[dtype], state.data_ptr()
+    problem.y, problem.y_type, problem.state = y.data_ptr(), _TYPES[y.dtype], state.data_ptr()
     _loaded().run("forward", problem, level)
-    return y, state
 
 
 def backward(
@@ -69,7 +90,7 @@ def backward(
     problem.parts = all_blocks if problem.groups < _GROUPS else 1
 
     grad_y = grad_y.resolve_neg()
-    grad_y = grad_y.contiguous() if grad_y.dtype in _TYPES else grad_y.float().contiguous()
+    grad_y = _dense(grad_y if grad_y.dtype in _TYPES else grad_y.float())
     problem.grad_y, problem.grad_y_type = grad_y.data_ptr(), _TYPES[grad_y.dtype]
     if grad_state is not None:
         grad_state = grad_state.float().contiguous()
@@ -119,10 +140,23 @@ def _problem(args: ScanArguments) -> tuple[Problem, list[Tensor]]:
         if tensor.dtype not in dtypes:
             tensor = tensor.to(dtypes[0])
         if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
+            tensor = _dense(tensor)
         setattr(problem, name, tensor.data_ptr())
         keep.append(tensor)
     return problem, keep
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor; from (B, C, L) in memory, up to four times faster than torch's copy."""
+    channels = math.prod(tensor.shape[2:])
+    if tensor.is_contiguous() or channels < _VECTOR or not tensor.movedim(1, -1).is_contiguous():
+        return tensor.contiguous()
+    batch, tokens = tensor.shape[:2]
+    problem = Problem(batch=batch, tokens=tokens, channels=channels, x_type=_TYPES[tensor.dtype])
+    dense = tensor.new_empty(tensor.shape)
+    problem.x, problem.y = tensor.data_ptr(), dense.data_ptr()
+    _loaded().run("transpose", problem, None)
+    return dense
 
 
 _templates: dict[tuple[Any, ...], Problem] = {}

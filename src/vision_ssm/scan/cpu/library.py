@@ -50,14 +50,14 @@ class Library:
         built_from = self._library.vision_ssm_source().decode()
         if built_from != source_hash() or self._library.vision_ssm_problem_size() != ctypes.sizeof(Problem):
             raise OSError(f"{path} was built from other sources")
-        for name in ("forward", "backward"):
+        for name in ("forward", "backward", "transpose"):
             function = getattr(self._library, f"vision_ssm_{name}")
             function.argtypes, function.restype = [ctypes.POINTER(Problem), ctypes.c_int64], ctypes.c_int64
         self.levels = tuple(name for i, name in enumerate(LEVELS) if self._library.vision_ssm_has_level(i))
         self.pool = self._use_torch_threads()
 
     def run(self, name: str, problem: Problem, level: str | None) -> None:
-        """Call ``forward`` or ``backward``, on the best instruction set or a named one.
+        """Call ``forward``, ``backward`` or ``transpose``, on the best instruction set or a named one.
 
         Raises:
             ValueError: If an index is out of range.

@@ -8,6 +8,10 @@
 #include <unistd.h>
 #endif
 
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 #include "target.h"
 
 using namespace vision_ssm;
@@ -137,6 +141,47 @@ Result check(const Problem &p) {
   return kDone;
 }
 
+template <typename T>
+void turn(const T *from, T *to, int64_t tokens, int64_t channels) {
+  constexpr int64_t kSide = 64 / sizeof(T);
+  for (int64_t t = 0; t < kSide; ++t)
+    for (int64_t r = 0; r < kSide; ++r) to[t * channels + r] = from[r * tokens + t];
+}
+
+#if defined(__SSE2__)
+template <>
+void turn(const uint32_t *from, uint32_t *to, int64_t tokens, int64_t channels) {
+  for (int64_t t = 0; t < 16; t += 4)
+    for (int64_t r = 0; r < 16; r += 4) {
+      __m128 row[4];
+      for (int64_t i = 0; i < 4; ++i) row[i] = _mm_loadu_ps((const float *)from + (r + i) * tokens + t);
+      _MM_TRANSPOSE4_PS(row[0], row[1], row[2], row[3]);
+      for (int64_t i = 0; i < 4; ++i) _mm_storeu_ps((float *)to + (t + i) * channels + r, row[i]);
+    }
+}
+#endif
+
+// Turns images of `channels` rows into channels-last ones, a strip of tokens per unit: whole cache lines both ways.
+template <typename T>
+void transpose(const Problem &p, int64_t unit, float *) {
+  constexpr int64_t kSide = 64 / sizeof(T);
+  const int64_t strips = (p.tokens + kSide - 1) / kSide, image = unit / strips, first = unit % strips * kSide;
+  const int64_t count = p.tokens - first < kSide ? p.tokens - first : kSide;
+  const T *from = (const T *)p.x + image * p.channels * p.tokens + first;
+  T *to = (T *)p.y + (image * p.tokens + first) * p.channels;
+  for (int64_t c = 0; c < p.channels; c += kSide, from += kSide * p.tokens, to += kSide) {
+    const int64_t rows = p.channels - c < kSide ? p.channels - c : kSide;
+    if (count == kSide && rows == kSide) {
+      if (c + 2 * kSide <= p.channels)  // far apart: the processor does not foresee them
+        for (int64_t r = kSide; r < 2 * kSide; ++r) __builtin_prefetch(from + r * p.tokens);
+      turn(from, to, p.tokens, p.channels);
+    } else {
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t r = 0; r < rows; ++r) to[t * p.channels + r] = from[r * p.tokens + t];
+    }
+  }
+}
+
 }  // namespace
 
 #ifndef SOURCE
@@ -175,4 +220,10 @@ EXPORT int64_t vision_ssm_backward(const Problem *p, int64_t level) {
   const Target *target = target_of(level);
   if (Result bad = check(*p)) return bad;
   return run(*p, target->backward, backward_units(*p), target->backward_scratch(*p)) ? kDone : kNoMemory;
+}
+
+// x, (batch, channels, tokens) of x_type, to y, (batch, tokens, channels).
+EXPORT int64_t vision_ssm_transpose(const Problem *p, int64_t) {
+  const int64_t side = p->x_type == kFloat32 ? 16 : 32, units = p->batch * ((p->tokens + side - 1) / side);
+  return run(*p, p->x_type == kFloat32 ? transpose<uint32_t> : transpose<uint16_t>, units, 0) ? kDone : kNoMemory;
 }
