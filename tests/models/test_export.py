@@ -17,15 +17,15 @@ from torch.export import Dim
 
 SMALLER: dict[str, dict[str, Any]] = {
     "efficient_vmamba_atto": dict(depths=(1, 1, 1), dims=(16, 24, 32)),
-    "group_mamba_atto": dict(depths=(1, 1), dims=(16, 32), mlp_ratios=(2.0, 2.0), stem_dim=8),
+    "group_mamba_atto": dict(depths=(1,), dims=(16,), mlp_ratios=(2.0,), stem_dim=8),
     "sparx_mamba_atto": dict(
-        depths=(1, 2), dims=(16, 32), steps=1, starts=(None, 0), windows=1, reductions=2, layer_scale=1.0
+        depths=(1, 1), dims=(16, 32), starts=(None, 0), windows=1, steps=1, reductions=2, layer_scale=1.0
     ),
     "sparx_swin_atto": dict(
-        depths=(1, 2), dims=(16, 32), num_heads=(1, 2), steps=1, starts=(None, 1), windows=1, reductions=2
+        depths=(1, 2), dims=(16, 32), num_heads=(1, 2), starts=(None, 1), windows=1, steps=1, reductions=2
     ),
-    "vim2_atto": dict(depths=(1, 1), dims=(16, 32)),
-    "viqs_atto": dict(depths=(1, 1), dims=(16, 32)),
+    "vim2_atto": dict(depths=(1,), dims=(32,)),
+    "viqs_atto": dict(depths=(1,), dims=(32,)),
     "vmamba_atto": dict(depths=(1, 1), dims=(16, 32)),
 }
 # Maps of odd and even height and width, and for windows of 4x4: one, whole ones, and padded ones.
@@ -36,12 +36,17 @@ small = pytest.mark.parametrize("name", SMALL)
 
 def smaller(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=5, **SMALLER[name]).eval()
+    model = timm.create_model(name, num_classes=5, **SMALLER[name]).eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # no ties, which every program breaks in its way, where routers start at zero
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 @small
-def test_named_sizes(name: str) -> None:
+def test_torch_export(name: str) -> None:
     model = smaller(name)
+    # Named sizes, since torch refuses them wherever it finds a condition; Dim.DYNAMIC takes the conditions in.
     sizes = {0: Dim("batch", min=1, max=16), 2: Dim("height", min=32, max=512), 3: Dim("width", min=32, max=512)}
     exported = torch.export.export(model, (torch.randn(2, 3, 40, 56),), dynamic_shapes=[sizes]).module()
     for shape in SHAPES:
@@ -50,6 +55,7 @@ def test_named_sizes(name: str) -> None:
 
 
 @small
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8's exporter cannot convert its own output's version")
 def test_onnx_from_one_image(name: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")

@@ -542,27 +542,6 @@ def test_inductor() -> None:
 
 
 @small
-def test_export_with_any_batch_and_size(name: str) -> None:
-    model = timm.create_model(name).eval()
-    size = torch.export.Dim.DYNAMIC
-    exported = torch.export.export(
-        model, (torch.randn(2, 3, 40, 56),), dynamic_shapes=[{0: size, 2: size, 3: size}]
-    ).module()
-    # Besides, maps of odd height and of odd width in one stage or another: each would be padded.
-    for shape in (
-        (2, 3, 40, 56),
-        (3, 3, 33, 64),
-        (1, 3, 96, 32),
-        (2, 3, 36, 36),
-        (1, 3, 33, 47),
-        (1, 3, 40, 52),
-        (1, 3, 97, 130),
-    ):
-        x = torch.randn(shape)
-        torch.testing.assert_close(exported(x), model(x), rtol=1e-5, atol=1e-6)
-
-
-@small
 def test_training_lowers_the_loss(name: str) -> None:
     model = timm.create_model(name, num_classes=4, in_chans=1).train()
     optimizer = create_optimizer_v2(model, "adamw", lr=2e-3, weight_decay=0.01)

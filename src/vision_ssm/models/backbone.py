@@ -35,11 +35,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map, (B, H, W, in_dim)."""
         x = self.downsample(x)
-        if self.grad_checkpointing:
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return self.norm(x)
+        return self.norm(checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x))
 
 
 def check_options(dims: Sequence[int], depths: Sequence[int], in_chans: int, drop_path_rate: float) -> None:
