@@ -35,11 +35,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map, (B, H, W, in_dim)."""
         x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return self.norm(x)
+        return self.norm(checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x))
 
 
 def check_options(dims: Sequence[int], depths: Sequence[int], in_chans: int, drop_path_rate: float) -> None:
@@ -132,6 +128,12 @@ class Backbone(nn.Module):
             dtype=dtype,
         )
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+
+    def __prepare_scriptable__(self) -> None:
+        # torch.jit.script calls it first, also for a model inside of another; its own error would be pages long.
+        raise NotImplementedError(
+            f"torch.jit.script cannot compile {type(self).__name__}; use torch.export or torch.compile"
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay must spare."""

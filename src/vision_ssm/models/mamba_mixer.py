@@ -62,7 +62,7 @@ class MixerStage(nn.Module):
         """
         maps, terms = [self.downsample(x)], []
         for average, block in zip(self.averages, self.blocks, strict=True):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing:
                 y, balance = checkpoint(_mix, average, block, *maps)
             else:
                 y, balance = _mix(average, block, *maps)

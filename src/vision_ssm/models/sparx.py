@@ -198,7 +198,7 @@ class ConnectedStage(Stage):
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map, (B, H, W, in_dim)."""
         blocks: list[Callable[..., Tensor]] = list(self.blocks)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             blocks = [partial(checkpoint, block) for block in blocks]
         return self.norm(self.connections.run(blocks, self.downsample(x)))
 

@@ -107,6 +107,12 @@ def _attend(qkv: Tensor, table: Tensor, height: int, width: int, size: int, shif
     return y[:, :height, :width]
 
 
+def _wrap(place: Tensor, length: int) -> Tensor:
+    """Return places modulo the length of their axis, which ONNX's exporter has for no symbolic length."""
+    place = torch.where(place < 0, place + length, place)
+    return torch.where(place >= length, place - length, place)
+
+
 def _attend_by_index(qkv: Tensor, table: Tensor, height: int, width: int, size: int, shifted: bool) -> Tensor:
     """As :func:`_attend`, for symbolic sizes; ``qkv`` is (B, H + 1, W + 1, 3 * heads * D), padded by one token.
 
@@ -122,20 +128,21 @@ def _attend_by_index(qkv: Tensor, table: Tensor, height: int, width: int, size: 
     group = torch.arange(rows * columns * heads, device=qkv.device)[:, None]
     token = torch.arange(area, device=qkv.device)
     window, head = group // heads, group % heads
-    y, x = window // columns * size + token // size, window % columns * size + token % size  # (groups, area)
+    row = window // columns
+    y, x = row * size + token // size, (window - row * columns) * size + token % size  # (groups, area)
     bias = _position_bias(table, size, size, size).to(qkv.dtype)[head[:, 0]]  # (groups, area, area)
     if shifted:
         region = 3 * _regions(y, rows * size, size, down) + _regions(x, columns * size, size, right)
         bias = torch.where(region[:, :, None] == region[:, None], bias, bias + _APART)
-        y, x = (y + down) % (rows * size), (x + right) % (columns * size)
+        y, x = _wrap(y + down, rows * size), _wrap(x + right, columns * size)
     outside = (y >= height + (rows - 1) * size) | (x >= width + (columns - 1) * size)
     bias = bias.masked_fill(outside[:, None], -torch.inf)
     y, x = y.clamp(max=height), x.clamp(max=width)
     parts = qkv.unflatten(-1, (3, heads, -1))
     q, k, v = (parts[:, y, x, i, head] for i in range(3))  # (B, groups, area, D)
     out = _attention(q, k, v, bias)
-    y = (torch.arange(height, device=qkv.device)[:, None, None] - down) % (rows * size)
-    x = (torch.arange(width, device=qkv.device)[:, None] - right) % (columns * size)
+    y = _wrap(torch.arange(height, device=qkv.device)[:, None, None] - down, rows * size)
+    x = _wrap(torch.arange(width, device=qkv.device)[:, None] - right, columns * size)
     group = (y // size * columns + x // size) * heads + torch.arange(heads, device=qkv.device)  # (H, W, heads)
     return out[:, group, y % size * size + x % size].flatten(3)
 

@@ -61,6 +61,7 @@ def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
     if args.delta is not None:
         delta = per_step(pick(args.delta))
     else:
+        assert weight is not None
         # Repeated, not broadcast: a product that broadcasts asks whether there is one image, and bakes the answer in.
         weight = weight if args.route_index is not None else weight.repeat(batch, 1, 1, 1)
         delta = per_step(low_rank @ weight)

@@ -453,7 +453,8 @@ def _build(paths: Sequence[Path], height: int, width: int, device: torch.device)
 
 
 def _holds_values(index: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and type(index) is Tensor and index.device.type != "meta"
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not tracing and type(index) is Tensor and index.device.type != "meta"
 
 
 def _check_values(name: str, index: Tensor, tokens: int) -> None:
