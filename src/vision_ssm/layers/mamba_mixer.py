@@ -457,7 +457,8 @@ class SelectiveChannelMixer(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd)
         self.in_proj = nn.Linear(dim, width, bias=False, **dd)
         self.gate_proj = nn.Linear(dim, width, bias=False, **dd) if gated else None
-        self.gate_act = nn.SiLU()
+        if gated:
+            self.gate_act = nn.SiLU()
         self.conv1d = ChannelConv1d(**dd)
         self.act = nn.SiLU()
         self.x_proj = nn.Linear(_DESCRIPTOR**2, 1 + 2 * d_state, bias=False, **dd)

@@ -61,7 +61,7 @@ def quasi_separable_scan(
         aligned: The aligned form instead of the shift form.
 
     Returns:
-        The mixed map, (B, H, W, C), in the dtype of ``x``; under autocast in float32.
+        The mixed map, (B, H, W, C), in the dtype of ``x``; under autocast in that of ``D``, float32 or that of ``x``.
 
     Raises:
         TypeError: If ``paths`` is no sequence of paths.
@@ -90,7 +90,7 @@ def quasi_separable_scan(
         inclusive=not aligned,
         route_index=path_index,
         route_weight=path_weight,
-        float_output=autocast,
+        float_output=autocast and D.dtype == dtype,
     )
     assert isinstance(y, Tensor)
     return torch.addcmul(y.reshape(batch, height, width, channels), x, D.to(x.dtype))

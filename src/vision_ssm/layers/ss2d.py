@@ -69,8 +69,8 @@ def scan_map(
         paths: The K routes.
 
     Returns:
-        The sum over routes, (B, H, W, C), in the dtype of ``x``, under autocast in float32, which the
-        published kernels hand to the norm that follows.
+        The sum over routes, (B, H, W, C), in the dtype of ``x``. Under autocast in float32, which the
+        published kernels hand to the norm that follows, unless the parameters, and so the norm's, are of another dtype.
     """
     batch, height, width, channels = check_map(x).shape
     features = dt_weight.shape[1] + 2 * A.shape[2]
@@ -85,7 +85,7 @@ def scan_map(
         dt_weight=dt_weight.to(dtype),
         dt_bias=dt_bias.to(dtype),
         D=None if D is None else D.to(dtype),
-        float_output=autocast,
+        float_output=autocast and dt_weight.dtype == dtype,
     )
     assert isinstance(y, Tensor)
     return y.reshape(batch, height, width, channels)

@@ -107,7 +107,7 @@ class GroupSS2D(SS2D):
         z = conv_act(x, self.gate_proj, self.gate_act)
         x = conv_act(conv_act(x, self.in_proj), self.conv2d, self.act)
         y = scan_map(x, conv_act(x, self.x_proj), *self.scan_parameters(), self.paths)
-        return conv_act(self.out_norm(y) * z, self.out_proj)
+        return self.drop(conv_act(self.out_norm(y) * z, self.out_proj))
 
 
 class ModulatedGroupMamba(nn.Module):
