@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision_ssm.eager import unobserved
 from vision_ssm.scan.arguments import ScanArguments
-from vision_ssm.scan.transforms import transformed
+from vision_ssm.scan.transforms import transformed, unobserved
 
 
 @dataclass(frozen=True)
