@@ -8,7 +8,15 @@ from torch.func import functional_call
 
 import vision_ssm  # noqa: F401
 
-NAMES = ["vmamba_atto", "sparx_mamba_atto", "efficient_vmamba_atto", "group_mamba_atto", "vim2_atto"]
+NAMES = [
+    "vmamba_atto",
+    "sparx_mamba_atto",
+    "sparx_swin_atto",
+    "efficient_vmamba_atto",
+    "group_mamba_atto",
+    "vim2_atto",
+    "viqs_atto",
+]
 
 
 def make(name):
@@ -36,7 +44,6 @@ def test_forward_mode(name):
         torch.testing.assert_close(tangent, (model(x + 1e-6 * v) - model(x - 1e-6 * v)) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="vmap lacks the stems' contiguous(channels_last)")
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_per_sample(name):
     model, parameters, x = make(name)

@@ -23,6 +23,11 @@ def pad_map(x: Tensor, height: int, width: int) -> Tensor:
     return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Return images, (B, C, H, W), that lie in memory as maps do; ``Tensor.contiguous`` has no rule for ``vmap``."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 def channels_first(x: Tensor) -> Tensor:
     """View a map, (B, H, W, C), as (B, C, H, W); one leaf of an FX graph.
 
@@ -96,7 +101,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed an image."""
-        x = _whole_patches(x, self.patch_size).contiguous(memory_format=torch.channels_last)
+        x = channels_last(_whole_patches(x, self.patch_size))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))  # the convolution leaves out what is more than patches
 
 

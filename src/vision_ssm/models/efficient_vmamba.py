@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.efficient_vmamba import convert_efficient_vmamba
 from vision_ssm.layers import SS2D, conv_act
-from vision_ssm.layers.patches import PatchMerging, cells, channels_first, symbolic
+from vision_ssm.layers.patches import PatchMerging, cells, channels_first, channels_last, symbolic
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, init_weights, make_cfg
 from vision_ssm.scan import ATROUS_SCAN
 
@@ -189,7 +189,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed an image."""
-        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1))
+        return self.norm(self.conv(channels_last(x)).permute(0, 2, 3, 1))
 
 
 class EfficientVMamba(Backbone):

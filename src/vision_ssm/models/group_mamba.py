@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.group_mamba import convert_group_mamba
 from vision_ssm.layers import SS2D, conv_act, scan_map
+from vision_ssm.layers.patches import channels_last
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, conv2d, make_cfg, stem_strides
 from vision_ssm.models.vmamba import Downsample
 from vision_ssm.scan import CROSS_SCAN
@@ -55,7 +56,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed an image."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         x = self.act1(self.norm1(self.conv1(x)))
         x = self.act2(self.norm2(self.conv2(x)))
         x = self.act3(self.norm3(self.conv3(x)))

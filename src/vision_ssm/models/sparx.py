@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.sparx import convert_sparx
 from vision_ssm.layers import DMCA, SS2D, Connections, GroupNorm1, ResidualConv, sparx_connections
+from vision_ssm.layers.patches import channels_last
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, conv2d, make_cfg, stem_strides
 from vision_ssm.scan import CROSS_SCAN, Path
 
@@ -51,7 +52,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed an image."""
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv1(channels_last(x))
         x = self.middle(self.act(self.norm1(x)))
         return self.norm2(self.conv2(x)).permute(0, 2, 3, 1)
 

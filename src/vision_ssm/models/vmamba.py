@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vision_ssm.checkpoints import build_from_official
 from vision_ssm.checkpoints.vmamba import convert_vmamba
 from vision_ssm.layers import VSSBlock
+from vision_ssm.layers.patches import channels_last
 from vision_ssm.models.backbone import (
     ATTO,
     Backbone,
@@ -48,7 +49,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed an image."""
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        x = self.conv1(channels_last(x)).permute(0, 2, 3, 1)
         x = self.act(self.norm1(x)).permute(0, 3, 1, 2)
         return self.norm2(self.conv2(x).permute(0, 2, 3, 1))
 
