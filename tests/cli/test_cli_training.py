@@ -7,8 +7,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import vision_ssm
 from vision_ssm.cli import main
 
 TINY = [
@@ -77,6 +79,24 @@ def test_predict_files_and_folders(run, images, capsys):
     assert sum(p["probability"] for p in rows[0]["predictions"]) == pytest.approx(1)
     assert main(["predict", str(run), str(images / "water" / "00.png")]) == 0
     assert "water" in capsys.readouterr().out
+
+
+def test_the_fastest_form_says_the_same(run, images, capsys, monkeypatch):
+    forms = []
+    original = vision_ssm.optimize
+
+    def counted(model, **options):
+        forms.append(options)
+        return original(model, **options)
+
+    monkeypatch.setattr("vision_ssm.tasks.classifier.optimize", counted)
+    losses = []
+    for words in ([], ["--no-optimize"], ["--precision", "bf16-mixed"]):
+        assert main(["eval", str(run), "--data", str(images), "--json", "--device", "cpu", *words]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert forms == [{"dtype": torch.float32}, {"dtype": torch.bfloat16}]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[2], rel=0.1)
 
 
 def test_predict_names_the_unreadable_and_classifies_the_rest(run, images, tmp_path, capsys):
