@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from vision_ssm.layers import ResidualConv
 from vision_ssm.optimize.chains import Chain, find_chains
 from vision_ssm.optimize.packed import DTYPES, Frozen, activation_of, can_be_packed, frozen, pack
-
-_logger = logging.getLogger(__name__)
 
 
 def optimize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -104,7 +101,7 @@ def _float(value: Tensor) -> Tensor:
 @torch.no_grad()
 def _absorb_residual(module: ResidualConv) -> None:
     """Put the map itself into the kernel, as a one in its middle."""
-    if can_be_packed(module.conv):
+    if can_be_packed(module.conv) and not module.conv._forward_hooks:
         module.conv.weight[:, :, 1, 1] += 1
         module.residual = False
 
