@@ -91,7 +91,7 @@ def test_the_fastest_form_says_the_same(run, images, capsys, monkeypatch):
 
     monkeypatch.setattr("vision_ssm.tasks.classifier.optimize", counted)
     losses = []
-    for words in ([], ["--no-optimize"], ["--precision", "bf16-mixed"]):
+    for words in ([], ["--no-optimize"], ["--precision", "bf16-true"]):
         assert main(["eval", str(run), "--data", str(images), "--json", "--device", "cpu", *words]) == 0
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     assert forms == [{"dtype": torch.float32}, {"dtype": torch.bfloat16}]

@@ -149,43 +149,112 @@ def test_what_cannot_be_optimized(model: Any, options: dict[str, Any], error: ty
         vision_ssm.optimize(model, **options)
 
 
-class Net(nn.Module):
-    """What must not be fused: shared, hooked, branching and unknown modules."""
+def conv_norm_act() -> nn.Sequential:
+    norm = nn.BatchNorm2d(8)
+    nn.init.normal_(norm.running_mean)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU()).eval()
+
+
+class Parts(nn.Module):
+    """Code that nobody knows, around a block that could be fused."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
-        self.branching, self.bn2 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
-        self.hooked, self.act2 = nn.Conv2d(8, 8, 1, padding="same"), nn.LeakyReLU()
-        self.tanh = nn.GELU("tanh")
-        self.fc = nn.Linear(8, 8)
-        self.bn3 = nn.BatchNorm2d(8)
-        self.tied = self.fc
+        self.block = conv_norm_act()
+        self.seen: list[Tensor] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.bn(self.conv(x)))
-        y = self.branching(x)
-        x = self.bn2(y) + y
-        x = self.act2(self.act(self.hooked(x)))  # act for the second time
-        x = self.tanh(self.fc(x.permute(0, 2, 3, 1)))
-        return self.tied(self.bn3(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)).mean((1, 2))
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if x.sum() > 1e9:
+            return self.block(x)
+        self.seen.append(x)
+        for layer in self.block[:2]:
+            x = layer(x)
+        return x
+
+
+def patched(model: nn.Module) -> nn.Module:
+    model[2].forward = lambda x: -x
+    return model
+
+
+def shared(model: nn.Module) -> nn.Module:
+    return nn.Sequential(model, nn.ConvTranspose2d(8, 8, 1), model[2])
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    model[0].register_forward_hook(lambda _m, _i, y: y + 1)
+    return model
 
 
 @torch.no_grad()
-def test_only_what_belongs_together_is_fused() -> None:
-    net = Net()
-    net.train()(torch.randn(4, 3, 9, 9))
-    net.eval()
+@pytest.mark.parametrize(
+    ("model", "fused"),
+    [
+        (conv_norm_act(), True),
+        (nn.Sequential(conv_norm_act(), conv_norm_act()[2]), True),
+        (Parts(), False),
+        (patched(conv_norm_act()), False),
+        (hooked(conv_norm_act()), False),
+    ],
+    ids=["sequential", "nested", "unknown-code", "patched", "hooked"],
+)
+def test_only_what_belongs_together_is_fused(model: nn.Module, fused: bool) -> None:
+    model.eval()
     x = torch.randn(2, 3, 9, 9)
-    optimized = vision_ssm.optimize(net)
-    assert_close(optimized(x), net(x), 1e-5)
-    kept = {key for key, module in optimized.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    assert kept == {"bn2", "bn3"}
-    seen = []
-    net.conv.register_forward_hook(lambda _m, _i, y: seen.append(y))
-    hooked = vision_ssm.optimize(net)
-    assert_close(hooked(x), net(x), 1e-5)
-    torch.testing.assert_close(seen[0], seen[1])  # the copy's hook sees the convolution alone
+    expected = model(x)
+    optimized = vision_ssm.optimize(model)
+    assert_close(optimized(x), expected, 1e-5)
+    if fused:
+        assert count(optimized, (nn.BatchNorm2d,)) == 0
+        assert any(module.activation[0] == "relu" for module in packed_layers(optimized))
+    assert all(type(value) is Tensor for value in getattr(optimized, "seen", []))
+
+
+def packed_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, PACKED)]
+
+
+@torch.no_grad()
+def test_shared_activations_and_hooks_of_all_modules_stay() -> None:
+    model = shared(conv_norm_act()).eval()
+    x = torch.randn(2, 3, 9, 9)
+    assert_close(vision_ssm.optimize(model)(x), model(x), 1e-5)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _i, y: y + 1 if isinstance(module, nn.ReLU) else y
+    )
+    try:
+        assert_close(vision_ssm.optimize(conv_norm_act())(x).min(), torch.ones(()), 1.0)
+        assert vision_ssm.optimize(conv_norm_act())(x).min() >= 1
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def test_maps_between_layer_and_norm() -> None:
+    model = build("ghostnet_050")  # its intermediates are taken there
+    x = torch.randn(1, 3, 64, 64)
+    found = vision_ssm.optimize(model).forward_intermediates(x, intermediates_only=True)
+    for y, expected in zip(found, model.forward_intermediates(x, intermediates_only=True), strict=True):
+        assert_close(y, expected)
+
+
+def test_nan_and_edited_weights_and_forward_mode() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU()).eval()
+    optimized, x = vision_ssm.optimize(model), torch.randn(3, 64)
+    with torch.no_grad():
+        x[1, 2] = torch.nan
+        assert torch.equal(optimized(x).isnan(), model(x).isnan())
+        x[1, 2] = 0
+        optimized[0].weight.mul_(2)
+        assert_close(optimized(x), torch.relu(2 * (model[0](x) - model[0].bias) + model[0].bias))
+        with torch.autograd.forward_ad.dual_level():
+            y = vision_ssm.optimize(model)(torch.autograd.forward_ad.make_dual(x, x))
+            tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+        assert_close(tangent, torch.func.jvp(model, (x,), (x,))[1])
+    with pytest.raises(RuntimeError, match="cannot load weights"):
+        optimized[0].load_state_dict(model[0].state_dict())
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        optimized(torch.randn(3, 65))
 
 
 @torch.no_grad()

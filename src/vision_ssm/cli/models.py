@@ -62,7 +62,8 @@ class BenchOptions:
     compile: bool = False
     """Run through torch.compile."""
     optimize: bool = True
-    """On a CPU, time the model's fastest form (`vision_ssm.optimize`), unless --train or --compile."""
+    """Do without the model's fastest form on a CPU (`vision_ssm.optimize`), which 32-true and bf16-true take unless
+    --train or --compile is given."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = None

@@ -49,7 +49,7 @@ class EvalOptions:
     precision: Precision = "32-true"
     """Number format of the computation."""
     optimize: bool = True
-    """On a CPU, use the model's fastest form (`vision_ssm.optimize`)."""
+    """Do without the model's fastest form on a CPU (`vision_ssm.optimize`), which 32-true and bf16-true take."""
     workers: int | None = None
     """Processes that load images."""
 
@@ -75,7 +75,7 @@ class PredictOptions:
     precision: Precision = "32-true"
     """Number format of the computation."""
     optimize: bool = True
-    """On a CPU, use the model's fastest form (`vision_ssm.optimize`)."""
+    """Do without the model's fastest form on a CPU (`vision_ssm.optimize`), which 32-true and bf16-true take."""
     workers: int | None = None
     """Processes that load images."""
 

@@ -1,7 +1,9 @@
-"""Which norm and which activation follow a layer, found by tracing what every module does with its children."""
+"""Which norm and which activation follow a layer, found by tracing what modules do with their children."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -9,19 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules import module as hooks_of_all_modules
 
 from vision_ssm.layers.patches import channels_first
-from vision_ssm.optimize.packed import activation_of, can_be_packed
+from vision_ssm.optimize.packed import activation_of, can_be_packed, own_forward
 
 _logger = logging.getLogger(__name__)
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
+# Whose modules are known to do in their forward passes what tracing them shows.
+_KNOWN = ("torch", "timm", "torchvision", "vision_ssm")
+_METHODS = ("forward", "forward_features", "forward_intermediates")
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A layer, and the names of the batch norm and of the activation that take its output, and nothing else does."""
+    """Names of a layer, and of the batch norm and the activation that take its output, and nothing else does."""
 
-    layer: nn.Module
+    layer: str
     norm: str | None
     act: str | None
 
@@ -34,10 +40,30 @@ class _ChildrenAreLeaves(fx.Tracer):
 def find_chains(model: nn.Module) -> list[Chain]:
     """Return all chains of a model in evaluation mode.
 
-    A module counts only if it has one name, is called once in all, and has no hooks.
+    A module counts only if it has one name, is called once in all, and has no hooks. A chain counts only in modules
+    of well-known libraries, ``nn.Sequential`` among them, and below parents that are such too or can be traced: what
+    any other code calls is not known.
     """
+    if hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks:
+        return []
+    # Tracing runs anybody's code with values that it may keep: in a copy that is thrown away, with the same weights.
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared)
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    graphs = [(name, graph) for name, module in model.named_modules() if (graph := _outline(module)) is not None]
+    graphs: list[tuple[str, fx.Graph]] = []
+    further: list[tuple[str, fx.Graph]] = []
+    closed: list[str] = []  # below these nothing is known
+    apart: set[str] = set()  # in these, another method than the forward pass could not be traced
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()):
+            continue
+        found = {method: _outline(module, method) for method in _METHODS if hasattr(type(module), method)}
+        if found["forward"] is not None:
+            graphs.append((name, found.pop("forward")))  # type: ignore[arg-type]
+        elif not _known(module):
+            closed.append(name)
+        apart |= {name} if any(graph is None for graph in found.values()) else set()
+        further += [(name, graph) for graph in found.values() if graph is not None]
     calls: Counter[str] = Counter()
     for prefix, graph in graphs:
         for node in graph.nodes:
@@ -49,26 +75,48 @@ def find_chains(model: nn.Module) -> list[Chain]:
     def alone(name: str) -> bool:
         module: Any = model.get_submodule(name)
         hooks = module._forward_hooks or module._forward_pre_hooks
-        return calls[name] == 1 and names[id(module)] == 1 and not hooks
+        return calls[name] == 1 and names[id(module)] == 1 and not hooks and own_forward(module)
 
-    found = []
-    for prefix, graph in graphs:
-        for node in graph.nodes:
-            if node.op == "call_module" and alone(name := _join(prefix, node.target)):
-                layer = model.get_submodule(name)
-                if can_be_packed(layer):
-                    found.append(_follow(model, prefix, node, layer, alone))
-    return found
+    chains = {
+        chain.layer: chain
+        for prefix, graph in graphs
+        if _known(model.get_submodule(prefix)) and prefix not in apart and not _below(prefix, closed)
+        for chain in _chains_in(model, prefix, graph, alone)
+    }
+    for prefix, graph in further:
+        others = {chain.layer: chain for chain in _chains_in(model, prefix, graph, alone)}
+        chains = {name: chain for name, chain in chains.items() if others.get(name, chain) == chain}
+    return list(chains.values())
 
 
-def _outline(module: nn.Module) -> fx.Graph | None:
+def _chains_in(model: nn.Module, prefix: str, graph: fx.Graph, alone: Any) -> Iterator[Chain]:
+    for node in graph.nodes:
+        if node.op != "call_module" or not alone(name := _join(prefix, node.target)):
+            continue
+        if can_be_packed(model.get_submodule(name)):
+            yield _follow(model, prefix, node, name, alone)
+
+
+def _known(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in _KNOWN and own_forward(module)
+
+
+def _below(name: str, closed: list[str]) -> bool:
+    return any(not parent or name == parent or name.startswith(f"{parent}.") for parent in closed)
+
+
+def _outline(module: nn.Module, method: str) -> fx.Graph | None:
     """Return what a module does with its children; ``None`` where that depends on more than their outputs."""
-    if not any(True for _ in module.children()):
+    if not own_forward(module):
         return None
+    tracer = _ChildrenAreLeaves()
+    tracer.traced_func_name = method
     try:
-        return _ChildrenAreLeaves().trace(module)
-    except Exception as error:  # tracing runs anybody's code, with values that it may not expect
-        _logger.debug("not traced: %s: %s", type(module).__name__, error)
+        parameters = inspect.signature(getattr(module, method)).parameters.values()
+        given = {p.name: p.default for p in parameters if p.default is not p.empty}
+        return tracer.trace(module, concrete_args=given)
+    except Exception as error:  # whatever the module's code makes of values that it does not expect
+        _logger.debug("not traced: %s.%s: %s", type(module).__name__, method, error)
         return None
 
 
@@ -76,41 +124,37 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def _follow(model: nn.Module, prefix: str, node: fx.Node, layer: nn.Module, alone: Any) -> Chain:
-    norm, last = None, False
-    last = isinstance(layer, nn.Linear)  # whether the layer's output channels are the last axis of the value
+def _follow(model: nn.Module, prefix: str, node: fx.Node, name: str, alone: Any) -> Chain:
+    norm, last = None, isinstance(model.get_submodule(name), nn.Linear)  # whether the channels are the last axis
     for user in _only_users(node):
         if (order := _order(user)) is not None:
             if order != (_TO_CHANNELS_FIRST if last else _TO_CHANNELS_LAST):
                 break
             last = not last
             continue
-        if user.op != "call_module" or not alone(name := _join(prefix, str(user.target))):
+        if user.op != "call_module" or not alone(next_name := _join(prefix, str(user.target))):
             break
-        module = model.get_submodule(name)
+        module = model.get_submodule(next_name)
         if type(module) in (nn.Identity, nn.Dropout):
             continue
-        if norm is None and not last and _can_be_folded(module):
-            norm = name
+        if norm is None and not last and type(module) is nn.BatchNorm2d and module.running_mean is not None:
+            norm = next_name
         else:
-            return Chain(layer, norm, name if activation_of(module) else None)
-    return Chain(layer, norm, None)
+            return Chain(name, norm, next_name if activation_of(module) else None)
+    return Chain(name, norm, None)
 
 
 def _order(node: fx.Node) -> tuple[Any, ...] | None:
     """Return how a node permutes the axes of a map; ``None`` if it does something else."""
     if node.op == "call_function" and node.target is channels_first:
         return _TO_CHANNELS_FIRST
-    if node.op != "call_method" or node.target != "permute":
+    if node.op != "call_method" or node.target != "permute" or node.kwargs:
         return None
-    return tuple(node.args[1:]) if len(node.args) > 2 else tuple(node.args[1])  # type: ignore[arg-type]
+    order = node.args[1:] if len(node.args) > 2 else node.args[1]
+    return tuple(order) if isinstance(order, tuple | list) else None
 
 
 def _only_users(node: fx.Node) -> Iterator[fx.Node]:
     while len(node.users) == 1:
         node = next(iter(node.users))
         yield node
-
-
-def _can_be_folded(module: nn.Module) -> bool:
-    return type(module) is nn.BatchNorm2d and module.running_mean is not None

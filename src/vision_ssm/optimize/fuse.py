@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from vision_ssm.layers import ResidualConv
+from vision_ssm.layers import SS2D, QSTokenMixer, ResidualConv, SelectiveChannelMixer, SelectiveTokenMixer
 from vision_ssm.optimize.chains import Chain, find_chains
 from vision_ssm.optimize.packed import DTYPES, Frozen, activation_of, can_be_packed, frozen, pack
 
@@ -19,8 +19,10 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module
 
     Linear layers and convolutions run on oneDNN's products with packed weights, together with the activation that
     follows; batch norms are folded into the layer before them, and what the scans derive from parameters alone is
-    computed once. That is done wherever the modules are torch's own, in models of this package and in others; what is
-    not recognized stays as it is. Images may have any size and any floating-point dtype.
+    computed once. Layers are packed wherever they are torch's own; what follows them is fused in ``nn.Sequential`` and
+    in modules of timm, torchvision and this package, which are traced for that. While it traces, no other thread may
+    run a model: ``torch.fx`` replaces every module's call meanwhile. What is not recognized stays as it is. Images may
+    have any size and any floating-point dtype, and autocast changes nothing.
 
     The copy keeps the model's class and attributes, so that ``forward_features`` or a ``features_only`` wrapper work on
     it. It cannot be trained, loaded into or moved. It needs at most twice the memory of the weights: packed ones
@@ -59,14 +61,14 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module
         _fold_norm(copied, chain)
     if dtype is not None:
         copied = copied.to(dtype)
-    activations: dict[nn.Module, str] = {chain.layer: chain.act for chain in chains if chain.act}
-    for layer in [module for module in copied.modules() if can_be_packed(module)]:
-        name = activations.get(layer)
+    activations = {chain.layer: chain.act for chain in chains}
+    for at, layer in [(at, module) for at, module in copied.named_modules() if can_be_packed(module)]:
+        name = activations.get(at)
         act = copied.get_submodule(name) if name else None
         pack(layer, activation_of(act) or ("none", "none"))
         if name:
             _replace(copied, name)
-    if not isinstance(copied, Frozen):
+    if not isinstance(copied, Frozen | torch.fx.GraphModule):  # each of the latter has a class of its own
         kind: Any = type(copied)
         copied.__class__ = frozen(kind)
     return copied
@@ -83,14 +85,14 @@ class _Known:
 
 
 def _fix_scan_parameters(model: nn.Module) -> None:
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "scan_parameters"):
-            found = module.scan_parameters()
-            if isinstance(found, dict):
-                module.scan_parameters = _Known({name: _float(value) for name, value in found.items()})
-            else:
-                module.scan_parameters = _Known(tuple(_float(value) for value in found))
+    scanning = (SS2D, SelectiveTokenMixer, QSTokenMixer, SelectiveChannelMixer)
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, scanning)]
+    for module in modules:
+        found = module.scan_parameters()
+        if isinstance(found, dict):
+            module.scan_parameters = _Known({name: _float(value) for name, value in found.items()})
+        else:
+            module.scan_parameters = _Known(tuple(_float(value) for value in found))
 
 
 def _float(value: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ def _fold_norm(model: nn.Module, chain: Chain) -> None:
     if chain.norm is None:
         return
     norm: Any = model.get_submodule(chain.norm)
-    layer: Any = chain.layer
+    layer: Any = model.get_submodule(chain.layer)
     statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     fuse: Any = fuse_conv_bn_weights if isinstance(layer, nn.Conv2d) else fuse_linear_bn_weights
     layer.weight, layer.bias = fuse(layer.weight, layer.bias, *statistics)

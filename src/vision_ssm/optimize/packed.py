@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from vision_ssm.layers.mamba_mixer import DilatedConv
+from vision_ssm.scan.transforms import transformed
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -25,6 +26,11 @@ def serves(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Return whether nobody has put another ``forward`` in place of the class's."""
+    return "forward" not in module.__dict__
 
 
 def activation_of(module: nn.Module | None) -> tuple[str, str] | None:
@@ -38,6 +44,9 @@ def activation_of(module: nn.Module | None) -> tuple[str, str] | None:
 
 class Frozen(nn.Module):
     """What all of an optimized copy have in common: no training, no other weights, device or dtype."""
+
+    def __init_subclass__(cls) -> None:
+        """Let classes that keep a register of their subclasses not know of frozen ones."""
 
     def train(self, mode: bool = True) -> Frozen:
         """Stay in evaluation mode.
@@ -108,22 +117,33 @@ class _Packed(Frozen):
     bias: Tensor | None
     activation: tuple[str, str]
     packed: Tensor | None
+    packed_from: int
     dims: tuple[int, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer and its activation to a tensor of any floating-point dtype."""
         if torch.compiler.is_compiling():
             return self._activate(self._plain(x.to(self.weight.dtype)))
-        if x.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             raise _refusal("give gradients")
-        x = x if x.dtype == self.weight.dtype else x.to(self.weight.dtype)
-        if not _eager(x) or x.numel() == 0 or x.dim() not in self.dims:
+        if x.dtype != self.weight.dtype and x.is_floating_point():
+            x = x.to(self.weight.dtype)
+        if not _eager(x) or x.numel() == 0 or x.dim() not in self.dims or x.dtype != self.weight.dtype:
             return self._activate(self._plain(x))
-        if self.packed is None:
+        version = 0 if self.weight.is_inference() else self.weight._version
+        if self.packed is None or version != self.packed_from:
             packed = self._pack(self.weight.detach().contiguous(), x)
             # Padded to whole blocks, a narrow layer's could take more memory than it saves time.
             self.packed = packed if torch.ops.mkldnn._nbytes(packed) <= self.weight.nbytes else self.weight.detach()
-        return self._run(x, self.packed)
+            self.packed_from = version
+        name, variant = self.activation
+        try:
+            # oneDNN's own ReLU makes a zero of NaN.
+            y = self._run(x, self.packed, "none" if name == "relu" else name, variant)
+        except RuntimeError:
+            self._plain(x)  # says in torch's words what does not fit
+            raise
+        return y.relu_() if name == "relu" else y
 
     def _activate(self, y: Tensor) -> Tensor:
         name, variant = self.activation
@@ -138,8 +158,11 @@ class _Packed(Frozen):
     def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _run(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _run(self, x: Tensor, weight: Tensor, act: str, variant: str) -> Tensor:
         raise NotImplementedError
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise _refusal("load weights")
 
     def extra_repr(self) -> str:
         """Name the weight's shape and the activation."""
@@ -153,10 +176,7 @@ class _Packed(Frozen):
 def _eager(x: Tensor) -> bool:
     """Return whether no tracer, dispatch mode (such as a FLOP counter), function transform or subclass is watching."""
     return (
-        type(x) is Tensor
-        and _get_current_dispatch_mode() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()
+        type(x) is Tensor and _get_current_dispatch_mode() is None and not transformed() and not torch.jit.is_tracing()
     )
 
 
@@ -171,9 +191,8 @@ class PackedLinear(_Packed):
     def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 
-    def _run(self, x: Tensor, weight: Tensor) -> Tensor:
-        name, variant = self.activation
-        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, name, [], variant)
+    def _run(self, x: Tensor, weight: Tensor, act: str, variant: str) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, act, [], variant)
 
 
 class PackedConv2d(_Packed):
@@ -190,11 +209,10 @@ class PackedConv2d(_Packed):
     def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_convolution_weight(weight, *self.sizes, x.shape)
 
-    def _run(self, x: Tensor, weight: Tensor) -> Tensor:
-        name, variant = self.activation
+    def _run(self, x: Tensor, weight: Tensor, act: str, variant: str) -> Tensor:
         # Channels last is the layout that these products are fastest in.
         x = x.contiguous(memory_format=torch.channels_last)
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.sizes, name, [], variant)
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.sizes, act, [], variant)
 
 
 def can_be_packed(layer: nn.Module) -> bool:
@@ -203,6 +221,7 @@ def can_be_packed(layer: nn.Module) -> bool:
         type(layer) not in (nn.Linear, nn.Conv2d, DilatedConv)
         or type(layer.weight) is not nn.Parameter
         or layer._forward_pre_hooks
+        or not own_forward(layer)
     ):
         return False
     if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
@@ -215,4 +234,4 @@ def pack(layer: Any, activation: tuple[str, str]) -> None:
     if type(layer) is not nn.Linear:
         layer.sizes = layer.padding, layer.stride, layer.dilation, layer.groups
     layer.__class__ = PackedLinear if type(layer) is nn.Linear else PackedConv2d
-    layer.activation, layer.packed = activation, None
+    layer.activation, layer.packed, layer.packed_from = activation, None, 0

@@ -82,7 +82,7 @@ def _ready(
     model: nn.Module, spec: ModelSpec, device: torch.device, precision: Precision, optimized: bool
 ) -> Classifier:
     model = model.to(device).eval()
-    if not optimized or device.type != "cpu" or precision == "16-mixed":
+    if not optimized or device.type != "cpu" or precision not in ("32-true", "bf16-true"):  # autocast changes no copy
         return Classifier(model, spec, device, precision)
     model = optimize(model, dtype=torch.float32 if precision == "32-true" else torch.bfloat16)
     return Classifier(model, spec, device)
