@@ -365,3 +365,14 @@ def test_wrong_types(make, message):
 
 def test_sizes_of_other_integer_types():
     assert build_routes([ROWS], np.int64(2), torch.tensor(3)) is build_routes((ROWS,), 2, 3)
+
+
+@pytest.mark.parametrize("found", [[0, 1], None, torch.zeros(2), torch.zeros(1, 2, dtype=torch.int64)], ids=str)
+def test_what_a_path_returns_is_checked(found):
+    @dataclass(frozen=True)
+    class Mine(Path):
+        def tokens(self, height, width, device=None):
+            return found
+
+    with pytest.raises(TypeError, match="tokens of .*Mine.* must be an integer tensor of one dimension, got"):
+        build_routes((Mine(),), 1, 2)

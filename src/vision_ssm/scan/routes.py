@@ -441,6 +441,11 @@ def _build(paths: Sequence[Path], height: int, width: int, device: torch.device)
     if type(height) is int and type(width) is int and (height < 1 or width < 1):
         raise ValueError(f"height and width must be at least 1, got {height} and {width}")
     steps = [path.steps(height, width, device) for path in paths]
+    for path, pair in zip(paths, steps, strict=True):
+        for index in pair:
+            if not isinstance(index, Tensor) or index.dim() != 1 or index.is_floating_point():
+                found = f"{tuple(index.shape)} {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
+                raise TypeError(f"tokens of {path!r} must be an integer tensor of one dimension, got {found}")
     if not torch.compiler.is_compiling():
         lengths = [len(read) for read, _ in steps]
         if len(set(lengths)) > 1:
