@@ -145,8 +145,10 @@ class SS2D(nn.Module):
         inner = int(dim * ssm_ratio)
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         for name, value in (("dim", dim), ("d_state", d_state), ("dt_rank", rank), ("dim * ssm_ratio", inner)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if d_conv < 1 or d_conv % 2 == 0:
             raise ValueError(f"d_conv must be odd and at least 1, got {d_conv}")
         if gated and not project_in:
