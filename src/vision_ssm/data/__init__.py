@@ -11,7 +11,6 @@ from vision_ssm.data.datasets import (
     find_images,
     load_digits,
     load_folder,
-    load_splits,
     read_folder,
     shorten,
 )
@@ -19,6 +18,7 @@ from vision_ssm.data.images import open_image, to_rgb
 from vision_ssm.data.outputs import assign_outputs
 from vision_ssm.data.samples import EpochSampler, Samples, TrainingSamples, Transform, find_unreadable
 from vision_ssm.data.seeding import seeded
+from vision_ssm.data.sources import load_splits
 from vision_ssm.data.streams import ImageStream
 from vision_ssm.data.tars import read_tars
 

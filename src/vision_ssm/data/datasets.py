@@ -10,7 +10,6 @@ from PIL import Image
 from vision_ssm.data.images import open_image
 from vision_ssm.data.streams import ImageStream
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import FolderConfig, TimmConfig, TrainConfig
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 _VALIDATION_NAMES = ("val", "valid", "validation", "test")
@@ -106,21 +105,6 @@ class Splits:
 
     train: Images
     val: Images
-
-
-def load_splits(config: TrainConfig) -> Splits:
-    """The images a configuration trains and validates on.
-
-    Raises:
-        InputError: They are missing or cannot be used.
-    """
-    if isinstance(config, FolderConfig):
-        return load_folder(config.data.root, config.data.val, config.data.val_fraction, seed=config.seed)
-    if isinstance(config, TimmConfig):
-        from vision_ssm.data.sources import load_source  # which needs this module
-
-        return load_source(config.data, config.seed)
-    return load_digits()
 
 
 def load_digits() -> Splits:

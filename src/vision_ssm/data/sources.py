@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vision_ssm.data.datasets import Images, LabelledImages, Splits, hold_out, shorten
+from vision_ssm.data.datasets import Images, LabelledImages, Splits, hold_out, load_digits, load_folder, shorten
 from vision_ssm.data.remote import open_shards, open_table
 from vision_ssm.data.shards import read_shards
 from vision_ssm.data.streams import ImageStream
 from vision_ssm.data.tars import read_tars
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import TimmData
+from vision_ssm.recipes import FolderConfig, TimmConfig, TimmData, TrainConfig
 
 _SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation", "test"))
 
@@ -31,6 +31,19 @@ class TableImage:
         """The encoded image."""
         with self.reader[self.index][0] as file:
             return io.BytesIO(file.read())
+
+
+def load_splits(config: TrainConfig) -> Splits:
+    """The images a configuration trains and validates on.
+
+    Raises:
+        InputError: They are missing or cannot be used.
+    """
+    if isinstance(config, FolderConfig):
+        return load_folder(config.data.root, config.data.val, config.data.val_fraction, seed=config.seed)
+    if isinstance(config, TimmConfig):
+        return load_source(config.data, config.seed)
+    return load_digits()
 
 
 def load_source(data: TimmData, seed: int = 0) -> Splits:
