@@ -80,6 +80,8 @@ def test_maps_and_bfloat16(name: str) -> None:
         y = low(image)
         assert y.dtype == torch.bfloat16
         assert_close(y.float(), model(x), 0.1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_close(low(image).float(), model(x).float(), 0.1)
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def scan_map(
         dt_weight=dt_weight.to(dtype),
         dt_bias=dt_bias.to(dtype),
         D=None if D is None else D.to(dtype),
-        float_output=autocast and dt_weight.dtype == dtype,
+        float_output=autocast and (dt_weight if D is None else D).dtype == dtype,
     )
     assert isinstance(y, Tensor)
     return y.reshape(batch, height, width, channels)

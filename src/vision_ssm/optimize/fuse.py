@@ -52,7 +52,7 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module
     if elsewhere:
         raise ValueError(f"the model must be on a CPU, got parameters or buffers on {', '.join(sorted(elsewhere))}")
     copied = copy.deepcopy(model).eval().requires_grad_(False)
-    _fix_scan_parameters(copied)
+    _fix_scan_parameters(copied, dtype)
     for module in list(copied.modules()):
         if isinstance(module, ResidualConv):
             _absorb_residual(module)
@@ -84,18 +84,21 @@ class _Known:
         return self.value
 
 
-def _fix_scan_parameters(model: nn.Module) -> None:
+def _fix_scan_parameters(model: nn.Module, dtype: torch.dtype | None) -> None:
     scanning = (SS2D, SelectiveTokenMixer, QSTokenMixer, SelectiveChannelMixer)
     modules: list[Any] = [module for module in model.modules() if isinstance(module, scanning)]
     for module in modules:
         found = module.scan_parameters()
+        of_model = dtype or module.D.dtype  # D keeps it, and tells by it under autocast which dtype the norms take
         if isinstance(found, dict):
-            module.scan_parameters = _Known({name: _float(value) for name, value in found.items()})
+            fixed = {name: _fixed(value) for name, value in found.items()}
+            module.scan_parameters = _Known(fixed | {"D": fixed["D"].to(of_model)})
         else:
-            module.scan_parameters = _Known(tuple(_float(value) for value in found))
+            A, D, *others = (_fixed(value) for value in found)
+            module.scan_parameters = _Known((A, D.to(of_model), *others))
 
 
-def _float(value: Tensor) -> Tensor:
+def _fixed(value: Tensor) -> Tensor:
     value = value.detach()
     return (value if value.dtype == torch.float64 else value.float()).contiguous()
 
