@@ -225,7 +225,6 @@ def test_shared_activations_and_hooks_of_all_modules_stay() -> None:
         lambda module, _i, y: y + 1 if isinstance(module, nn.ReLU) else y
     )
     try:
-        assert_close(vision_ssm.optimize(conv_norm_act())(x).min(), torch.ones(()), 1.0)
         assert vision_ssm.optimize(conv_norm_act())(x).min() >= 1
     finally:
         handle.remove()
@@ -249,6 +248,8 @@ def test_nan_and_edited_weights_and_forward_mode() -> None:
         x[1, 2] = 0
         optimized[0].weight.mul_(2)
         assert_close(optimized(x), torch.relu(2 * (model[0](x) - model[0].bias) + model[0].bias))
+        optimized[0].weight.data = torch.zeros(64, 64)
+        assert_close(optimized(x), torch.relu(model[0].bias).expand(3, 64))
         with torch.autograd.forward_ad.dual_level():
             y = vision_ssm.optimize(model)(torch.autograd.forward_ad.make_dual(x, x))
             tangent = torch.autograd.forward_ad.unpack_dual(y).tangent

@@ -1,7 +1,7 @@
 """Linear layers and convolutions on oneDNN's fused products, with weights packed for them.
 
 torch has these products for its compiler; they know no gradient. A packed layer keeps its weight, from which the packed
-form can be made again, and stays a subclass of what it replaces, under the same name and in the same place.
+form can be made again, and stands under the same name and in the same place as the layer that it was made of.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class _Packed(Frozen):
     bias: Tensor | None
     activation: tuple[str, str]
     packed: Tensor | None
-    packed_from: int
+    packed_from: tuple[int, int]  # address and version of the weight
     dims: tuple[int, ...]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,12 +130,12 @@ class _Packed(Frozen):
             x = x.to(self.weight.dtype)
         if not _eager(x) or x.numel() == 0 or x.dim() not in self.dims or x.dtype != self.weight.dtype:
             return self._activate(self._plain(x))
-        version = 0 if self.weight.is_inference() else self.weight._version
-        if self.packed is None or version != self.packed_from:
+        source = self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
+        if self.packed is None or source != self.packed_from:
             packed = self._pack(self.weight.detach().contiguous(), x)
             # Padded to whole blocks, a narrow layer's could take more memory than it saves time.
             self.packed = packed if torch.ops.mkldnn._nbytes(packed) <= self.weight.nbytes else self.weight.detach()
-            self.packed_from = version
+            self.packed_from = source
         name, variant = self.activation
         try:
             # oneDNN's own ReLU makes a zero of NaN.
@@ -234,4 +234,4 @@ def pack(layer: Any, activation: tuple[str, str]) -> None:
     if type(layer) is not nn.Linear:
         layer.sizes = layer.padding, layer.stride, layer.dilation, layer.groups
     layer.__class__ = PackedLinear if type(layer) is nn.Linear else PackedConv2d
-    layer.activation, layer.packed, layer.packed_from = activation, None, 0
+    layer.activation, layer.packed, layer.packed_from = activation, None, (0, 0)
