@@ -1,4 +1,4 @@
-"""Small models trained alike on small images: every family beside a ConvNeXt and a ViT of like size; distillation.
+"""Small models trained alike on small images: every family beside a ConvNeXt and a ViT of similar size; distillation.
 
 python benchmarks/cifar.py --data cifar10 --out runs/cifar --csv cifar.csv --picture cifar.png
 
@@ -71,13 +71,13 @@ class Run:
     def command(self, data: Path, out: Path, epochs: int, teacher: Path | None) -> list[str]:
         """What a user would type."""
         timm_name, arguments = PEERS.get(self.model, (self.model, {}))
-        words = ["train", "folder", "--data.root", str(data / "train"), "--data.val", str(data / "test")]
+        words = ["train", "classify", "--data", str(data / "train"), "--val-data", str(data / "test")]
         words += ["--recipe", "small", "--epochs", str(epochs), "--seed", str(self.seed), "--model", timm_name]
         if arguments:
             words += ["--model-args", *(f"{name}={value}".replace(" ", "") for name, value in arguments.items())]
         if self.distilled:
-            words += ["--distill.teacher", str(teacher)]
-        return [*words, "--workers", "0", "--device", "cpu", "--out", str(out / self.name)]
+            words += ["--teacher", str(teacher)]
+        return [*words, "--num-workers", "0", "--device", "cpu", "--out", str(out / self.name)]
 
 
 @dataclass(frozen=True)

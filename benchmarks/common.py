@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vision_ssm.analysis import machine_settings
-from vision_ssm.tasks.files import atomic_write, write_text
+from vision_ssm.engine.files import atomic_write, write_text
 
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -6,7 +6,6 @@ python benchmarks/trainer.py --csv trainer.csv
 from __future__ import annotations
 
 import copy
-import dataclasses
 import statistics
 import sys
 import tempfile
@@ -25,15 +24,15 @@ from rich.console import Console
 from torch import nn
 
 from vision_ssm import recipes
-from vision_ssm.data import LabelledImages, Splits
+from vision_ssm.data import ImageDataset, Splits
 from vision_ssm.data.module import ImageData
-from vision_ssm.tasks.classification import ClassificationTask
-from vision_ssm.tasks.optimisation import make_optimizer
-from vision_ssm.tasks.progress import TrainingProgress
-from vision_ssm.tasks.recorder import RunRecorder
-from vision_ssm.tasks.run_folder import RunFolder
-from vision_ssm.tasks.spec import spec_for
-from vision_ssm.tasks.train import make_trainer, quiet_lightning
+from vision_ssm.engine.fit import make_trainer, quiet_lightning
+from vision_ssm.engine.module import TrainingModule
+from vision_ssm.engine.optimization import make_optimizer
+from vision_ssm.engine.progress import TrainingProgress
+from vision_ssm.engine.recorder import RunRecorder
+from vision_ssm.engine.run_folder import RunFolder
+from vision_ssm.tasks.classification import Classification, ClassifierSpec
 
 CLASSES = 10
 WARM_UP = 2  # steps that are not counted
@@ -44,13 +43,13 @@ class BareSteps(Callback):
 
     Args:
         model: The model of the bare steps.
-        optim: How they are made.
+        config: How they are made.
     """
 
-    def __init__(self, model: nn.Module, optim: recipes.Optimisation) -> None:
-        self.model, self.clip = model, optim.clip_grad
-        self.optimizer = make_optimizer(model, optim)
-        self.loss = nn.CrossEntropyLoss(label_smoothing=optim.label_smoothing)
+    def __init__(self, model: nn.Module, config: recipes.ClassificationConfig) -> None:
+        self.model, self.clip = model, config.clip_grad
+        self.optimizer = make_optimizer(model, config)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.trainer_seconds: list[float] = []
         self.bare_seconds: list[float] = []
         self.since = 0.0
@@ -63,8 +62,7 @@ class BareSteps(Callback):
         """Stop the clock of the trainer while the same batch is trained on barely."""
         begin = time.perf_counter()
         self.trainer_seconds.append(begin - self.since)
-        images, targets = batch
-        loss = self.loss(self.model(images), targets)
+        loss = self.loss(self.model(batch["image"]), batch["label"])
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -75,30 +73,26 @@ class BareSteps(Callback):
 
 def measure(name: str, size: int, batch: int, steps: int, workers: int) -> dict[str, Any]:
     """Train one epoch of photographs in memory, in our trainer and barely."""
-    config = recipes.scratch(Path())
-    augment = dataclasses.replace(config.augment, mixup=0.0, cutmix=0.0)
-    optim = dataclasses.replace(config.optim, ema=None)
-    config = dataclasses.replace(
-        config, model=name, image_size=size, batch_size=batch, epochs=1, augment=augment, optim=optim, drop_path=0.0
-    )
+    changes = dict(mixup=0.0, cutmix=0.0, ema_decay=None, drop_path_rate=0.0)
+    config = recipes.scratch(model=name, img_size=size, batch_size=batch, epochs=1, **changes)
     count = batch * (steps + WARM_UP)
     generator = np.random.default_rng(0)
     pictures = [Image.fromarray(generator.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(count)]
     classes = tuple(map(str, range(CLASSES)))
-    images = LabelledImages(pictures, [i % CLASSES for i in range(count)], classes, list(map(str, range(count))))
-    few = LabelledImages(pictures[:1], [0], classes, ["0"])
-    spec = spec_for(config, classes)
-    transforms = spec.train_transform(augment), spec.eval_transform()
-    data = ImageData(Splits(images, few), *transforms, batch, config.seed, workers)
+    labels = {"label": np.arange(count) % CLASSES}
+    images = ImageDataset(pictures.__getitem__, list(map(str, range(count))), labels, classes)
+    spec = ClassifierSpec.from_config(config, classes)
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=CLASSES)
-    bare = BareSteps(copy.deepcopy(model).train(), optim)
-    task = ClassificationTask(model, CLASSES, augment=augment, optim=optim, epochs=1)
+    task = Classification(model, spec, config)
+    splits = Splits(images, images.subset([0]))
+    data = ImageData(splits, task.train_transform, task.eval_transform, batch, config.seed, workers)
+    bare = BareSteps(copy.deepcopy(model).train(), config)
     with tempfile.TemporaryDirectory() as place, quiet_lightning():
         folder = RunFolder(Path(place))
-        recorder = RunRecorder(folder, spec, threading.Event())
+        recorder = RunRecorder(folder, threading.Event())
         callbacks = [recorder, TrainingProgress(Console(quiet=True), recorder), bare]
-        make_trainer(config, torch.device("cpu"), folder, callbacks).fit(task, data)
+        make_trainer(config, torch.device("cpu"), folder, callbacks).fit(TrainingModule(task, config), data)
     whole, plain = (statistics.median(times[WARM_UP:]) for times in (bare.trainer_seconds, bare.bare_seconds))
     row = dict(model=name, size=size, batch=batch, steps=steps, workers=workers)
     return row | dict(bare_ms=plain * 1e3, trainer_ms=whole * 1e3, overhead=whole / plain - 1)

@@ -2,19 +2,19 @@
 
 import signal
 
-import vision_ssm.tasks.train as training
-from vision_ssm.recipes import Optimisation
-from vision_ssm.tasks.recorder import RunRecorder
+import vision_ssm.engine.fit as engine
+from vision_ssm.engine.recorder import RunRecorder
 
 # Of a run's configuration: a small model that torch computes alone.
 SHORT = dict(
     model="test_convnext",
-    image_size=32,
+    img_size=32,
     epochs=2,
     batch_size=4,
-    workers=0,
+    num_workers=0,
     device="cpu",
-    optim=Optimisation(lr=3e-3, warmup_epochs=0),
+    lr=3e-3,
+    warmup_epochs=0,
 )
 
 # Of Lightning's trainer, without a file or a word.
@@ -36,4 +36,4 @@ def interrupt(monkeypatch, epoch, batch):
                 signal.raise_signal(signal.SIGINT)
             super().on_train_batch_end(trainer, pl_module, outputs, batch_, batch_idx)
 
-    monkeypatch.setattr(training, "RunRecorder", Interrupted)
+    monkeypatch.setattr(engine, "RunRecorder", Interrupted)

@@ -5,9 +5,10 @@ Importing the package registers its models with timm, so that
 """
 
 import sys
+from typing import Any
 
 # Registering imports torch and timm, which takes seconds. The program `vision-ssm` leaves it to what needs a model
-# (`vision_ssm.tasks.spec`, `vision_ssm.models.registry`), so that help, recipes and mistyped options take none.
+# (`vision_ssm.models.create`, `vision_ssm.models.registry`), so that help, recipes and mistyped options take none.
 if "vision_ssm_program" not in sys.modules:
     from vision_ssm import models
     from vision_ssm.optimize import optimize
@@ -15,4 +16,12 @@ if "vision_ssm_program" not in sys.modules:
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["__version__", "models", "optimize", "warmup"]
+__all__ = ["__version__", "load", "models", "optimize", "warmup"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":  # needs torchvision, which the models alone do not
+        from vision_ssm.tasks import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

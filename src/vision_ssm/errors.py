@@ -1,4 +1,4 @@
-class InputError(ValueError):
+class InputError(Exception):
     """What the user gave cannot be used.
 
     The message is one line that names the file or option and says what would work; the command line prints it
@@ -9,7 +9,3 @@ class InputError(ValueError):
     def line(self) -> str:
         """The message on one line, without the traceback a data-loader worker wraps around it."""
         return " ".join(str(self).rsplit("InputError: ", 1)[-1].split())
-
-
-class ProcessLostError(InputError):
-    """Another process of the run has ended, and has said why."""

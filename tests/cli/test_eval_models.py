@@ -59,7 +59,7 @@ def test_wordnet_folders_are_imagenets_outputs_under_the_models_own_crop(model, 
     assert [i for i, row in enumerate(values["per_class"]) if row["images"]] == [3, 7, 990]
     assert values["images_per_second"] > 0
     assert "published_top1" not in values
-    assert f"997 of 1000 classes have no images here; the figures leave them out and are for {SYNSETS[3]}" in err
+    assert f"997 of 1000 classes have no images here; the metrics leave them out and are for {SYNSETS[3]}" in err
 
 
 def test_a_file_of_ten_classes_with_numbered_folders(tmp_path, capsys):

@@ -46,19 +46,19 @@ class Listing(lightning.LightningModule):
             file.writelines(f"{number:.0f}\n" for number in images.flatten().tolist())
 
     def training_step(self, batch, batch_idx):
-        self.note(f"train-{self.current_epoch}", batch[0])
-        return self.layer(batch[0]).mean()
+        self.note(f"train-{self.current_epoch}", batch["image"])
+        return self.layer(batch["image"]).mean()
 
     def validation_step(self, batch, batch_idx):
-        self.note(f"val-{self.current_epoch}", batch[0])
+        self.note(f"val-{self.current_epoch}", batch["image"])
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
 class Number:
-    def __call__(self, image):
-        return torch.tensor([float(number_of(image))])
+    def __call__(self, sample):
+        return {**sample, "image": torch.tensor([float(number_of(sample["image"]))])}
 
 
 def fit_in_two_processes(data, folder):

@@ -8,16 +8,18 @@ import torch
 from vision_ssm.data import EpochSampler, TrainingSamples, load_digits, seeded
 from vision_ssm.data.module import ImageData
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Augmentation, digits
-from vision_ssm.tasks.spec import spec_for
+from vision_ssm.recipes import digits
+from vision_ssm.recipes.config import AugmentConfig
+from vision_ssm.tasks.classification import ClassifierSpec, OnImage
 
 SPLITS = load_digits()
-SPEC = spec_for(digits(), SPLITS.train.classes)
+SPEC = ClassifierSpec.from_config(digits(), SPLITS.train.classes)
 
 
 def module(batch_size=64, workers=0):
-    augment = Augmentation(auto_augment="rand-m9-mstd0.5", erase=0.5)
-    return ImageData(SPLITS, SPEC.train_transform(augment), SPEC.eval_transform(), batch_size, 0, workers)
+    augment = AugmentConfig(auto_augment="rand-m9-mstd0.5", random_erase=0.5)
+    transforms = OnImage(SPEC.train_transform(augment)), OnImage(SPEC.eval_transform())
+    return ImageData(SPLITS, *transforms, batch_size, 0, workers)
 
 
 def test_seeded_draws_depend_on_the_key_alone_and_leave_no_trace():
@@ -37,14 +39,15 @@ def test_seeded_draws_depend_on_the_key_alone_and_leave_no_trace():
 
 
 def test_order_is_a_function_of_the_epoch_and_can_start_inside():
-    sampler = EpochSampler(10, seed=3)
+    ten = SPLITS.val.subset(range(10))
+    sampler = EpochSampler(ten, seed=3)
     orders = []
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
     assert sorted(index for _, index in orders[0]) == list(range(10))
     assert [i for _, i in orders[0]] != [i for _, i in orders[1]]
-    resumed = EpochSampler(10, seed=3, epoch=1, start=4)
+    resumed = EpochSampler(ten, seed=3, epoch=1, start=4)
     assert list(resumed) == orders[1][4:]
     resumed.set_epoch(0)
     assert list(resumed) == orders[0]
@@ -72,14 +75,16 @@ def test_augmentation_does_not_depend_on_workers():
         return [next(batches) for _ in range(3)]
 
     for alone, spread in zip(first_batches(0), first_batches(2), strict=True):
-        assert torch.equal(alone[0], spread[0])
-        assert torch.equal(alone[1], spread[1])
+        assert torch.equal(alone["image"], spread["image"])
+        assert torch.equal(alone["label"], spread["label"])
+        assert alone["id"] == spread["id"]
 
 
 def test_augmentation_changes_with_the_epoch():
-    data = TrainingSamples(SPLITS.train, SPEC.train_transform(Augmentation()), seed=0)
-    assert torch.equal(data[0, 5][0], data[0, 5][0])
-    assert not torch.equal(data[0, 5][0], data[1, 5][0])
+    data = TrainingSamples(SPLITS.train, OnImage(SPEC.train_transform(AugmentConfig())), seed=0)
+    first, again, later = (sample["image"] for sample in data.__getitems__([(0, 5), (0, 5), (1, 5)]))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, later)
 
 
 def test_batch_larger_than_the_data():

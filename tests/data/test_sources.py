@@ -10,17 +10,18 @@ import safetensors.torch
 import torch
 from pictures import CLASSES, Number, fit_in_two_processes, number_of, picture, write_tar
 
-import vision_ssm.tasks.train as training
+import vision_ssm.engine.fit as engine
 from short_runs import SHORT, interrupt
 from vision_ssm.cli import main
-from vision_ssm.data import Splits, load_splits
+from vision_ssm.data import ImageDataset, Splits, load_splits
 from vision_ssm.data.module import ImageData
-from vision_ssm.data.shards import expand_braces
-from vision_ssm.data.sources import load_source
+from vision_ssm.data.sources import expand_braces
+from vision_ssm.engine.recorder import RunRecorder, Stopped
+from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Augmentation, TimmConfig, TimmData
-from vision_ssm.tasks.recorder import RunRecorder, Stopped
-from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.recipes import small
+from vision_ssm.recipes.config import DataConfig
+from vision_ssm.tasks import train
 
 
 def class_folders(start, each):
@@ -30,14 +31,14 @@ def class_folders(start, each):
 def one_tar_per_split(root):
     write_tar(root / "train.tar", class_folders(0, 4))
     write_tar(root / "val.tar", class_folders(100, 2))
-    return TimmData(root=root)
+    return dict(data=str(root))
 
 
 def one_tar_per_class(root):
     for split, start, each in (("training", 0, 4), ("validation", 100, 2)):
         for k, c in enumerate(CLASSES):
             write_tar(root / split / f"{c}.tar", {f"{i}.png": picture(start + each * k + i) for i in range(each)})
-    return TimmData(root=root)
+    return dict(data=str(root))
 
 
 def tar_of_tars(root):
@@ -48,7 +49,7 @@ def tar_of_tars(root):
             parts[f"{c}.tar"] = inner.read_bytes()
             inner.unlink()
         write_tar(root / f"{split}.tar", parts)
-    return TimmData(root=root)
+    return dict(data=str(root))
 
 
 def shards(root):
@@ -65,7 +66,7 @@ def shards(root):
     names.write_text("\n".join(CLASSES) + "\n")
     splits = {"validation": {"filenames": ["val-00.tar"], "shard_lengths": [6], "num_samples": 6}}
     (root / "_info.json").write_text(json.dumps({"splits": splits}))
-    return TimmData(dataset="wds/", root=root, train_split="train-{00..02}.tar|12", classes=names)
+    return dict(data=str(root), train_split="train-{00..02}.tar", class_map=names)
 
 
 def table(root):
@@ -77,82 +78,95 @@ def table(root):
         made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
         (root / "table").mkdir(exist_ok=True, parents=True)
         made.to_parquet(root / "table" / f"{split}.parquet")
-    return TimmData(dataset=f"hfds/{root / 'table'}", root=root / "cache")
+    return dict(data=f"hfds/{root / 'table'}", cache_dir=root / "cache")
 
 
 SOURCES = [one_tar_per_split, one_tar_per_class, tar_of_tars, shards, table]
 every_source = pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
 
 
-def config_for(data):
-    return TimmConfig(data=data, augment=Augmentation(hflip=0.5), **SHORT)
+def load(values):
+    return load_splits(DataConfig(**values))
+
+
+def config_for(values):
+    return small(**SHORT, **values)
 
 
 @every_source
 def test_every_image_with_its_class(make, tmp_path):
-    splits = load_source(make(tmp_path))
+    splits = load(make(tmp_path))
     assert splits.train.classes == splits.val.classes == CLASSES
     for images, start, each in ((splits.train, 0, 4), (splits.val, 100, 2)):
-        found = {number_of(images.load(i)): images.targets[i] for i in range(len(images))}
+        samples = [images.sample(i) for i in range(len(images))]
+        found = {number_of(sample["image"]): sample["label"] for sample in samples}
         assert found == {start + each * k + i: k for k in range(3) for i in range(each)}
-        assert len(set(images.names)) == len(images)
-    assert load_source(make(tmp_path / "again")).train.fingerprint() == splits.train.fingerprint()
+        assert len({sample["id"] for sample in samples}) == len(images)
+    assert load(make(tmp_path / "again")).train.fingerprint == splits.train.fingerprint
 
 
 @every_source
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_image_twice_and_none_lost(make, workers, tmp_path):
-    splits = load_source(make(tmp_path))
+    splits = load(make(tmp_path))
 
-    def as_tensor(image):
-        return torch.tensor([number_of(image)])
-
-    data = ImageData(splits, as_tensor, as_tensor, 4, 0, workers)
-    seen = [n for images, *_ in data.train_dataloader() for n in images.flatten().tolist()]
+    data = ImageData(splits, Number(), Number(), 4, 0, workers)
+    seen = [n for batch in data.train_dataloader() for n in batch["image"].flatten().tolist()]
     assert sorted(seen) == list(range(12))
     assert seen != sorted(seen)
-    assert [n for images, _ in data.val_dataloader() for n in images.flatten().tolist()] == [*range(100, 106)]
+    assert [n for batch in data.val_dataloader() for n in batch["image"].flatten().tolist()] == [*range(100, 106)]
 
 
 @pytest.mark.parametrize("make", [one_tar_per_class, shards, table], ids=lambda make: make.__name__)
 def test_stopped_and_resumed_run_is_bit_identical(make, tmp_path, monkeypatch):
     config = config_for(make(tmp_path / "data"))
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
-    training.train(config, whole)
+    train(config, whole)
 
     interrupt(monkeypatch, 1, 0)
     with pytest.raises(Stopped):
-        training.train(config, parts)
-    monkeypatch.setattr(training, "RunRecorder", RunRecorder)
-    training.train(dataclasses.replace(config, workers=2), parts, resume=True)
+        train(config, parts)
+    monkeypatch.setattr(engine, "RunRecorder", RunRecorder)
+    train(dataclasses.replace(config, num_workers=2), parts, resume=True)
     one, other = (safetensors.torch.load_file(f.last) for f in (whole, parts))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @every_source
 def test_held_out_share(make, tmp_path):
-    data = dataclasses.replace(make(tmp_path), val_split="none", val_fraction=0.25)
-    splits = load_splits(config_for(data))
+    splits = load({**make(tmp_path), "val_fraction": 0.25})
     assert (splits.train.counts(), splits.val.counts()) == ([3, 3, 3], [1, 1, 1])
-    assert not set(splits.train.names) & set(splits.val.names)
+    train_ids, val_ids = ({images.id(i) for i in range(len(images))} for images in (splits.train, splits.val))
+    assert not train_ids & val_ids
 
 
 def test_unreadable_members_are_named_and_replaced(tmp_path):
     data = one_tar_per_split(tmp_path)
     write_tar(tmp_path / "train.tar", class_folders(0, 4) | {"oak/2.png": b"no picture"})
     folder = RunFolder(tmp_path / "run")
-    training.train(config_for(data), folder)
+    train(config_for(data), folder)
     assert folder.unreadable.read_text().startswith("oak/2.png\tcannot read image oak/2.png: ")
 
 
 def test_command_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
     data = one_tar_per_split(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    words = ["--model", "test_convnext", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
-    words += ["--data.root", "data", "--epochs", "1", "--out", "run"]
-    assert main(["train", "timm", *words]) == 0
+    words = [
+        "--model",
+        "test_convnext",
+        "--img-size",
+        "32",
+        "--batch-size",
+        "4",
+        "--num-workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    words += ["--data", "data", "--epochs", "1", "--out", "run"]
+    assert main(["train", "classify", *words]) == 0
     assert "12 training and 6 validation images in 3 classes" in capsys.readouterr().out
-    monkeypatch.chdir(data.root)
+    monkeypatch.chdir(data["data"])
     assert main(["eval", "../run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 6
     assert main(["eval", "../run", "--data", "train.tar", "--json"]) == 0
@@ -163,27 +177,26 @@ def test_command_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
-        pytest.param(None, {}, "give --data.root", id="nowhere"),
+        pytest.param(None, {}, "give --data PATH", id="nowhere"),
+        pytest.param(None, {"data": "nothing"}, "no such file or folder: nothing", id="no-folder"),
+        pytest.param(one_tar_per_split, {"val_split": "check"}, "has no split check", id="no-split"),
+        pytest.param(shards, {"class_map": None}, "give --num-classes or --class-map", id="unnamed-classes"),
         pytest.param(
-            one_tar_per_split, {"dataset": "tfds/mnist"}, "must be hfds/NAME, hfids/NAME, wds/ or empty", id="unknown"
+            shards, {"class_map": None, "num_classes": 2}, "has label 2, but there are 2 classes", id="too-few-classes"
         ),
-        pytest.param(one_tar_per_split, {"val_split": "check"}, "neither check.tar nor a folder check", id="no-split"),
-        pytest.param(one_tar_per_split, {"val_fraction": 2.0}, "between 0 and 1", id="bad-fraction"),
-        pytest.param(shards, {"classes": None}, "--data.classes", id="unnamed-classes"),
-        pytest.param(shards, {"classes": 2}, "is of class 2, and there are 2", id="too-few-classes"),
-        pytest.param(shards, {"train_split": "train-{00..04}.tar"}, "lacks train-03.tar, train-04.tar", id="shards"),
-        pytest.param(shards, {"train_split": "train"}, "names no split train", id="no-split-of-shards"),
+        pytest.param(shards, {"train_split": "train-{00..04}.tar"}, "train-03.tar, ", id="shards"),
+        pytest.param(shards, {"train_split": "trian"}, "has no split trian", id="no-split-of-shards"),
         pytest.param(shards, {"target_key": "label"}, "has no .json", id="no-json"),
         pytest.param(table, {"train_split": "trian"}, "trian", id="no-split-of-a-table"),
-        pytest.param(table, {"input_key": "img"}, "no column img; --data.input-key takes image, label", id="no-column"),
-        pytest.param(table, {"dataset": "hfds/./nowhere"}, "cannot read train of hfds/./nowhere", id="no-table"),
+        pytest.param(table, {"input_key": "img"}, "no column img; --input-key takes image, label", id="no-column"),
+        pytest.param(table, {"data": "hfds/./nowhere"}, "cannot read train of hfds/./nowhere", id="no-table"),
     ],
 )
 def test_bad_sources_get_one_line(make, changes, message, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    data = make(tmp_path) if make else TimmData()
+    data = make(tmp_path) if make else {}
     with pytest.raises(InputError) as caught:
-        load_source(dataclasses.replace(data, **changes))
+        load(data | changes)
     assert message in caught.value.line
 
 
@@ -200,14 +213,34 @@ def test_damaged_tars(damage, tmp_path):
         parts = {"truncated-header": whole[:1500], "truncated-content": whole[:1700], "bad-header": half}
         path.write_bytes(parts.get(damage, b"hello" * 200))
     with pytest.raises(InputError, match="uncompressed tar file"):
-        load_source(data)
+        load(data)
 
 
 def test_missing_library(tmp_path, monkeypatch):
     data = table(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'vision-ssm\[data\]'"):
-        load_source(data)
+        load(data)
+
+
+@pytest.mark.parametrize("pattern", [True, False], ids=["pattern", "by-their-names"])
+def test_shards_are_found(pattern, tmp_path):
+    values = shards(tmp_path)
+    (tmp_path / "_info.json").unlink()
+    if pattern:
+        changes = dict(
+            data=str(tmp_path / "train-{00..02}.tar"), val_data=str(tmp_path / "val-00.tar"), train_split=None
+        )
+    else:
+        changes = dict(train_split=None)
+    splits = load(values | changes)
+    assert isinstance(splits.train, ImageDataset)
+    assert (len(splits.train), len(splits.val)) == (12, 6)
+
+
+def test_a_format_can_be_forced(tmp_path):
+    with pytest.raises(InputError, match=r"train\.tar is not a folder"):
+        load({**one_tar_per_split(tmp_path), "data_format": "folder"})
 
 
 def test_braces():
@@ -216,7 +249,7 @@ def test_braces():
 
 
 def test_two_processes_see_every_image_once(tmp_path):
-    splits = load_source(one_tar_per_split(tmp_path))
+    splits = load(one_tar_per_split(tmp_path))
     splits = Splits(splits.train, splits.val.subset(range(5)))  # an odd number, which must not be padded
     data = ImageData(splits, Number(), Number(), 2, 0, 0)
     fit_in_two_processes(data, tmp_path)

@@ -16,17 +16,18 @@ import torch
 from pictures import CLASSES, Number, fit_in_two_processes, number_of, picture, write_tar
 from rich.console import Console
 
-import vision_ssm.tasks.train as training
+import vision_ssm.engine.fit as engine
 from short_runs import SHORT, interrupt
 from vision_ssm.cli import main
-from vision_ssm.data import ImageStream, remote
+from vision_ssm.data import ImageStream, load_splits, shards
 from vision_ssm.data.module import ImageData
-from vision_ssm.data.sources import load_source
 from vision_ssm.data.streams import read_ahead, share
+from vision_ssm.engine.recorder import RunRecorder, Stopped
+from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Augmentation, TimmConfig, TimmData
-from vision_ssm.tasks.recorder import RunRecorder, Stopped
-from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.recipes import small
+from vision_ssm.recipes.config import DataConfig
+from vision_ssm.tasks import train
 
 TRAIN = ((0, 5), (5, 9), (9, 12), (12, 13), (13, 19))  # 19 pictures in 5 uneven shards
 VAL = ((100, 105),)
@@ -80,8 +81,8 @@ def urls(tmp_path, server):
         names = tmp_path / "names.txt"
         names.write_text("\n".join(CLASSES))
         place, last = f"http://127.0.0.1:{server.server_port}", len(train) - 1
-        splits = dict(train_split=f"{place}/train-{{0..{last}}}.tar|19", val_split=f"{place}/val-0.tar")
-        return TimmData(dataset="wds/", classes=names, shuffle=4, **splits)
+        splits = dict(data=f"{place}/train-{{0..{last}}}.tar", val_data=f"{place}/val-0.tar")
+        return DataConfig(class_map=names, train_num_samples=19, shuffle_buffer=4, **splits)
 
     return make
 
@@ -100,7 +101,7 @@ def table(tmp_path):
                 columns = {"image": images, "label": [n % 3 for n in range(*numbers)]}
                 made = datasets.Dataset.from_dict(columns, features=features)
                 made.to_parquet(root / f"{split}-{s:05}-of-{len(parts):05}.parquet")
-        return TimmData(dataset=f"hfids/{root}", root=tmp_path / "cache", samples=19, shuffle=4)
+        return DataConfig(data=f"hfids/{root}", cache_dir=tmp_path / "cache", train_num_samples=19, shuffle_buffer=4)
 
     return make
 
@@ -130,23 +131,23 @@ def stream(parts=TRAIN, buffer=4):
 
 
 def names(images, count=None):
-    return [int(image.name) for image in itertools.islice(images, count)]
+    return [int(image.id) for image in itertools.islice(images, count)]
 
 
 def config_for(data):
-    return TimmConfig(data=data, augment=Augmentation(hflip=0.5), **SHORT)
+    return small(**dataclasses.asdict(data) | SHORT)
 
 
 def test_every_image_with_its_class(make):
-    splits = load_source(make())
+    splits = load_splits(make())
     assert splits.train.classes == splits.val.classes == CLASSES
     assert len(splits.train) == 19
     for images, numbers in ((splits.train, range(19)), (splits.val, range(100, 105))):
         found = list(images.in_order())
-        assert [number_of(image.load()) for image in found] == list(numbers)
-        assert [image.target for image in found] == [n % 3 for n in numbers]
-        assert len({image.name for image in found}) == len(found)
-    assert [number_of(image) for image in splits.val.pick([3, 0, 3])] == [103, 100, 103]
+        assert [number_of(images.sample(key)["image"]) for key in found] == list(numbers)
+        assert [key.label for key in found] == [n % 3 for n in numbers]
+        assert len({key.id for key in found}) == len(found)
+    assert [number_of(sample["image"]) for sample in splits.val.pick([3, 0, 3])] == [103, 100, 103]
 
 
 @pytest.mark.parametrize("world", [1, 2, 5, 7, 30])
@@ -159,21 +160,21 @@ def test_processes_share_every_image_once(world):
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    orders = [names(stream().training_images(seed, epoch), 19) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    orders = [names(stream().order(seed, epoch, 0, 19)) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
     assert orders[0] == orders[1]
     assert len({tuple(order) for order in orders}) == 3
     for order in orders:
         assert sorted(order) == list(range(19))
         places = [next(i for i, (first, last) in enumerate(TRAIN) if first <= n < last) for n in order]
         assert len(list(itertools.groupby(places))) == 5  # shard after shard
-    straight = names(stream(buffer=1).training_images(0, 0), 19)
+    straight = names(stream(buffer=1).order(0, 0, 0, 19))
     assert straight != orders[0]
     assert all(b == a + 1 for a, b in itertools.pairwise(straight) if b not in {first for first, _ in TRAIN})
 
 
 def test_process_that_runs_out_begins_again():
     images = stream()
-    parts = [names(images.training_images(0, 3, rank=rank, world=2), 30) for rank in (0, 1)]
+    parts = [names(images.order(0, 3, 0, 30, rank, 2)) for rank in (0, 1)]
     own = [set(part) for part in parts]
     assert own[0] | own[1] == set(range(19))
     assert not own[0] & own[1]
@@ -186,27 +187,24 @@ def test_process_that_runs_out_begins_again():
 @pytest.mark.parametrize("known", [False, True], ids=["unread", "read-before"])
 def test_resumes_at_the_exact_image(world, known):
     parts = TRAIN if world < 5 else TRAIN[:2]
-    whole = names(stream(parts).training_images(0, 1, rank=world - 1, world=world), 25)
+    whole = names(stream(parts).order(0, 1, 0, 25, world - 1, world))
     for used in range(25):
         images = stream(parts)
         if known:
             list(images.in_order())
         for shard in images.shards:
             shard.reads = 0
-        assert names(images.training_images(0, 1, used, world - 1, world), 25 - used) == whole[used:]
-    if known and world == 1:
-        name, left_out = images.resume_point(0, 1, 18)
-        assert name == f"shard {next(i for i, (first, last) in enumerate(TRAIN) if first <= whole[18] < last)}"
-        assert left_out == 18 - min(i for i, n in enumerate(whole) if n in images.shards[int(name[-1])].numbers)
+        assert names(images.order(0, 1, used, 25, world - 1, world)) == whole[used:]
+    if known and world == 1:  # shards of known length are not read to skip them
         for shard in images.shards:
             shard.reads = 0
-        names(images.training_images(0, 1, 18), 1)
+        names(images.order(0, 1, 18, 19))
         assert sum(shard.reads for shard in images.shards) == 1
 
 
 def test_process_without_an_image_is_refused():
     with pytest.raises(InputError, match="holds no images for one of the processes"):
-        names(stream(parts=((0, 1),)).training_images(0, 0, rank=1, world=2))
+        names(stream(parts=((0, 1),)).order(0, 0, 0, 1, 1, 2))
     with pytest.raises(InputError, match="no images in shard 0"):
         list(stream(parts=((0, 0),)).in_order())
 
@@ -232,9 +230,9 @@ def test_reading_ahead_ends_with_its_reader_and_passes_errors_on():
 
 
 def batches(data, workers, epoch=0):
-    loader = ImageData(load_source(data), Number(), Number(), 4, 0, workers).train_dataloader()
+    loader = ImageData(load_splits(data), Number(), Number(), 4, 0, workers).train_dataloader()
     loader.sampler.set_epoch(epoch)
-    return [(images.flatten().tolist(), targets.tolist(), unreadable) for images, targets, unreadable in loader]
+    return [(b["image"].flatten().tolist(), b["label"].tolist(), b["unreadable"]) for b in loader]
 
 
 def test_workers_change_nothing(make):
@@ -250,7 +248,7 @@ def test_workers_change_nothing(make):
 
 
 def test_two_processes_see_every_image_once(make, tmp_path):
-    data = ImageData(load_source(make()), Number(), Number(), 2, 0, 1)
+    data = ImageData(load_splits(make()), Number(), Number(), 2, 0, 1)
     fit_in_two_processes(data, tmp_path)
     for epoch in (0, 1):
         read = {(k, r): (tmp_path / f"{k}-{epoch}-{r}").read_text().split() for k in ("train", "val") for r in (0, 1)}
@@ -263,24 +261,19 @@ def test_two_processes_see_every_image_once(make, tmp_path):
 def test_stopped_and_resumed_run_is_bit_identical(source, workers, request, tmp_path, monkeypatch):
     config = config_for(request.getfixturevalue(source)())
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
-    result = training.train(config, whole)
-    assert len(result.targets) == 5
+    result = train(config, whole)
+    assert len(result.records) == 5
     interrupt(monkeypatch, 0, 1)
     with pytest.raises(Stopped):
-        training.train(dataclasses.replace(config, workers=workers), parts)
+        train(dataclasses.replace(config, num_workers=workers), parts)
     interrupt(monkeypatch, 0, 3)  # the end of an epoch
-    shown = [Console(record=True, width=400, file=io.StringIO()) for _ in range(3)]
     with pytest.raises(Stopped):
-        training.train(config, parts, resume=True, console=shown[0])
+        train(config, parts, resume=True)
     interrupt(monkeypatch, 1, 2)
     with pytest.raises(Stopped):
-        training.train(config, parts, resume=True, console=shown[1])
-    monkeypatch.setattr(training, "RunRecorder", RunRecorder)
-    training.train(dataclasses.replace(config, workers=2 - workers), parts, resume=True, console=shown[2])
-    notes = [[line for line in each.export_text().splitlines() if "resumed inside epoch" in line] for each in shown]
-    assert [len(note) for note in notes] == [1, 0, 1]
-    assert "resumed inside epoch 2: reading begins with " in notes[2][0]
-    assert "images were used before and are left out" in notes[2][0]
+        train(config, parts, resume=True)
+    monkeypatch.setattr(engine, "RunRecorder", RunRecorder)
+    train(dataclasses.replace(config, num_workers=2 - workers), parts, resume=True)
     one, other = (safetensors.torch.load_file(f.last) for f in (whole, parts))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -288,13 +281,11 @@ def test_stopped_and_resumed_run_is_bit_identical(source, workers, request, tmp_
 def test_unreadable_images_are_named_counted_and_limited(make, tmp_path):
     config = config_for(make(broken=(7, 15)))
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(
-        InputError, match=r"2 of 19 training images cannot be read, --data.max-unreadable 0.01 allows 1"
-    ):
-        training.train(config, folder)
+    with pytest.raises(InputError, match=r"2 of 19 training images cannot be read, --max-unreadable 0.01 allows 1"):
+        train(config, folder)
     console = Console(record=True, width=400, file=io.StringIO())
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_unreadable=0.2))
-    training.train(config, folder, overwrite=True, console=console)
+    config = dataclasses.replace(config, max_unreadable=0.2)
+    train(config, folder, overwrite=True, console=console)
     assert len(folder.unreadable.read_text().splitlines()) == 2
     shown = console.export_text()
     assert shown.count("another image takes its place") == 2
@@ -304,25 +295,36 @@ def test_unreadable_images_are_named_counted_and_limited(make, tmp_path):
 
 
 def test_unreadable_validation_images_are_refused(make, tmp_path):
-    with pytest.raises(InputError, match="mend or remove"):
-        training.train(config_for(make(broken=(102,))), RunFolder(tmp_path / "run"))
+    with pytest.raises(InputError, match="repair or remove"):
+        train(config_for(make(broken=(102,))), RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_batch_without_a_readable_image_stops_the_run(make, tmp_path):
-    with pytest.raises(InputError, match="no image of a whole batch can be read; the first one: cannot read image"):
-        training.train(config_for(make(broken=range(19))), RunFolder(tmp_path / "run"))
+    with pytest.raises(InputError, match="hardly any training image can be read; the first one: cannot read image"):
+        train(config_for(make(broken=range(19))), RunFolder(tmp_path / "run"))
 
 
 def test_command_trains_resumes_and_is_evaluated(table, tmp_path, monkeypatch, capsys):
     table()
     monkeypatch.chdir(tmp_path)
-    words = ["--model", "test_convnext", "--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
-    words += ["--data.dataset", "hfids/table", "--data.root", "cache", "--data.samples", "19", "--epochs", "1"]
-    assert main(["train", "timm", *words, "--out", "run"]) == 0
+    words = [
+        "--model",
+        "test_convnext",
+        "--img-size",
+        "32",
+        "--batch-size",
+        "4",
+        "--num-workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    words += ["--data", "hfids/table", "--cache-dir", "cache", "--train-num-samples", "19", "--epochs", "1"]
+    assert main(["train", "classify", *words, "--out", "run"]) == 0
     monkeypatch.chdir(tmp_path / "table")
     capsys.readouterr()
-    assert main(["eval", "../run", "--json", "--pictures", "../pictures"]) == 0
+    assert main(["eval", "../run", "--json", "--plots", "../pictures"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 5
     assert main(["train", "--resume", "../run"]) == 0
 
@@ -333,26 +335,26 @@ def test_folders_of_images_stream_too(tmp_path):
         for n in numbers:
             (tmp_path / split / CLASSES[n % 3]).mkdir(parents=True, exist_ok=True)
             (tmp_path / split / CLASSES[n % 3] / f"{n}.png").write_bytes(picture(n))
-    splits = load_source(TimmData(dataset=f"hfids/{tmp_path}", root=tmp_path / "cache", samples=6))
+    splits = load_splits(DataConfig(data=f"hfids/{tmp_path}", cache_dir=tmp_path / "cache", train_num_samples=6))
     assert splits.train.classes == CLASSES
-    assert sorted((number_of(image.load()), image.target) for image in splits.train.in_order()) == [
+    assert sorted((number_of(s["image"]), s["label"]) for s in map(splits.train.sample, splits.train.in_order())) == [
         (n, n % 3) for n in range(6)
     ]
 
 
 def test_class_names_of_a_file_are_found_by_name(table, tmp_path):
     (tmp_path / "other.txt").write_text("fir\nyew\noak\nash\n")
-    data = dataclasses.replace(table(), classes=tmp_path / "other.txt")
-    assert [image.target for image in load_source(data).val.in_order()] == [3 - n % 3 for n in range(100, 105)]
+    data = dataclasses.replace(table(), class_map=tmp_path / "other.txt")
+    assert [key.label for key in load_splits(data).val.in_order()] == [3 - n % 3 for n in range(100, 105)]
 
 
 def test_lost_connection_is_taken_up_again(urls, server, monkeypatch):
-    monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(shards, "_WAITS", (0.0, 0.0))
     data = urls()
     size = (len(picture(0)) // 512 + 4) * 512
     server.cut["val-0.tar"] = [3 * 512, 5 * size]
-    splits = load_source(data)
-    assert [number_of(image.load()) for image in splits.val.in_order()] == list(range(100, 105))
+    splits = load_splits(data)
+    assert [number_of(splits.val.sample(key)["image"]) for key in splits.val.in_order()] == list(range(100, 105))
     assert server.cut["val-0.tar"] == []
     server.cut["val-0.tar"] = [700, 0, 1024]
     with pytest.raises(InputError, match=r"cannot read http.*/val-0.tar: the connection was lost"):
@@ -374,61 +376,54 @@ def test_damaged_shards(damage, urls, tmp_path):
         path.write_bytes({"cut": whole[:2048], "header": header, "text": b"hello" * 500}[damage])
     message = "404" if damage == "missing" else "as an uncompressed tar file"
     with pytest.raises(InputError, match=message):
-        list(load_source(data).val.in_order())
+        list(load_splits(data).val.in_order())
 
 
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        pytest.param("table", {"samples": None}, "how many images it holds; give their number, --data.samples", id="n"),
+        pytest.param("table", {"train_num_samples": None}, "give it with --train-num-samples", id="n"),
         pytest.param("table", {"val_fraction": 0.1}, "no share of a stream can be held out", id="fraction"),
         pytest.param("table", {"train_split": "trian"}, "Bad split: trian", id="split"),
-        pytest.param("table", {"input_key": "img"}, "no column img; --data.input-key takes image, label", id="column"),
-        pytest.param("table", {"dataset": "hfids/./nowhere"}, "cannot read train of hfids/./nowhere", id="nowhere"),
-        pytest.param("table", {"dataset": "", "root": None}, "give --data.root", id="no-stream"),
-        pytest.param("urls", {"classes": None}, "--data.classes", id="unnamed-classes"),
-        pytest.param("urls", {"train_split": "http://x/{0..1}.tar|many"}, "not many", id="no-number"),
-        pytest.param("urls", {"train_split": "http://x/{0..1}.tar"}, "--data.samples", id="no-number-of-shards"),
+        pytest.param("table", {"input_key": "img"}, "no column img; --input-key takes image, label", id="column"),
+        pytest.param("table", {"data": "hfids/./nowhere"}, "cannot read train of hfids/./nowhere", id="nowhere"),
+        pytest.param("urls", {"class_map": None}, "give --num-classes or --class-map", id="unnamed-classes"),
+        pytest.param("urls", {"train_num_samples": None}, "--train-num-samples", id="no-number-of-shards"),
     ],
 )
 def test_bad_streams_get_one_line(source, changes, message, request, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     data = dataclasses.replace(request.getfixturevalue(source)(), **changes)
     with pytest.raises(InputError) as caught:
-        load_source(data)
+        load_splits(data)
     assert message in caught.value.line
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"classes": 2}, "is of class 2, and there are 2", id="too-few-classes"),
+        pytest.param(
+            {"class_map": None, "num_classes": 2}, "has label 2, but there are 2 classes", id="too-few-classes"
+        ),
         pytest.param({"target_key": "label"}, "no class in .json under label", id="no-field"),
         pytest.param({"target_key": "cls", "input_key": "webp"}, "no images in http", id="no-images"),
     ],
 )
 def test_bad_samples_get_one_line(changes, message, urls):
-    splits = load_source(dataclasses.replace(urls(), **changes))
+    splits = load_splits(dataclasses.replace(urls(), **changes))
     with pytest.raises(InputError) as caught:
         list(splits.val.in_order())
     assert message in caught.value.line
 
 
-@pytest.mark.parametrize("option", ["samples", "shuffle"])
-def test_options_of_streams_are_checked(option, table, tmp_path):
-    data = dataclasses.replace(table(), **{option: 0})
-    with pytest.raises(InputError, match=f"--data.{option} must be positive, got 0"):
-        training.train(config_for(data), RunFolder(tmp_path / "run"))
-
-
 def test_number_of_samples_is_for_streams(tmp_path):
     write_tar(tmp_path / "train.tar", {f"{c}/{i}.png": picture(i) for c in CLASSES for i in range(3)})
-    with pytest.raises(InputError, match=r"--data.samples is for streams"):
-        load_source(TimmData(root=tmp_path, val_fraction=0.5, samples=9))
+    with pytest.raises(InputError, match=r"--train-num-samples is for streams"):
+        load_splits(DataConfig(data=str(tmp_path), val_fraction=0.5, train_num_samples=9))
 
 
 def test_missing_library(table, monkeypatch):
     data = table()
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'vision-ssm\[data\]'"):
-        load_source(data)
+        load_splits(data)

@@ -10,14 +10,17 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-import vision_ssm.tasks.train as training
+import vision_ssm.engine.fit as engine
 from short_runs import SHORT, interrupt
 from vision_ssm.cli import main
-from vision_ssm.data import LabelledImages, TrainingSamples, find_unreadable, load_folder
+from vision_ssm.data import ImageDataset, TrainingSamples, find_unreadable, load_splits
+from vision_ssm.engine.module import TrainingModule
+from vision_ssm.engine.recorder import RunRecorder, Stopped
+from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Augmentation, FolderData, small
-from vision_ssm.tasks.recorder import RunRecorder, Stopped
-from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.recipes import small
+from vision_ssm.recipes.config import DataConfig
+from vision_ssm.tasks import train
 
 BROKEN = ("cat/03.png", "dog/05.png")
 
@@ -44,23 +47,19 @@ def images(tmp_path):
 
 @pytest.fixture
 def config(images):
-    return dataclasses.replace(
-        small(images),
-        data=FolderData(root=images, max_unreadable=0.1),
-        augment=Augmentation(mixup=0.5),
-        **SHORT,
-    )
+    return small(data=str(images), max_unreadable=0.1, mixup=0.5, **SHORT)
 
 
 def test_replacement_is_a_function_of_seed_epoch_and_index(images):
-    train = load_folder(images).train
-    broken = [train.names.index(name) for name in BROKEN]
+    train = load_splits(DataConfig(data=str(images))).train
+    names = [train.id(i) for i in range(24)]
+    broken = [names.index(name) for name in BROKEN]
 
     def drawn(seed, epoch, index):
-        image, target, unreadable = TrainingSamples(train, np.asarray, seed)[epoch, index]
-        chosen = [i for i in range(24) if i not in broken and np.array_equal(np.asarray(train.load(i)), image)]
-        assert train.targets[chosen[0]] == target
-        assert (train.names[index] in unreadable) == (index in broken)
+        (sample,) = TrainingSamples(train, dict, seed).__getitems__([(epoch, index)])
+        chosen = [i for i in range(24) if train.id(i) == sample["id"]]
+        assert sample["label"] == train.labels()[chosen[0]]
+        assert (names[index] in sample["unreadable"]) == (index in broken)
         return chosen[0]
 
     assert drawn(0, 0, 0) == 0
@@ -71,7 +70,7 @@ def test_replacement_is_a_function_of_seed_epoch_and_index(images):
 def test_run_goes_on_and_names_each_file_once(config, tmp_path):
     folder = RunFolder(tmp_path / "run")
     console = Console(record=True, width=400, file=io.StringIO())
-    training.train(config, folder, console=console)
+    train(config, folder, console=console)
     lines = folder.unreadable.read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == list(BROKEN)
     shown = console.export_text()
@@ -85,26 +84,25 @@ def test_run_goes_on_and_names_each_file_once(config, tmp_path):
 
 
 def test_waiting_is_for_data_alone(config, tmp_path, monkeypatch):
-    load = LabelledImages.load
-    monkeypatch.setattr(LabelledImages, "load", lambda self, index: (time.sleep(0.02), load(self, index))[1])
-    step = training.ClassificationTask.training_step
-    monkeypatch.setattr(training.ClassificationTask, "training_step", lambda *a: (time.sleep(0.3), step(*a))[1])
+    sample = ImageDataset.sample
+    monkeypatch.setattr(ImageDataset, "sample", lambda self, index: (time.sleep(0.02), sample(self, index))[1])
+    step = TrainingModule.training_step
+    monkeypatch.setattr(TrainingModule, "training_step", lambda *a: (time.sleep(0.3), step(*a))[1])
     folder = RunFolder(tmp_path / "run")
-    training.train(dataclasses.replace(config, epochs=1), folder)
+    train(dataclasses.replace(config, epochs=1), folder)
     waited = float(folder.metrics.read_text().splitlines()[1].split(",")[-1])
     assert 80 < waited < 300
 
 
 def test_workers_and_interruptions_do_not_change_the_weights(config, tmp_path, monkeypatch):
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
-    training.train(config, whole)
+    train(config, whole)
     interrupt(monkeypatch, 0, 3)
     with pytest.raises(Stopped):
-        training.train(config, parts)
-    monkeypatch.setattr(training, "RunRecorder", RunRecorder)
+        train(config, parts)
+    monkeypatch.setattr(engine, "RunRecorder", RunRecorder)
     # How many may be unreadable can be changed on the way.
-    data = dataclasses.replace(config.data, max_unreadable=0.5)
-    training.train(dataclasses.replace(config, workers=2, data=data), parts, resume=True)
+    train(dataclasses.replace(config, num_workers=2, max_unreadable=0.5), parts, resume=True)
     one, other = (safetensors.torch.load_file(f.last) for f in (whole, parts))
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert whole.unreadable.read_text() == parts.unreadable.read_text()
@@ -114,35 +112,37 @@ def test_workers_and_interruptions_do_not_change_the_weights(config, tmp_path, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param([], "2 of 24 training images cannot be read, --data.max-unreadable 0.01 allows 1", id="limit"),
-        pytest.param(["--data.strict"], "to train without such images", id="strict"),
-        pytest.param(["--data.max-unreadable", "2"], "must lie between 0 and 1, got 2", id="no-share"),
+        pytest.param([], "2 of 24 training images cannot be read, --max-unreadable 0.01 allows 1", id="limit"),
+        pytest.param(["--max-unreadable", "0"], "to train without such images", id="none"),
+        pytest.param(
+            ["--max-unreadable", "2"], "--max-unreadable must be at least 0 and at most 1, got 2", id="no-share"
+        ),
     ],
 )
 def test_too_many_stop_the_run_with_one_line(options, message, workers, images, tmp_path, capsys):
-    words = ["train", "folder", "--data.root", str(images), "--out", str(tmp_path / "run"), "--device", "cpu"]
-    words += ["--model", "test_convnext", "--batch-size", "4", "--workers", str(workers), "--epochs", "1"]
+    words = ["train", "classify", "--data", str(images), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    words += ["--model", "test_convnext", "--batch-size", "4", "--num-workers", str(workers), "--epochs", "1"]
     assert main([*words, *options]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
-    if "between" not in message:
+    if "at most" not in message:
         assert "cannot read image" in error
-        assert (tmp_path / "run" / "unreadable.txt").read_text().count("\n") == 2 - ("strict" in str(options))
+        assert (tmp_path / "run" / "unreadable.txt").read_text().count("\n") == 2 - ("0" in options)
 
 
 def test_nothing_readable(images):
     for path in (images / "train").rglob("*.png"):
         path.write_text("")
-    train = load_folder(images).train
+    train = load_splits(DataConfig(data=str(images))).train
     with pytest.raises(InputError, match="hardly any training image can be read"):
-        TrainingSamples(train, np.asarray, 0)[0, 0]
-    assert list(find_unreadable(train)) == train.names
+        TrainingSamples(train, dict, 0).__getitems__([(0, 0)])
+    assert list(find_unreadable(train)) == [train.id(i) for i in range(len(train))]
 
 
 def test_unreadable_validation_images_are_refused_before_training(config, tmp_path):
     for name in ("cat/00.png", "dog/01.png"):
         (tmp_path / "val" / name).write_text("no picture")
-    with pytest.raises(InputError, match=r"cat/00.png: .*; .*dog/01.png: .*; mend or remove"):
-        training.train(config, RunFolder(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"cat/00.png: .*; .*dog/01.png: .*; repair or remove"):
+        train(config, RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

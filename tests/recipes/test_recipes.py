@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -7,30 +8,29 @@ import torch
 
 import goldens
 from vision_ssm.checkpoints.group_mamba import convert_group_mamba
+from vision_ssm.engine.optimization import LearningRate, make_optimizer
 from vision_ssm.errors import InputError
 from vision_ssm.models.registry import registered_models
-from vision_ssm.recipes import RECIPES, FolderConfig, FolderData, Optimisation, Recipe, find
+from vision_ssm.recipes import RECIPES, ClassificationConfig, Recipe, find, from_dict, to_dict
+from vision_ssm.recipes.config import OptimConfig
 from vision_ssm.recipes.published import PUBLISHED
-from vision_ssm.tasks.optimisation import LearningRate, make_optimizer
-from vision_ssm.tasks.train import check
 
-DEFAULTS = Recipe(name="", text="", make=lambda root: FolderConfig(data=FolderData(root=root))).values()
+DEFAULTS = Recipe("", "", {}).fields()
 published = pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda recipe: recipe.name)
 
 
 @published
-def test_every_value_has_a_source_and_passes_the_check(recipe):
-    values = recipe.values()
+def test_every_value_has_a_source(recipe):
+    values = recipe.fields()
     assert recipe.sources.keys() <= values.keys()
     assert {name for name in values if values[name] != DEFAULTS[name]} <= recipe.sources.keys()
-    check(recipe.make(Path("photos")))
 
 
 def test_every_size_with_published_training_has_a_recipe():
-    models = {recipe.make(Path()).model for recipe in PUBLISHED}
+    models = {recipe().model for recipe in PUBLISHED}
     ours = {name for name in registered_models() if not name.endswith("_atto")}
     assert ours - models == {"dgc_mamba_tiny", "dsn_mamba_tiny"}
-    assert len(RECIPES) == len(PUBLISHED) + 3
+    assert len(RECIPES) == len(PUBLISHED) + 4
 
 
 def test_unknown_recipe_names_the_nearest():
@@ -40,10 +40,10 @@ def test_unknown_recipe_names_the_nearest():
 
 def rates(name, steps, times):
     """The learning rates of a recipe after `times`, in steps."""
-    config = RECIPES[name].make(Path())
-    optim = config.optim.for_batch(config.images_per_step)
+    config = RECIPES[name]()
+    optim = config.scaled(config.images_per_step)
     optimizer = make_optimizer(timm.create_model("vmamba_atto"), optim)
-    schedule = LearningRate(optimizer, optim, config.epochs, steps)
+    schedule = LearningRate(optimizer, optim, steps)
     found = [optimizer.param_groups[0]["lr"]]
     for time in times:
         schedule.set(time)
@@ -84,9 +84,10 @@ def test_rates_of_sparx_change_once_per_epoch_and_cool_down():
 
 @pytest.mark.parametrize("epochs", [1, 2, 5, 25])
 def test_short_runs_keep_an_epoch_of_the_schedule(epochs):
-    optim = Optimisation(lr=1.0, warmup_lr=0.0, min_lr=0.0, warmup_epochs=20, cooldown_epochs=10, warmup_first=True)
+    rates = dict(lr=1.0, warmup_lr=0.0, min_lr=0.0)
+    optim = OptimConfig(epochs=epochs, **rates, warmup_epochs=20, cooldown_epochs=10, warmup_prefix=True)
     optimizer = make_optimizer(torch.nn.Linear(2, 2), optim)
-    schedule = LearningRate(optimizer, optim, epochs, 10)
+    schedule = LearningRate(optimizer, optim, 10)
     found = []
     for step in range(10 * epochs):
         schedule.set(step)
@@ -97,9 +98,9 @@ def test_short_runs_keep_an_epoch_of_the_schedule(epochs):
 
 
 def test_rates_grow_with_the_images_per_step():
-    optim = Optimisation(lr=5e-4, min_lr=5e-6, warmup_lr=5e-7, lr_batch=512).for_batch(1024)
-    assert (optim.lr, optim.min_lr, optim.warmup_lr, optim.lr_batch) == (1e-3, 1e-5, 1e-6, None)
-    plain = Optimisation(lr=2e-3).for_batch(1024)
+    optim = OptimConfig(lr=5e-4, min_lr=5e-6, warmup_lr=5e-7, lr_base_size=512).scaled(1024)
+    assert (optim.lr, optim.min_lr, optim.warmup_lr, optim.lr_base_size) == (1e-3, 1e-5, 1e-6, None)
+    plain = OptimConfig(lr=2e-3, min_lr=1e-5).scaled(1024)
     assert (plain.lr, plain.warmup_lr) == (2e-3, 2e-5)
 
 
@@ -108,11 +109,11 @@ def test_rates_grow_with_the_images_per_step():
     ("name", "spared"), [("group-mamba-tiny-in1k", 119_165), ("efficient-vmamba-tiny-in1k", 45_820)], ids=str
 )
 def test_recipes_decay_what_the_published_training_decays(name, spared):
-    config = RECIPES[name].make(Path())
+    config = RECIPES[name]()
     model = timm.create_model(config.model, device="meta")
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config)
     groups = {group["weight_decay"]: sum(p.numel() for p in group["params"]) for group in optimizer.param_groups}
-    assert groups == {0.0: spared, config.optim.weight_decay: sum(p.numel() for p in model.parameters()) - spared}
+    assert groups == {0.0: spared, config.weight_decay: sum(p.numel() for p in model.parameters()) - spared}
     assert optimizer.defaults["betas"] == (0.9, 0.999)
 
 
@@ -121,7 +122,7 @@ def test_group_mamba_decays_the_published_tensors():
     model = timm.create_model("group_mamba_tiny", device="meta")
     spared, decayed = (
         {id(p) for p in group["params"]}
-        for group in make_optimizer(model, RECIPES["group-mamba-tiny-in1k"].make(Path()).optim).param_groups
+        for group in make_optimizer(model, RECIPES["group-mamba-tiny-in1k"]()).param_groups
     )
     assert len(spared | decayed) == len(list(model.parameters()))
     marks = {name: torch.full(p.shape, float(id(p) in decayed)) for name, p in model.named_parameters()}
@@ -131,5 +132,37 @@ def test_group_mamba_decays_the_published_tensors():
 
 
 def test_published_decay_of_a_model_that_tells_nothing():
-    with pytest.raises(InputError, match=r"--optim.published-decay: Linear does not say"):
-        make_optimizer(torch.nn.Linear(2, 2), Optimisation(published_decay=True))
+    with pytest.raises(InputError, match=r"--published-decay: Linear does not list"):
+        make_optimizer(torch.nn.Linear(2, 2), OptimConfig(published_decay=True))
+
+
+def test_configuration_survives_json(tmp_path):
+    config = RECIPES["finetune"](data="photos", model_args={"a": 1}, pretrained=tmp_path / "x.pth", betas=(0.9, 0.99))
+    assert from_dict(ClassificationConfig, json.loads(json.dumps(to_dict(config)))) == config
+    with pytest.raises(TypeError, match="has no speed"):
+        from_dict(ClassificationConfig, {"speed": 1})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(lr=-0.1), "--lr must be above 0 and finite, got -0.1"),
+        (dict(lr=math.inf), "--lr must be above 0 and finite, got inf"),
+        (dict(lr=math.nan), "--lr must be above 0 and finite, got nan"),
+        (dict(hflip=1.5), "--hflip must be at least 0 and at most 1, got 1.5"),
+        (dict(ema_decay=1.0), "--ema-decay must be at least 0 and below 1, got 1.0"),
+        (dict(betas=(0.9, 1.5)), "--betas must be at least 0 and below 1, got 0.9 1.5"),
+        (dict(scale=(1.0, 0.5)), "--scale takes the smaller value first, got 1.0 0.5"),
+        (dict(warmup_lr=1.0), "--warmup-lr must be at most --lr 0.001, got 1"),
+        (dict(num_workers=-1), "--num-workers must be at least 0 and finite, got -1"),
+        (dict(seed=2**64), "--seed must be at least 0 and below"),
+        (dict(published_decay=True, layer_decay=0.8), "--published-decay and --layer-decay exclude each other"),
+        (dict(val_data="x", val_fraction=0.1), "--val-data and --val-fraction exclude each other"),
+        (dict(class_map=Path("x"), num_classes=3), "--class-map and --num-classes exclude each other"),
+        (dict(mixup=1.0, batch_size=7), "mixup and CutMix need an even --batch-size, got 7"),
+    ],
+    ids=str,
+)
+def test_values_are_checked_where_they_are_defined(values, message):
+    with pytest.raises(InputError, match=message):
+        ClassificationConfig(**values)

@@ -5,15 +5,14 @@ when the command is called. To add one, add a line to `COMMANDS`.
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("vision_ssm.cli.train:train", "train a classifier on the digits or on folders of images"),
+    "train": ("vision_ssm.cli.train:train", "train a model on your images, or on the embedded digits"),
     "recipes": ("vision_ssm.cli.recipes:recipes", "list the recipes for training, and where their values come from"),
-    "eval": ("vision_ssm.cli.use:evaluate", "measure a trained classifier, or any timm model"),
-    "predict": ("vision_ssm.cli.use:predict", "classify images with a trained classifier"),
+    "eval": ("vision_ssm.cli.use:evaluate", "measure a trained model, or any timm model"),
+    "predict": ("vision_ssm.cli.use:predict", "predict for images with a trained model"),
     "models": ("vision_ssm.cli.models:models", "list the models of this package"),
     "info": ("vision_ssm.cli.models:info", "show what a model costs and the maps it gives"),
     "bench": ("vision_ssm.cli.models:bench", "time models, with every setting that matters"),
@@ -44,37 +43,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if words[0] not in COMMANDS:
         return fail(f"no command {words[0]}; there are {', '.join(COMMANDS)}")
-    module, function = COMMANDS[words[0]][0].split(":")
-    command = getattr(importlib.import_module(module), function)
 
-    from vision_ssm.errors import InputError, ProcessLostError
+    from vision_ssm.errors import InputError
 
     try:
-        return command(words[1:])
-    except ProcessLostError as error:
-        return fail(error.line, alone=True)
+        module, function = COMMANDS[words[0]][0].split(":")
+        return getattr(importlib.import_module(module), function)(words[1:])
     except InputError as error:
         return fail(error.line)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return fail(f"{error.strerror or error}{where}")
+    except SystemExit as leave:  # tyro's, after --help or options that do not fit
+        return int(leave.code or 0)
     except KeyboardInterrupt:
         sys.stderr.write("\nvision-ssm: interrupted\n")
         return INTERRUPTED
 
 
-def fail(message: str, *, alone: bool = False) -> int:
-    """Print one line about what is wrong, and return the exit code for it.
-
-    Args:
-        message: The line; of several processes that train together, the first to say it prints it.
-        alone: The others cannot be asked whether they have.
-    """
-    if not alone and any(os.environ.get(name, "1") != "1" for name in ("WORLD_SIZE", "SLURM_NTASKS")):
-        from vision_ssm.tasks.processes import first_to_say
-
-        if not first_to_say(message):
-            return BAD_INPUT
+def fail(message: str) -> int:
+    """Print one line about what is wrong, and return the exit code for it."""
     sys.stderr.write(f"vision-ssm: error: {message}\n")
     return BAD_INPUT
 

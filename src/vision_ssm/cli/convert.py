@@ -60,8 +60,8 @@ def convert(words: Sequence[str]) -> int:
 
     from vision_ssm.checkpoints import convert_official
     from vision_ssm.data import open_image
-    from vision_ssm.tasks.files import atomic_write
-    from vision_ssm.tasks.spec import create_model
+    from vision_ssm.engine.files import atomic_write
+    from vision_ssm.models.create import create_model
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if "num_classes" in options.model_args:
@@ -126,7 +126,7 @@ def _arguments(options: ConvertOptions, ours: State, cfg: Mapping[str, Any]) -> 
 
 
 def _create(name: str, args: Mapping[str, Any], **more: Any) -> "nn.Module":
-    from vision_ssm.tasks.spec import create_model
+    from vision_ssm.models.create import create_model
 
     others = {key: value for key, value in args.items() if key != "num_classes"}
     model: Any = create_model(name, {**others, **more}, args["num_classes"])

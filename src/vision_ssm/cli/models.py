@@ -177,7 +177,7 @@ def info(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from vision_ssm.analysis import complexity, feature_shapes
-    from vision_ssm.tasks.spec import create_model
+    from vision_ssm.models.create import create_model
 
     model = create_model(options.model, {}, 1000 if options.num_classes is None else options.num_classes)
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
@@ -249,9 +249,9 @@ def bench(words: Sequence[str]) -> int:
     from rich.progress import Progress
 
     from vision_ssm.analysis import machine_settings, measure_speed
+    from vision_ssm.engine.devices import find_device
+    from vision_ssm.models.create import create_model
     from vision_ssm.optimize import optimize
-    from vision_ssm.tasks.classifier import find_device
-    from vision_ssm.tasks.spec import create_model
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -303,20 +303,19 @@ def bench(words: Sequence[str]) -> int:
         print_json({"settings": settings, "rows": rows})
         return 0
     console = Console()
-    on_accelerator = rows[0]["peak_memory_mib"] is not None
-    table = make_table(
-        "model", ">input", ">batch", ">ms", ">spread", ">images/s", *([">peak MiB"] if on_accelerator else [])
-    )
+    shown = {
+        "model": lambda row: row["model"],
+        ">input": lambda row: f"{row['height']}x{row['width']}",
+        ">batch": lambda row: str(row["batch"]),
+        ">ms": lambda row: f"{row['milliseconds']:,.1f}",
+        ">spread": lambda row: f"{row['spread']:.0%}",
+        ">images/s": lambda row: f"{row['images_per_second']:,.1f}",
+    }
+    if rows[0]["peak_memory_mib"] is not None:  # on an accelerator
+        shown[">peak MiB"] = lambda row: f"{row['peak_memory_mib']:,.0f}"
+    table = make_table(*shown)
     for row in rows:
-        table.add_row(
-            row["model"],
-            f"{row['height']}x{row['width']}",
-            str(row["batch"]),
-            f"{row['milliseconds']:,.1f}",
-            f"{row['spread']:.0%}",
-            f"{row['images_per_second']:,.1f}",
-            *([f"{row['peak_memory_mib']:,.0f}"] if on_accelerator else []),
-        )
+        table.add_row(*(show(row) for show in shown.values()))
     console.print(table)
     console.print("\n".join(f"{name}: {value}" for name, value in settings.items()), style="dim", highlight=False)
     return 0
@@ -338,7 +337,7 @@ def _blocks(model: Any, stage: int) -> int | None:
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    from vision_ssm.tasks.files import write_text
+    from vision_ssm.engine.files import write_text
 
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))

@@ -1,76 +1,32 @@
 import ast
-import contextlib
-import io
-import re
-import sys
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
-from tyro.conf import FlagCreatePairsOff
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from vision_ssm.errors import InputError
 
+def parse_options(kind: Any, words: Sequence[str], command: str, *, pairs: bool = False, **options: Any) -> Any:
+    """Turn words into an instance of a dataclass; `--help` prints the help and exits, so do words that do not fit.
 
-def parse_options(
-    kind: Any,
-    words: Sequence[str],
-    command: str,
-    registry: ConstructorRegistry | None = None,
-    *,
-    pairs: bool = False,
-    **options: Any,
-) -> Any:
-    """Turn words into an instance of a dataclass; `--help` prints the help and exits.
-
-    A field that is a mapping takes KEY=VALUE words; a value is a Python literal, or else a string.
+    A field that is a mapping takes KEY=VALUE words; a value is a Python literal, or else a string. A field that is a
+    flag or a path is a flag that a path or `off` may follow.
 
     Args:
         kind: The dataclass.
         words: What follows the command.
         command: Its name, such as `eval`.
-        registry: Rules for further types.
         pairs: Whether every flag has a form that turns it off, because defaults differ.
         options: Further arguments of `tyro.cli`.
-
-    Raises:
-        InputError: The words do not fit; one line instead of tyro's frame.
     """
-    program = f"vision-ssm {command}"
-    printed = io.StringIO()
-    registry = registry or ConstructorRegistry()
+    registry = ConstructorRegistry()
     registry.primitive_rule(_key_values)
-    try:
-        with contextlib.redirect_stderr(printed):
-            config = () if pairs else (FlagCreatePairsOff,)
-            return tyro.cli(kind, args=list(words), prog=program, config=config, registry=registry, **options)
-    except SystemExit as leave:
-        if leave.code in (0, None):
-            sys.stderr.write(printed.getvalue())
-            raise
-        raise InputError(f"{_complaint(printed.getvalue())} (see {program} --help)") from None
-
-
-def _complaint(frame: str) -> str:
-    """What tyro's frame says first, and the names of the options that it suggests."""
-    lines = [re.sub(r"[│╭╮╰╯|+]", " ", line).strip() for line in frame.splitlines()[1:]]  # the first is a title
-    paragraphs: list[list[str]] = [[]]
-    for line in lines:
-        if line and not line.strip("─- "):
-            paragraphs.append([])
-        elif line:
-            paragraphs[-1].append(line)
-    first, *others = [paragraph for paragraph in paragraphs if paragraph] or [["the options do not fit"]]
-    near = [
-        line.split()[0]
-        for paragraph in others
-        if re.search("meant|similar", paragraph[0])
-        for line in paragraph
-        if line.startswith("--")
-    ]
-    return " ".join(first) + (f"; did you mean {' or '.join(near)}?" if near else "")
+    registry.primitive_rule(_flag_or_path)
+    config: tuple[Any, ...] = (OmitArgPrefixes,) if pairs else (OmitArgPrefixes, FlagCreatePairsOff)
+    return tyro.cli(kind, args=list(words), prog=f"vision-ssm {command}", config=config, registry=registry, **options)
 
 
 def _key_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Mapping[str, Any]] | None:
@@ -104,3 +60,21 @@ def _literal(text: str) -> Any:
 def _is_broken(value: Any) -> bool:
     """Whether a value is a string for the only reason that its brackets make no Python literal."""
     return isinstance(value, str) and any(bracket in value for bracket in "()[]{}")
+
+
+def _flag_or_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | Path] | None:
+    if set(typing.get_args(info.type)) != {bool, Path}:
+        return None
+
+    def parse(words: list[str]) -> bool | Path:
+        if len(words) > 1:
+            raise ValueError(f"expected one path, not {' '.join(words)}")
+        return words != ["off"] and (Path(words[0]) if words else True)
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[PATH|off]",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, (bool, Path)),
+        str_from_instance=lambda value: [str(value) if isinstance(value, Path) else "off"],
+    )

@@ -1,8 +1,8 @@
+import dataclasses
 import fnmatch
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -12,11 +12,13 @@ from vision_ssm import recipes as library
 from vision_ssm.cli.options import parse_options
 from vision_ssm.cli.output import make_table, print_json
 from vision_ssm.errors import InputError
+from vision_ssm.recipes.config import DataConfig, RunConfig, option
+from vision_ssm.recipes.recipe import OURS
 
 
 @dataclass(frozen=True)
 class RecipesOptions:
-    """List the recipes for training on folders of images, or show all values of one and where they come from."""
+    """List the recipes for training, or show all values of one and where they come from."""
 
     name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")] = "*"
     """A recipe to show in full; with wildcards, such as 'vmamba-*', those to list."""
@@ -50,7 +52,7 @@ def recipes(words: Sequence[str]) -> int:
         console.print()
     console.print(
         "batch: images per step; lr: highest learning rate at that batch.\n"
-        "vision-ssm recipes NAME shows all values; vision-ssm train folder (or timm) --recipe NAME uses them.",
+        "vision-ssm recipes NAME shows all values; vision-ssm train classify --recipe NAME uses them.",
         style="dim",
         highlight=False,
     )
@@ -58,17 +60,19 @@ def recipes(words: Sequence[str]) -> int:
 
 
 def _row(recipe: library.Recipe) -> dict[str, Any]:
-    config = recipe.make(Path())
+    config = recipe()
     batch = config.images_per_step
-    lr = config.optim.for_batch(batch).lr
+    lr = config.scaled(batch).lr
     return dict(name=recipe.name, model=config.model, epochs=config.epochs, batch=batch, lr=lr, text=recipe.text)
 
 
 def _show(recipe: library.Recipe, *, json: bool) -> int:
+    where = {item.name for kind in (DataConfig, RunConfig) for item in dataclasses.fields(kind)}
+    left_out = where - {"data", "seed", "precision"} | {"max_skipped"}
     values = {
         name: {"value": value, "source": recipe.sources.get(name)}
-        for name, value in recipe.values().items()
-        if name not in ("device", "devices", "nodes", "fsdp", "sync_batchnorm", "workers", "max_skipped", "tracker")
+        for name, value in recipe.fields().items()
+        if name not in left_out and (name != "data" or value)
     }
     if json:
         print_json({**_row(recipe), "notes": recipe.notes, "values": values})
@@ -83,7 +87,7 @@ def _show(recipe: library.Recipe, *, json: bool) -> int:
     console.print()
     groups: dict[str, list[tuple[str, Any]]] = {}
     for name, entry in values.items():
-        groups.setdefault(entry["source"] or "this package's choice", []).append((name, entry["value"]))
+        groups.setdefault(entry["source"] or OURS, []).append((name, entry["value"]))
     for source, pairs in groups.items():
         console.print(f"[bold]{source}[/]", highlight=False)
         table = make_table("option", "value", header=False)
@@ -97,16 +101,15 @@ def _show(recipe: library.Recipe, *, json: bool) -> int:
 
 def _option(name: str, value: Any) -> tuple[str, str]:
     """An option and its value, as one would type them."""
-    *groups, last = name.replace("_", "-").split(".")
     if isinstance(value, bool) and name != "pretrained":
-        return "--" + ".".join([*groups, last if value else f"no-{last}"]), ""
-    return "--" + ".".join([*groups, last]), "" if value is True else _shown(value)
+        return option(name if value else f"no_{name}"), ""
+    return option(name), "" if value is True else _shown(value)
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{k}={v}" for k, v in value.items()) or "none"
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return " ".join(map(_shown, value))
     if isinstance(value, bool):
         return "off"

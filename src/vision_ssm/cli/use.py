@@ -1,62 +1,74 @@
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from vision_ssm.cli import fail
 from vision_ssm.cli.options import parse_options
-from vision_ssm.cli.output import print_json
+from vision_ssm.cli.output import make_table, print_json
+from vision_ssm.engine.run_folder import RunFolder, weights_file
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision
-from vision_ssm.tasks.run_folder import RunFolder, weights_file
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from vision_ssm.data import Images, LabelledImages
-    from vision_ssm.tasks.classifier import Classifier
-    from vision_ssm.tasks.evaluation import Evaluation
+    from vision_ssm.data import Images
+    from vision_ssm.engine.task import Task
 
 _PUBLISHED_ON = "the 50,000 validation images of ImageNet-1K"
 
 
-@dataclass(frozen=True)
-class EvalOptions:
-    """Measure a trained classifier, or any timm model: accuracy, balanced accuracy, top-5, a table of the classes."""
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """How to compute."""
 
-    model: Annotated[Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
-    """Folder of a run, a weights file of one, or the name of a model (with --pretrained or --weights FILE)."""
-    data: Path | None = None
-    """Image folder with one sub-folder per class, or a tar file of such folders; otherwise the run's own validation
-    images."""
-    weights: Annotated[Literal["best", "last"] | Path | None, tyro.conf.arg(metavar="best|last|FILE")] = None
-    """Which weights of the run to use (best by default), or a checkpoint file of the model."""
-    pretrained: bool = False
-    """Measure the model with its published weights."""
-    json: bool = False
-    """Print JSON instead of tables."""
-    pictures: Path | None = None
-    """Also draw confusion matrix and predictions into this folder."""
     batch_size: int = 64
-    """Images per step."""
+    """Batch size."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Precision = "32-true"
     """Number format of the computation."""
     optimize: bool = True
-    """Do without the model's fastest form on a CPU (`vision_ssm.optimize`), which 32-true and bf16-true take."""
-    workers: int | None = None
+    """Do without `vision_ssm.optimize`, which 32-true and bf16-true use on a CPU."""
+    num_workers: int | None = None
     """Processes that load images."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def prepare(self, task: "Task") -> "Task":
+        """A task on the device and in the precision asked for.
+
+        Raises:
+            InputError: There is no such device.
+        """
+        from vision_ssm.engine.devices import find_device
+
+        return task.ready(find_device(self.device), self.precision, optimized=self.optimize)
 
 
-@dataclass(frozen=True)
-class PredictOptions:
-    """Classify images with a trained classifier."""
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(ComputeOptions):
+    """Measure a trained model, or any timm model: accuracy, balanced accuracy, top-5, a table of the classes."""
+
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
+    """Folder of a run, a weights file of one, or the name of a model (with --pretrained or --weights FILE)."""
+    data: Path | None = None
+    """Image folder with one sub-folder per class, or a tar file of such folders; by default the run's own validation
+    images."""
+    weights: Annotated[Literal["best", "last"] | Path | None, tyro.conf.arg(metavar="best|last|FILE")] = None
+    """Which weights of the run to use (best by default), or a checkpoint file of the model."""
+    pretrained: bool = False
+    """Measure the model with its published weights."""
+    plots: Path | None = None
+    """Also draw confusion matrix and predictions into this folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(ComputeOptions):
+    """Predict for images with a trained model."""
 
     run: Positional[Path]
     """Folder of a run, or a weights file of one."""
@@ -66,98 +78,73 @@ class PredictOptions:
     """Which weights of the run to use."""
     top: int = 5
     """How many classes to name per image."""
-    json: bool = False
-    """Print JSON instead of a table."""
-    batch_size: int = 64
-    """Images per step."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    precision: Precision = "32-true"
-    """Number format of the computation."""
-    optimize: bool = True
-    """Do without the model's fastest form on a CPU (`vision_ssm.optimize`), which 32-true and bf16-true take."""
-    workers: int | None = None
-    """Processes that load images."""
 
 
 def evaluate(words: Sequence[str]) -> int:
-    """Measure a classifier; `words` follow `vision-ssm eval`."""
-    options = parse_options(EvalOptions, words, "eval")
+    """Measure a model; `words` follow `vision-ssm eval`."""
+    options: EvalOptions = parse_options(EvalOptions, words, "eval")
     from rich.console import Console
 
-    from vision_ssm.tasks.classifier import evaluate as measure
-    from vision_ssm.tasks.report import report_evaluation
+    from vision_ssm.engine.evaluate import evaluate as measure
 
-    subject = _run_and_images(options) if Path(options.model).exists() else _model_and_images(options)
-    classifier, images = subject.classifier, subject.images
+    task, images, source = _run_and_images(options) if Path(options.model).exists() else _model_and_images(options)
     console = Console(stderr=options.json)
     start = time.monotonic()
-    evaluation = measure(classifier, images, options.batch_size, options.workers, console=console)
-    speed = len(evaluation.targets) / (time.monotonic() - start)
+    evaluation: Any = measure(options.prepare(task), images, options.batch_size, options.num_workers, console)
+    speed = evaluation.images / (time.monotonic() - start)
     _name_absent(evaluation, console)
-    if options.pictures is not None:
-        from vision_ssm.tasks.pictures import draw_confusion, draw_predictions  # seconds, for matplotlib
-
-        options.pictures.mkdir(parents=True, exist_ok=True)
-        draw_confusion(evaluation, options.pictures / "confusion.png")
-        draw_predictions(evaluation, images, options.pictures / "predictions.png")
+    if options.plots is not None:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        evaluation.draw(images, options.plots)
     if options.json:
-        values = {"model": classifier.spec.model, "weights": subject.weights, **evaluation.summary()}
-        values |= {"images_per_second": round(speed, 1)}
-        if subject.published_top1 is not None:
-            values |= {"published_top1": subject.published_top1, "published_on": _PUBLISHED_ON}
-        print_json({**values, "per_class": evaluation.per_class()})
+        values = {**source, **evaluation.metrics(), "images_per_second": round(speed, 1)}
+        print_json({**values, **evaluation.details()})
         return 0
-    report_evaluation(evaluation, console, per_class=True)
-    if subject.published_top1 is not None:
-        same = len(evaluation.targets) == 50_000 and evaluation.confusion.sum(1).all()
+    evaluation.report(console, details=True)
+    lines = []
+    if "published_top1" in source:
+        same = evaluation.images == 50_000 and evaluation.confusion.sum(1).all()
         note = "" if same else ", which is not what was measured here"
-        console.print(
-            f"published accuracy {subject.published_top1:.1f}%, on {_PUBLISHED_ON}{note}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    spec = classifier.spec
-    console.print(
-        f"{spec.model}, {spec.image_size}×{spec.image_size} of {spec.crop:g} of the side, {spec.interpolation}; "
-        f"{speed:,.1f} images/s with loading",
-        highlight=False,
-        soft_wrap=True,
-    )
+        lines += [f"published accuracy {source['published_top1']:.1f}%, on {_PUBLISHED_ON}{note}"]
+    spec = task.spec
+    lines += [
+        f"{spec.model}, {spec.img_size}×{spec.img_size} of {spec.crop_pct:g} of the side, {spec.interpolation}; "
+        f"{speed:,.1f} images/s with loading"
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is measured, and on what; a published accuracy only if the weights are the published ones."""
-
-    classifier: "Classifier"
-    images: "Images"
-    weights: str
-    published_top1: float | None = None
+Subject = tuple["Task", "Images", dict[str, Any]]
+"""What is measured, on what, and what to say of it; a published accuracy only if the weights are the published ones."""
 
 
-def _run_and_images(options: EvalOptions) -> _Subject:
-    from vision_ssm.data import load_splits
-    from vision_ssm.tasks.classifier import load_classifier
+def _run_and_images(options: EvalOptions) -> Subject:
+    from vision_ssm.data import read_images
+    from vision_ssm.tasks import load
 
     if options.pretrained or isinstance(options.weights, Path):
         given = "--pretrained" if options.pretrained else f"--weights {options.weights}"
         raise InputError(f"{given} belongs to the name of a model, and {options.model} is a file or folder here")
     path = weights_file(Path(options.model), options.weights or "best")
-    classifier = load_classifier(path, options.device, options.precision, options.optimize)
+    task = load(path, "cpu", optimized=False)
     if options.data is None:
-        images = load_splits(RunFolder(path.parent).read_config()).val
+        config = RunFolder(path.parent).read_config()
+        images: Images = task.load_data(config).val
+        if images.classes != task.spec.classes:
+            raise InputError(f"the images that {path.parent} was trained on have other classes now; give --data")
     else:
-        images = _read_images(options.data, classifier.spec.classes)
-    return _Subject(classifier, images, str(path))
+        images = read_images(options.data, task.spec.classes)
+    return task, images, {"model": task.spec.model, "weights": str(path)}
 
 
-def _model_and_images(options: EvalOptions) -> _Subject:
+def _model_and_images(options: EvalOptions) -> Subject:
+    import dataclasses
+
     from vision_ssm.cli.models import published
-    from vision_ssm.data import assign_outputs
-    from vision_ssm.tasks.classifier import load_model
-    from vision_ssm.tasks.spec import default_cfg
+    from vision_ssm.data import assign_outputs, read_images
+    from vision_ssm.models.create import default_cfg
+    from vision_ssm.tasks.classification import Classification
 
     name, file = options.model, options.weights
     try:
@@ -167,86 +154,70 @@ def _model_and_images(options: EvalOptions) -> _Subject:
     if (file is not None) == options.pretrained or isinstance(file, str):
         raise InputError(f"which weights of {name}? give either --pretrained or --weights FILE")
     if options.data is None:
-        raise InputError(f"what is {name} to be measured on? give a folder of class folders with --data DIR")
-    images = _read_images(options.data)
-    classifier = load_model(name, file, options.device, options.precision, options.optimize)
-    images = assign_outputs(images, len(classifier.spec.classes))
-    classifier = dataclasses.replace(classifier, spec=dataclasses.replace(classifier.spec, classes=images.classes))
-    if file is not None:
-        return _Subject(classifier, images, str(file))
-    return _Subject(classifier, images, "published", published(name, cfg.to_dict())["published_top1"])
+        raise InputError(f"which images is {name} to be measured on? give a folder of class folders with --data DIR")
+    images = read_images(options.data)
+    task = Classification.from_timm(name, file)
+    images = assign_outputs(images, len(task.spec.classes))
+    task.spec = dataclasses.replace(task.spec, classes=images.classes)
+    source = {"model": name, "weights": "published" if file is None else str(file)}
+    top1 = published(name, cfg.to_dict())["published_top1"]
+    known = {"published_top1": top1, "published_on": _PUBLISHED_ON} if file is None and top1 is not None else {}
+    return task, images, source | known
 
 
-def _read_images(data: Path, classes: tuple[str, ...] | None = None) -> "LabelledImages":
-    from vision_ssm.data import read_folder, read_tars
-
-    return read_tars(data, classes) if data.is_file() else read_folder(data, classes)
-
-
-def _name_absent(evaluation: "Evaluation", console: "Console") -> None:
+def _name_absent(evaluation: Any, console: Any) -> None:
     from vision_ssm.data import shorten
 
     classes = evaluation.classes
     present = [name for name, count in zip(classes, evaluation.confusion.sum(1), strict=True) if count]
     if len(present) < len(classes):
         console.print(
-            f"{len(classes) - len(present)} of {len(classes)} classes have no images here; the figures leave them out "
+            f"{len(classes) - len(present)} of {len(classes)} classes have no images here; the metrics leave them out "
             f"and are for {shorten(present)}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 
 
 def predict(words: Sequence[str]) -> int:
-    """Classify images; `words` follow `vision-ssm predict`."""
-    options = parse_options(PredictOptions, words, "predict")
+    """Predict for images; `words` follow `vision-ssm predict`."""
+    options: PredictOptions = parse_options(PredictOptions, words, "predict")
     if options.top < 1:
-        raise InputError(f"--top must be positive, not {options.top}")
+        raise InputError(f"--top must be at least 1, got {options.top}")
     if not options.images:
         raise InputError("name at least one image, or a folder of images")
     path = weights_file(options.run, options.weights)
 
     from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
 
     from vision_ssm.data import find_images
-    from vision_ssm.tasks.classifier import load_classifier
+    from vision_ssm.tasks import load
 
     images = find_images(options.images)
-    classifier = load_classifier(path, options.device, options.precision, options.optimize)
+    task = load(path, options.device, options.precision, optimized=options.optimize)
     broken: list[str] = []
     try:
-        probabilities = classifier.predict(images, options.batch_size, options.workers)
-    except InputError:  # name every unreadable image, and classify the others
+        predictions = task.predict(images, options.batch_size, options.num_workers)
+    except InputError:  # name every unreadable image, and predict for the others
         images, broken = _readable(images)
         if not images:
             raise InputError("; ".join(broken)) from None
-        probabilities = classifier.predict(images, options.batch_size, options.workers)
-    best = probabilities.topk(min(options.top, len(classifier.spec.classes)), dim=1)
-    rows = [
-        [(classifier.spec.classes[i], p) for p, i in zip(values, indices, strict=True)]
-        for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
+        predictions = task.predict(images, options.batch_size, options.num_workers)
     if options.json:
-        named = [[{"class": name, "probability": p} for name, p in row] for row in rows]
-        print_json([{"image": str(i), "predictions": row} for i, row in zip(images, named, strict=True)])
-        return _report(broken)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("image", overflow="fold")
-    for rank in range(len(rows[0])):
-        table.add_column(f"{rank + 1}.", overflow="fold")
-    for image, row in zip(images, rows, strict=True):
-        table.add_row(str(image), *(f"{name} {p:.1%}" for name, p in row))
+        print_json([prediction.row(options.top) for prediction in predictions])
+        return max(map(fail, broken), default=0)
+    table = make_table("image", *(f"{rank + 1}." for rank in range(len(predictions[0].top(options.top)))))
+    for prediction in predictions:
+        table.add_row(escape(prediction.id), *(escape(f"{name} {p:.1%}") for name, p in prediction.top(options.top)))
     Console().print(table)
-    return _report(broken)
+    return max(map(fail, broken), default=0)
 
 
 def _readable(images: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    from vision_ssm.data import LabelledImages, find_unreadable
+    from vision_ssm.data import ImageDataset, find_unreadable
 
-    broken = find_unreadable(LabelledImages(images, [0] * len(images), ("",), [str(path) for path in images]))
-    return [path for path in images if str(path) not in broken], list(broken.values())
-
-
-def _report(broken: Sequence[str]) -> int:
-    return max((fail(line) for line in broken), default=0)
+    paths = list(images)
+    broken = find_unreadable(ImageDataset(paths.__getitem__, list(map(str, paths)), {}, ()))
+    return [path for path in paths if str(path) not in broken], list(broken.values())

@@ -1,44 +1,41 @@
+import functools
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import lightning
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vision_ssm.data.datasets import Splits
-from vision_ssm.data.samples import (
-    EpochSampler,
-    Samples,
-    StreamSampler,
-    StreamTrainingSamples,
-    TrainingSamples,
-    Transform,
-)
+from vision_ssm.data.dataset import Sample, Splits
+from vision_ssm.data.sampling import EpochSampler, Samples, TrainingSamples, Transform
 from vision_ssm.data.streams import ImageStream
 from vision_ssm.errors import InputError
+
+Collate = Callable[[list[Sample]], dict[str, Any]]
 
 
 class ImageData(lightning.LightningDataModule):
     """Training and validation batches whose content does not depend on workers or on interruptions.
 
-    In a trainer of several processes (made with `use_distributed_sampler=False`) each gets its own part of the images,
-    in validation too, where none is left out and none comes twice.
+    A batch is a dict, such as `image`, `id` and `label`. In a trainer of several processes (made with
+    `use_distributed_sampler=False`) each gets its own part of the images, in validation too, where none is left out
+    and none comes twice.
 
     A checkpoint taken anywhere in an epoch continues with the very next batch of that epoch; a stream is read from the
-    beginning of a shard for that. Unreadable training images are replaced and collected in `unreadable`, name and
+    beginning of a shard for that. Unreadable training images are replaced and collected in `unreadable`, id and
     reason; unreadable validation images are errors.
 
     Args:
         splits: The images.
-        train_transform: Random change of a training image.
-        eval_transform: What validation images go through.
-        batch_size: Images per batch.
+        train_transform: Random change of a training sample.
+        eval_transform: What validation samples go through.
+        batch_size: Batch size.
         seed: Decides order and augmentation.
         workers: Number of loading processes.
-        accumulate: Batches per step. Training leaves out the incomplete last step (other images each epoch).
+        grad_accum: Batches per step. Training leaves out the incomplete last step (other images each epoch).
         max_unreadable: Largest share of the training images that may be unreadable; one may be, unless it is 0.
+        collate: Makes a batch of samples.
 
     Raises:
         InputError: A step takes more images than there are to train on.
@@ -52,16 +49,17 @@ class ImageData(lightning.LightningDataModule):
         batch_size: int,
         seed: int,
         workers: int,
-        accumulate: int = 1,
+        grad_accum: int = 1,
         max_unreadable: float = 0.01,
+        collate: Collate = default_collate,
     ) -> None:
         super().__init__()
-        if batch_size * accumulate > len(splits.train):
-            size = f"--batch-size {batch_size}" + (f" times --accumulate {accumulate}" if accumulate > 1 else "")
+        if batch_size * grad_accum > len(splits.train):
+            size = f"--batch-size {batch_size}" + (f" times --grad-accum {grad_accum}" if grad_accum > 1 else "")
             raise InputError(f"{size} is larger than the {len(splits.train)} training images")
-        self.splits = splits
+        self.splits, self.collate = splits, collate
         self.train_transform, self.eval_transform = train_transform, eval_transform
-        self.batch_size, self.seed, self.workers, self.accumulate = batch_size, seed, workers, accumulate
+        self.batch_size, self.seed, self.workers, self.grad_accum = batch_size, seed, workers, grad_accum
         self.max_unreadable = max_unreadable
         self.unreadable: dict[str, str] = {}
         self._batches_done = 0
@@ -69,56 +67,41 @@ class ImageData(lightning.LightningDataModule):
     @property
     def batches_per_epoch(self) -> int:
         """Training batches in one epoch, of each process; a multiple of those in a step."""
-        images = len(self.splits.train) // self._place()[1]
-        return images // (self.batch_size * self.accumulate) * self.accumulate
+        images = len(self.splits.train) // self._place()["world"]
+        return images // (self.batch_size * self.grad_accum) * self.grad_accum
 
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _place(self) -> dict[str, int]:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return dict(rank=rank, world=world)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training batches, from where the loaded checkpoint stopped."""
         epoch, batch = divmod(self._batches_done, self.batches_per_epoch)
-        rank, world = self._place()
         start, used = batch * self.batch_size, self.batches_per_epoch * self.batch_size
-        images, place = self.splits.train, dict(rank=rank, world=world)
-        data: Dataset[Any]
-        if isinstance(images, ImageStream):
-            sampler: EpochSampler = StreamSampler(images, self.seed, epoch, start, used, **place)
-            data = StreamTrainingSamples(self.train_transform, self.seed)
-        else:
-            sampler = EpochSampler(len(images), self.seed, epoch, start, used, **place)
-            data = TrainingSamples(images, self.train_transform, self.seed)
-        return self._loader(data, sampler=sampler, collate_fn=_collate_training)
-
-    def resume_point(self) -> tuple[str, int] | None:
-        """Where a stream is read from to resume inside an epoch: a shard, and how many of its images are left out."""
-        epoch, batch = divmod(self._batches_done, self.batches_per_epoch)
-        if not batch or not isinstance(self.splits.train, ImageStream):
-            return None
-        return self.splits.train.resume_point(self.seed, epoch, batch * self.batch_size, *self._place())
+        images = self.splits.train
+        sampler = EpochSampler(images, self.seed, epoch, start, used, **self._place())
+        data = TrainingSamples(images, self.train_transform, self.seed)
+        return self._loader(data, sampler, functools.partial(_collate_training, self.collate))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, all of them, in order."""
-        rank, world = self._place()
-        return self._loader(
-            Samples(self.splits.val, self.eval_transform), sampler=self.splits.val.in_order(rank, world)
-        )
+        images = self.splits.val
+        return self._loader(Samples(images, self.eval_transform), images.in_order(**self._place()), self.collate)
 
-    def on_before_batch_transfer(self, batch: Sequence[Any], dataloader_idx: int) -> Sequence[Any]:
-        """Take from a training batch the names of unreadable images (Lightning calls this).
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Take the ids of unreadable images from a training batch (Lightning calls this).
 
         Raises:
-            InputError: There are more of them than may be.
+            InputError: There are too many of them.
         """
-        images, targets, *unreadable = batch
-        for name, line in (pair for each in unreadable for pair in each.items()):
+        for name, line in batch.pop("unreadable", {}).items():
             self.unreadable.setdefault(name, line)
             self._check_unreadable(line)
-        return images, targets
+        return batch
 
     def gather(self) -> None:
         """Tell each of several processes what the others could not read and have read; all have to call it."""
-        world = self._place()[1]
+        world = self._place()["world"]
         if world > 1:
             parts: list[Any] = [None] * world
             torch.distributed.all_gather_object(parts, (self.unreadable, self._shard_lengths))
@@ -134,10 +117,10 @@ class ImageData(lightning.LightningDataModule):
         count, share = len(self.splits.train), self.max_unreadable
         allowed = max(1, int(share * count)) if share else 0
         if not allowed:
-            raise InputError(f"{last}; to train without such images, allow some with --data.max-unreadable")
+            raise InputError(f"{last}; to train without such images, allow some with --max-unreadable")
         if len(self.unreadable) > allowed:
             raise InputError(
-                f"{len(self.unreadable)} of {count} training images cannot be read, --data.max-unreadable {share:g} "
+                f"{len(self.unreadable)} of {count} training images cannot be read, --max-unreadable {share:g} "
                 f"allows {allowed}; the last one: {last}"
             )
 
@@ -146,7 +129,7 @@ class ImageData(lightning.LightningDataModule):
         done = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1 if self.trainer else self._batches_done
         return {
             "batches_done": done,
-            "fingerprint": self.splits.train.fingerprint(),
+            "fingerprint": self.splits.train.fingerprint,
             "unreadable": dict(self.unreadable),
             "shard_lengths": dict(self._shard_lengths),
         }
@@ -157,29 +140,30 @@ class ImageData(lightning.LightningDataModule):
         Raises:
             InputError: The training images are not those of the checkpoint.
         """
-        if state_dict["fingerprint"] != self.splits.train.fingerprint():
+        if state_dict["fingerprint"] != self.splits.train.fingerprint:
             raise InputError("cannot resume: the training images are not those the run was started with")
         self._batches_done = state_dict["batches_done"]
-        self.unreadable = dict(state_dict.get("unreadable", {}))
-        self._shard_lengths.update(state_dict.get("shard_lengths", {}))
+        self.unreadable = dict(state_dict["unreadable"])
+        self._shard_lengths.update(state_dict["shard_lengths"])
 
-    def _loader(self, data: Dataset[Any], **options: Any) -> DataLoader[Any]:
+    def _loader(self, data: Dataset[Any], sampler: Any, collate: Any) -> DataLoader[Any]:
         return DataLoader(
             data,
             batch_size=self.batch_size,
+            sampler=sampler,
             num_workers=self.workers,
+            collate_fn=collate,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_interrupt,
             # Otherwise each iterator draws its seed from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
-            **options,
         )
 
 
-def _collate_training(samples: Sequence[tuple[Tensor, int, dict[str, str]]]) -> tuple[Any, Any, dict[str, str]]:
-    images, targets = default_collate([sample[:2] for sample in samples])
-    return images, targets, {name: line for *_, unreadable in samples for name, line in unreadable.items()}
+def _collate_training(collate: Collate, samples: list[Sample]) -> dict[str, Any]:
+    unreadable = {name: line for sample in samples for name, line in sample.pop("unreadable").items()}
+    return {**collate(samples), "unreadable": unreadable}
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -1,13 +1,14 @@
-import dataclasses
 import re
 
+import numpy as np
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from vision_ssm.data.datasets import LabelledImages, shorten
+from vision_ssm.data.dataset import ImageDataset
+from vision_ssm.data.sources import shorten
 from vision_ssm.errors import InputError
 
 
-def assign_outputs(images: LabelledImages, outputs: int) -> LabelledImages:
+def assign_outputs(images: ImageDataset, outputs: int) -> ImageDataset:
     """Images of class folders, with a classifier's outputs as their classes.
 
     WordNet ids stand for outputs in ImageNet's order, whole numbers for outputs themselves; both may be a subset.
@@ -40,4 +41,4 @@ def assign_outputs(images: LabelledImages, outputs: int) -> LabelledImages:
             f"cannot tell which of the {outputs} outputs the {len(folders)} class folders ({shorten(folders)}) are; "
             f"name them by WordNet ids or by numbers from 0 to {outputs - 1}, or give one folder for each output"
         )
-    return dataclasses.replace(images, classes=classes, targets=[chosen[target] for target in images.targets])
+    return images.with_labels(np.array(chosen), classes)

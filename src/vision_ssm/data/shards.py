@@ -1,119 +1,169 @@
+import http.client
+import itertools
 import json
-import re
+import tarfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
-from vision_ssm.data.datasets import LabelledImages, shorten
-from vision_ssm.data.tars import TarMember, list_members
+import numpy as np
+
+from vision_ssm.data.dataset import ImageDataset, Strings
+from vision_ssm.data.streams import ImageStream
+from vision_ssm.data.tars import TarMember, TarReader, list_members
 from vision_ssm.errors import InputError
+from vision_ssm.recipes.config import DataConfig
+
+# Seconds to wait before a shard is asked for again.
+_WAITS = (1.0, 5.0, 25.0)
+_TOO_MANY = 429  # requests, says the server
 
 
-def read_shards(
-    root: Path, split: str, classes: tuple[str, ...], input_key: str = "jpg;jpeg;png;webp", target_key: str = "cls"
-) -> LabelledImages:
-    """The samples of webdataset shards on a disk, indexed, so that they can be read in any order.
+@dataclass(frozen=True)
+class Fields:
+    """Which files of a webdataset sample hold the image and the class.
 
     Args:
-        root: The folder of the shards.
-        split: Their names, such as `train-{0000..0146}.tar`, or a split in the folder's `_info.json`.
-        classes: Names of the classes.
-        input_key: Extensions of images, separated by semicolons.
-        target_key: `cls`, a file that holds the class as a number; otherwise a field of the sample's `json`.
+        images: Extensions of images, the preferred ones first.
+        target: `cls` for a file that holds the class as a number; otherwise a field of the sample's `json`.
+    """
+
+    images: tuple[str, ...]
+    target: str
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Fields":
+        """The fields that a configuration names."""
+        images = (config.input_key or "jpg;jpeg;png;webp").lower().split(";")
+        return cls(tuple(key.strip() for key in images), config.target_key or "cls")
+
+    @property
+    def file(self) -> str:
+        """Extension of the file that holds the class."""
+        return "cls" if self.target == "cls" else "json"
+
+    def image(self, parts: Mapping[str, Any]) -> Any:
+        """The image among the files of a sample, or None."""
+        return next((parts[key] for key in self.images if key in parts), None)
+
+    def label(self, text: bytes | None, sample: str) -> int:
+        """The class in the content of `file`.
+
+        Raises:
+            InputError: There is no such file, or no class in it.
+        """
+        if text is None:
+            raise InputError(f"{sample} has no .{self.file}")
+        try:
+            return int(text if self.target == "cls" else json.loads(text)[self.target])
+        except (ValueError, KeyError, TypeError):
+            under = "" if self.target == "cls" else f" under {self.target}"
+            raise InputError(f"{sample}: no class in .{self.file}{under}") from None
+
+
+def read_shards(shards: list[str], config: DataConfig, classes: tuple[str, ...]) -> ImageDataset | ImageStream:
+    """Webdataset shards: indexed, so that they can be read in any order, or as a stream if they are URLs.
 
     Raises:
         InputError: Shards are missing or damaged, or a sample has no class, or one that does not exist.
     """
+    fields = Fields.of(config)
+    if "://" in shards[0]:
+        return ImageStream([UrlShard(url, fields) for url in shards], classes, None, config.shuffle_buffer)
     images: list[TarMember] = []
-    targets: list[int] = []
-    names: list[str] = []
-    extensions = image_extensions(input_key)
-    for shard in find_shards(root, split):
+    labels: list[int] = []
+    ids: list[str] = []
+    for shard in map(Path, shards):
         samples: dict[str, dict[str, TarMember]] = {}
         for path, member in list_members(shard, PurePosixPath()):
-            name, extension = sample_name(path)
+            name, extension = _sample_name(path)
             samples.setdefault(name, {})[extension] = member
         for name, parts in samples.items():
-            image = next((parts[extension] for extension in extensions if extension in parts), None)
-            if image is None:
+            if (image := fields.image(parts)) is None:
                 continue
-            file = parts.get(target_file(target_key))
-            target = parse_target(file.open().read() if file else None, target_key, f"{shard}: {name}")
-            if not 0 <= target < len(classes):
-                raise InputError(f"{shard}: {name} is of class {target}, and there are {len(classes)} (--data.classes)")
+            target = parts.get(fields.file)
+            label = fields.label(target and target.read(), f"{shard}: {name}")
+            if not 0 <= label < len(classes):
+                raise InputError(f"{shard}: {name} has label {label}, but there are {len(classes)} classes")
             images.append(image)
-            targets.append(target)
-            names.append(f"{shard.name}/{name}")
+            labels.append(label)
+            ids.append(f"{shard.name}/{name}")
     if not images:
-        raise InputError(f"no images in the shards {split} of {root} (looked for {input_key})")
-    return LabelledImages(images, targets, classes, names)
+        raise InputError(f"no images in {shards[0]} and the shards after it (looked for {' '.join(fields.images)})")
+    return ImageDataset(TarReader(images), Strings(ids), {"label": np.array(labels)}, classes)
 
 
-def find_shards(root: Path, split: str) -> list[Path]:
-    """The files of a split; see `read_shards`.
-
-    Raises:
-        InputError: There is no such split, or files of it are missing.
-    """
-    if ".tar" in split:
-        names = expand_braces(split.split("|")[0])
-    else:
-        info = next((path for name in ("_info.json", "info.json") if (path := root / name).is_file()), None)
-        try:
-            splits = json.loads(info.read_text())["splits"] if info else {}
-            names = list(splits[split]["filenames"])
-        except (ValueError, KeyError, TypeError):
-            have = f"{info} names no split {split}" if info else f"{root} has no _info.json that names split {split}"
-            raise InputError(f"{have}; name the shards, such as {split}-{{0000..0146}}.tar") from None
-    if missing := [name for name in names if not (root / name).is_file()]:
-        raise InputError(f"{root} lacks {shorten(missing)}")
-    return [root / name for name in names]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """The names that `a-{00..12}.tar` or `{a,b}.tar` stand for."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
-        first, last = numbers.groups()
-        options = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-    else:
-        options = match[1].split(",")
-    rests = expand_braces(pattern[match.end() :])
-    return [f"{pattern[: match.start()]}{option}{rest}" for option in options for rest in rests]
-
-
-def sample_name(path: PurePosixPath) -> tuple[str, str]:
+def _sample_name(path: PurePosixPath) -> tuple[str, str]:
     """Which sample of a shard a file belongs to, and the file's extension, which begins at the first dot."""
     key, _, extension = path.name.partition(".")
     return str(path.with_name(key)), extension.lower()
 
 
-def image_extensions(input_key: str) -> list[str]:
-    """The extensions of images, those to prefer first."""
-    return [key.strip().lower() for key in input_key.split(";")]
-
-
-def target_file(key: str) -> str:
-    """Extension of the file that holds the class."""
-    return "cls" if key == "cls" else "json"
-
-
-def parse_target(text: bytes | None, key: str, sample: str) -> int:
-    """The class in a sample's file.
+# Not by `datasets`, whose reader takes a damaged header for the end of a shard.
+@dataclass(frozen=True)
+class UrlShard:
+    """A webdataset shard behind a URL; where the connection is lost, it is asked for again.
 
     Args:
-        text: Content of the file, if there is one.
-        key: See `read_shards`.
-        sample: What to call it.
-
-    Raises:
-        InputError: There is no file, or no class in it.
+        name: The URL.
+        fields: What a sample consists of.
     """
-    if text is None:
-        raise InputError(f"{sample} has no .{target_file(key)}")
-    try:
-        return int(text if key == "cls" else json.loads(text)[key])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{sample}: no class in .{target_file(key)}" + (f" under {key}" if key != "cls" else "")
-        ) from None
+
+    name: str
+    fields: Fields
+
+    def __iter__(self) -> Iterator[tuple[str, int, bytes]]:
+        done = 0
+        for wait in (*_WAITS, None):
+            try:
+                for sample in itertools.islice(self._samples(), done, None):
+                    yield sample
+                    done += 1
+                return
+            except (OSError, http.client.HTTPException) as error:
+                refused = isinstance(error, HTTPError) and error.code < 500 and error.code != _TOO_MANY
+                if wait is None or refused:
+                    raise InputError(f"cannot read {self.name}: {error or type(error).__name__}") from error
+            time.sleep(wait)
+
+    def _samples(self) -> Iterator[tuple[str, int, bytes]]:
+        for name, group in itertools.groupby(self._files(), key=lambda file: file[0]):
+            parts = {extension: content for _, extension, content in group}
+            if (image := self.fields.image(parts)) is not None:
+                sample = f"{self.name}: {name}"
+                yield sample, self.fields.label(parts.get(self.fields.file), sample), image
+
+    def _files(self) -> Iterator[tuple[str, str, bytes]]:
+        with urlopen(self.name, timeout=60) as response:
+            body = _Counted(response)
+            try:
+                with tarfile.open(fileobj=body, mode="r|") as tar:  # type: ignore[call-overload]
+                    for info in tar:
+                        tar.members = []  # or it keeps all of them in memory
+                        name, extension = _sample_name(PurePosixPath(info.name))
+                        if info.isreg() and extension in (*self.fields.images, self.fields.file):
+                            yield name, extension, tar.extractfile(info).read()
+                    # tarfile takes a damaged header for the end, which is two blocks of zeros.
+                    if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                        raise tarfile.ReadError("it is cut off or damaged")
+            except tarfile.TarError as error:
+                length = response.headers.get("Content-Length")
+                if length is not None and not body.read(1) and body.count < int(length):
+                    raise ConnectionError("the connection was lost") from error
+                raise InputError(f"cannot read {self.name} as an uncompressed tar file: {error}") from error
+
+
+class _Counted:
+    """Counts the bytes that are read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.count = file, 0
+
+    def read(self, size: int) -> bytes:
+        content = self.file.read(size)
+        self.count += len(content)
+        return content

@@ -1,176 +1,304 @@
-import io
-from collections.abc import Callable
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from vision_ssm.data.datasets import Images, LabelledImages, Splits, hold_out, load_digits, load_folder, shorten
-from vision_ssm.data.remote import open_shards, open_table
+import numpy as np
+
+from vision_ssm.data.dataset import ImageDataset, Images, Splits, Strings, hold_out, load_digits
 from vision_ssm.data.shards import read_shards
 from vision_ssm.data.streams import ImageStream
-from vision_ssm.data.tars import read_tars
+from vision_ssm.data.tables import read_table
+from vision_ssm.data.tars import TarReader, list_members
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import FolderConfig, TimmConfig, TimmData, TrainConfig
+from vision_ssm.recipes.config import DataConfig
 
-_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation", "test"))
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+_TRAIN = ("train", "training")
+_VAL = ("val", "valid", "validation", "test", "eval", "evaluation")
+
+Names = tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TableImage:
-    """An encoded image in a table of Hugging Face's.
+def load_splits(config: DataConfig, seed: int = 0) -> Splits:
+    """The training and validation images of a configuration.
 
     Args:
-        reader: timm's reader of the table.
-        index: The row.
-    """
-
-    reader: Any
-    index: int
-
-    def open(self) -> BinaryIO:
-        """The encoded image."""
-        with self.reader[self.index][0] as file:
-            return io.BytesIO(file.read())
-
-
-def load_splits(config: TrainConfig) -> Splits:
-    """The images a configuration trains and validates on.
+        config: Which images.
+        seed: Decides which images are held out, where there is no validation split.
 
     Raises:
         InputError: They are missing or cannot be used.
     """
-    if isinstance(config, FolderConfig):
-        return load_folder(config.data.root, config.data.val, config.data.val_fraction, seed=config.seed)
-    if isinstance(config, TimmConfig):
-        return load_source(config.data, config.seed)
-    return load_digits()
-
-
-def load_source(data: TimmData, seed: int = 0) -> Splits:
-    """Training and validation images from tar files, webdataset shards or Hugging Face datasets, or streams of these.
-
-    Args:
-        data: Which, and where.
-        seed: Decides which images are held out, if that is asked for.
-
-    Raises:
-        InputError: They are missing, or cannot be used.
-    """
-    named = _class_names(data.classes)
-    held_out = data.val_fraction is not None
-    readers: dict[str, Callable[[TimmData, str, tuple[str, ...] | None], Images]]
-    readers = {"hfds": _read_table, "hfids": open_table, "wds": _read_shards}
-    train: Images
-    val: Images | None
-    if read := readers.get(data.dataset.partition("/")[0]):
-        train = read(data, data.train_split, named)
-        val = None if held_out else read(data, data.val_split, named)
-    elif data.dataset:
-        raise InputError(
-            f"--data.dataset must be hfds/NAME, hfids/NAME, wds/ or empty (for tar files), not {data.dataset}"
-        )
-    else:
-        root = _folder(data.root)
-        train = read_tars(_split_place(root, data.train_split) or root, named)
-        val_place = _split_place(root, data.val_split)
-        if val_place is None and not held_out:
-            raise InputError(
-                f"{root} has neither {data.val_split}.tar nor a folder {data.val_split}; "
-                "name it with --data.val-split, or hold a share out with --data.val-fraction"
-            )
-        val = None if held_out or val_place is None else read_tars(val_place, train.classes)
+    kind = find_format(config.data) if config.data_format == "auto" else config.data_format
+    if kind == "digits":
+        return load_digits()
+    train, val = _load(_FORMATS[kind], config)
     if len(train.classes) < 2:
-        raise InputError(f"the training images are of one class only ({train.classes[0]}); at least two are needed")
-    train = _with_length(train, data)
+        raise InputError(f"the training images have one class only ({train.classes[0]}); at least two are needed")
+    if isinstance(train, ImageStream):
+        train.length = config.train_num_samples or train.length
+        if not train.length:
+            raise InputError("the training stream does not know its length; give it with --train-num-samples")
+    elif config.train_num_samples is not None:
+        raise InputError("--train-num-samples is for streams; these training images have been counted")
     if val is None:
         if isinstance(train, ImageStream):
-            raise InputError("no share of a stream can be held out; name a validation split with --data.val-split")
-        return hold_out(train, data.val_fraction or 0.0, seed)
+            raise InputError("no share of a stream can be held out; name validation images with --val-data")
+        return hold_out(train, config.val_fraction or 0.1, seed)
     if val.classes != train.classes:
-        raise InputError(f"the classes of {data.val_split} are not those of {data.train_split}")
+        raise InputError("the validation images have other classes than the training images")
     return Splits(train, val)
 
 
-def _with_length(train: Images, data: TimmData) -> Images:
-    if not isinstance(train, ImageStream):
-        if data.samples is not None:
-            raise InputError("--data.samples is for streams; these training images have been counted")
-        return train
-    train.length = train.length if data.samples is None else data.samples
-    if not train.length:
-        raise InputError(f"{data.train_split} does not say how many images it holds; give their number, --data.samples")
-    return train
+def _load(source: "Format", config: DataConfig) -> tuple[Images, Images | None]:
+    names: Names = (config.train_split,) if config.train_split else _TRAIN
+    place = source.find(config.data, names)
+    if place is None and config.train_split:
+        raise InputError(f"{config.data} has no split {config.train_split}")
+    classes = _class_names(config)
+    train = source.read(config.data if place is None else place, config, classes)
+    names = (config.val_split,) if config.val_split else _VAL
+    if config.val_data is not None:
+        found = source.find(config.val_data, names)
+        return train, source.read(config.val_data if found is None else found, config, train.classes)
+    found = None if config.val_fraction or place is None else source.find(config.data, names)
+    if found is None and config.val_split and not config.val_fraction:
+        raise InputError(f"{config.data} has no split {config.val_split}")
+    return train, None if found is None else source.read(found, config, train.classes if classes is None else classes)
 
 
-def _class_names(classes: int | Path | None) -> tuple[str, ...] | None:
-    if classes is None:
-        return None
-    if isinstance(classes, int):
-        if classes < 2:
-            raise InputError(f"--data.classes must be at least 2, got {classes}")
-        return tuple(map(str, range(classes)))
-    if not classes.is_file():
-        raise InputError(f"no such file of class names: {classes}")
-    names = tuple(classes.read_text(encoding="utf-8").split("\n"))
-    names = tuple(name.strip() for name in names if name.strip())
+def read_images(path: Path, classes: Names | None = None) -> ImageDataset:
+    """The images of class folders, or of a tar file of class folders.
+
+    Args:
+        path: The folder or tar file.
+        classes: The classes that are allowed, in order; by default all that there are, sorted.
+
+    Raises:
+        InputError: There are no images, or some of another class.
+    """
+    return read_tars(path, classes) if path.is_file() else read_folder(path, classes)
+
+
+def find_format(data: str) -> str:
+    """The format of what `--data` names, found by looking at it.
+
+    Raises:
+        InputError: There is nothing of that name.
+    """
+    if not data:
+        raise InputError("which images? give --data PATH (vision-ssm train classify --help lists what it can be)")
+    if data == "digits" or data.startswith(("hfds/", "hfids/")):
+        return data.partition("/")[0]
+    path = Path(data)
+    if "://" in data or (".tar" in data and not path.exists()):
+        return "wds"
+    if not path.exists():
+        raise InputError(f"no such file or folder: {path}")
+    places = [path / name for name in ("", *_TRAIN)]
+    tars = [path] if path.is_file() else sorted(tar for place in places for tar in place.glob("*.tar"))
+    if not tars:
+        return "folder"
+    first = (member.suffix.lower() for _, (member, _) in zip(range(8), list_members(tars[0], PurePosixPath())))  # noqa: B905
+    return "wds" if {".cls", ".json"} & set(first) else "tar"
+
+
+def read_folder(root: Path, classes: Names | None = None) -> ImageDataset:
+    """All images below `root`, one sub-folder per class.
+
+    Args:
+        root: The folder.
+        classes: The classes that are allowed, in order; by default the sub-folders' names, sorted.
+
+    Raises:
+        InputError: No such folder, no images in it or in one of its classes, or a class not in `classes`.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder" if root.exists() else f"no such folder: {root}")
+    found = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    if not found:
+        raise InputError(f"{root} holds no class folders; expected one sub-folder of images per class")
+    index = _index(found, classes, root)
+    files: list[str] = []
+    labels: list[int] = []
+    empty: list[str] = []
+    for name in found:
+        inside = sorted(os.path.relpath(path, root) for path in _walk(root / name))
+        files += inside
+        labels += [index[name]] * len(inside)
+        if not inside:
+            empty.append(name)
+    if not files:
+        raise InputError(f"{root} holds no images in its sub-folders (looked for {' '.join(EXTENSIONS)})")
+    if empty and classes is None:
+        raise InputError(f"no images in {root} for {shorten(empty)}; remove the folder or fill it")
+    ids = Strings(files)
+    return ImageDataset(_Files(root, ids), ids, {"label": np.array(labels)}, tuple(index))
+
+
+def read_tars(root: Path, classes: Names | None = None) -> ImageDataset:
+    """The images in a tar file, or in all tar files of a folder; tar files may hold tar files.
+
+    The class of an image is the name of the folder or, where it lies in none, of the tar file that it lies in.
+
+    Args:
+        root: The tar file or the folder.
+        classes: The classes that are allowed, in order; by default all that there are, sorted.
+
+    Raises:
+        InputError: There are no tar files or no images in them, they are damaged or compressed, or hold a class not
+            in `classes`.
+    """
+    tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
+    if not tars:
+        raise InputError(f"{root} holds no .tar files")
+    found = sorted(
+        (place.parent.name, str(place), member)
+        for tar in tars
+        for place, member in list_members(tar, PurePosixPath() if root.is_file() else PurePosixPath(tar.stem))
+        if place.suffix.lower() in EXTENSIONS
+    )
+    if not found:
+        raise InputError(f"{root} holds no images (looked for {' '.join(EXTENSIONS)} in {len(tars)} tar files)")
+    names = sorted({label for label, *_ in found})
+    if "" in names:
+        raise InputError(f"{root} holds images that lie in no folder, so their class is unknown")
+    index = _index(names, classes, root)
+    labels = np.array([index[label] for label, *_ in found])
+    ids = Strings(name for _, name, _ in found)
+    return ImageDataset(TarReader([member for *_, member in found]), ids, {"label": labels}, tuple(index))
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The image files among `paths`, and those anywhere below its folders.
+
+    Raises:
+        InputError: A path does not exist, or there is no image at all.
+    """
+    images: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"no such file or folder: {path}")
+        images += sorted(map(Path, _walk(path))) if path.is_dir() else [path]
+    if not images:
+        raise InputError(f"no images in {shorten([str(p) for p in paths])}")
+    return images
+
+
+def shorten(names: Sequence[str], most: int = 5) -> str:
+    """`names` with commas, the first `most` of them and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The paths of the files in a folder, by their numbers."""
+
+    root: Path
+    names: Strings
+
+    def __call__(self, number: int) -> Path:
+        return self.root / self.names[number]
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    for place, _, names in os.walk(folder):
+        yield from (os.path.join(place, name) for name in names if name.lower().endswith(EXTENSIONS))
+
+
+def _index(found: Sequence[str], classes: Names | None, root: Path) -> dict[str, int]:
+    if classes is not None and (unknown := sorted(set(found) - set(classes))):
+        raise InputError(f"{root} has classes that the training data lacks: {shorten(unknown)}")
+    return {name: i for i, name in enumerate(classes or found)}
+
+
+def _find_place(data: str, names: Names) -> Path | None:
+    """The folder or tar file of a split."""
+    root = Path(data)
+    if not root.exists():
+        raise InputError(f"no such file or folder: {root}")
+    places = [root / f"{name}{end}" for name in names for end in ("", ".tar")]
+    return next((place for place in places if root.is_dir() and place.exists()), None)
+
+
+def _find_shards(data: str, names: Names) -> list[str] | None:
+    """The shards of a split: those of a pattern, those that `_info.json` lists, or those named as the split is."""
+    if ".tar" in data:
+        return _existing(expand_braces(data))
+    root = Path(data)
+    info = next((path for name in ("_info.json", "info.json") if (path := root / name).is_file()), None)
+    splits: dict[str, Any] = json.loads(info.read_text()).get("splits", {}) if info else {}
+    for name in names:
+        if ".tar" in name:
+            return _existing([str(root / file) for file in expand_braces(name)])
+        if name in splits:
+            return _existing([str(root / file) for file in splits[name]["filenames"]])
+    found = next((tars for name in names if (tars := sorted(root.glob(f"{name}*.tar")))), None)
+    return [str(path) for path in found] if found else None
+
+
+def _existing(shards: list[str]) -> list[str]:
+    if missing := [shard for shard in shards if "://" not in shard and not Path(shard).is_file()]:
+        raise InputError(f"no such shards: {shorten(missing)}")
+    return shards
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that `a-{00..12}.tar` or `{a,b}.tar` stand for."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        first, last = numbers.groups()
+        options = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    else:
+        options = match[1].split(",")
+    rests = expand_braces(pattern[match.end() :])
+    return [f"{pattern[: match.start()]}{option}{rest}" for option in options for rest in rests]
+
+
+def _class_names(config: DataConfig) -> Names | None:
+    if config.class_map is None:
+        return config.num_classes and tuple(map(str, range(config.num_classes)))  # type: ignore[return-value]
+    if not config.class_map.is_file():
+        raise InputError(f"no such file of class names: {config.class_map}")
+    lines = config.class_map.read_text(encoding="utf-8").split("\n")
+    names = tuple(name for line in lines if (name := line.strip()))
     if len(names) < 2 or len(set(names)) < len(names):
-        raise InputError(f"{classes} must name at least two classes, one a line and none twice")
+        raise InputError(f"{config.class_map} must name at least two classes, one per line and none twice")
     return names
 
 
-def _folder(root: Path | None) -> Path:
-    if root is None:
-        raise InputError("where are the images? give --data.root")
-    if not root.exists():
-        raise InputError(f"no such file or folder: {root}")
-    return root
+def _read_shards(shards: Any, config: DataConfig, classes: Names | None) -> Images:
+    if isinstance(shards, str):
+        raise InputError(f"{shards} has no shards of a training split; name them with --train-split")
+    if classes is None:
+        raise InputError("shards do not name their classes; give --num-classes or --class-map")
+    return read_shards(shards, config, classes)
 
 
-def _split_place(root: Path, split: str) -> Path | None:
-    """The tar file or folder of a split, under its own name or a usual other one, as timm finds it."""
-    if root.is_file():
-        return None
-    others = next((names for names in _SYNONYMS if split in names), ())
-    places = [root / f"{name}{end}" for name in (split, *others) for end in ("", ".tar")]
-    return next((place for place in places if place.exists()), None)
+@dataclass(frozen=True)
+class Format:
+    """How images of a format are found and read.
+
+    Args:
+        find: Where a split lies, by its possible names, in what `--data` names; None if it has no splits.
+        read: The images of such a place.
+    """
+
+    find: Callable[[str, Names], Any]
+    read: Callable[[Any, DataConfig, Names | None], Images]
 
 
-def _read_shards(data: TimmData, split: str, named: tuple[str, ...] | None) -> Images:
-    if named is None:
-        raise InputError("shards hold no names of classes; give their number, or a file of names, --data.classes")
-    if "://" in split:
-        return open_shards(data, split, named)
-    if data.root is None and "://" in data.train_split:
-        raise InputError(f"--data.val-split {split} is no URL; name the validation shards as the training ones")
-    keys = {key: value for key in ("input_key", "target_key") if (value := getattr(data, key))}
-    return read_shards(_folder(data.root), split, named, **keys)
-
-
-def _read_table(data: TimmData, split: str, named: tuple[str, ...] | None) -> LabelledImages:
-    try:
-        import datasets
-        from timm.data.readers import create_reader
-    except ImportError:
-        raise InputError("hfds/ needs Hugging Face's datasets: pip install 'vision-ssm[data]'") from None
-    options: dict[str, Any] = {"input_key": data.input_key, "target_key": data.target_key}
-    if isinstance(data.classes, Path) and named is not None:
-        options["class_map"] = {name: i for i, name in enumerate(named)}
-    try:
-        reader = create_reader(data.dataset, root=data.root and str(data.root), split=split, **options)
-        # A column that is asked for but absent has been added, empty.
-        columns = [key for key, value in reader.dataset[0].items() if value is not None] if len(reader) else []
-        for option, key in (("input", data.input_key or "image"), ("target", data.target_key or "label")):
-            if key.split("/")[0] not in columns:
-                raise InputError(f"{data.dataset} has no column {key}; --data.{option}-key takes {shorten(columns)}")
-        targets = [int(target) for target in reader.iter_targets()]
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"cannot read {split} of {data.dataset}: {type(error).__name__}: {error}") from error
-    classes = named or tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.get))
-    if not classes:
-        raise InputError(f"{data.dataset} does not name its classes; give their number with --data.classes")
-    if wrong := sorted(set(targets) - set(range(len(classes)))):
-        raise InputError(f"{split} of {data.dataset} has class {shorten([str(i) for i in wrong])} of {len(classes)}")
-    images = [TableImage(reader, i) for i in range(len(targets))]
-    return LabelledImages(images, targets, classes, [f"{split} {i}" for i in range(len(targets))])
+_FORMATS = {
+    "folder": Format(_find_place, lambda place, config, classes: read_folder(Path(place), classes)),
+    "tar": Format(_find_place, lambda place, config, classes: read_tars(Path(place), classes)),
+    "wds": Format(_find_shards, _read_shards),
+    "hfds": Format(lambda data, names: "validation" if names == _VAL else names[0], read_table),
+    "hfids": Format(lambda data, names: "validation" if names == _VAL else names[0], read_table),
+}

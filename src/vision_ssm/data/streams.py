@@ -2,13 +2,12 @@ import hashlib
 import io
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from vision_ssm.data.images import open_image
 from vision_ssm.data.seeding import ORDER
@@ -31,36 +30,28 @@ class Shard(Protocol):
         """What to call it."""
 
     def __iter__(self) -> Iterator[tuple[str, int, bytes]]:
-        """Name, class and encoded image of each sample."""
+        """Id, class and encoded image of each sample."""
 
 
 @dataclass(frozen=True, slots=True)
-class StreamedImage:
+class Encoded:
     """An encoded image of a stream.
 
     Args:
         place: Number of its shard, and its number in there.
-        name: What to call it.
-        target: Index of its class.
+        id: What to call it.
+        label: Index of its class.
         content: The bytes of its file.
     """
 
     place: tuple[int, int]
-    name: str
-    target: int
+    id: str
+    label: int
     content: bytes
-
-    def load(self) -> Image.Image:
-        """The image as 8-bit RGB.
-
-        Raises:
-            InputError: It cannot be read.
-        """
-        return open_image(io.BytesIO(self.content), self.name)
 
 
 class ImageStream:
-    """Labelled images that can only be read shard by shard.
+    """Labeled images that can only be read shard by shard. Its keys are the encoded images themselves.
 
     `lengths` holds the number of images in each shard that has been read to its end, by the number of the shard.
 
@@ -68,7 +59,7 @@ class ImageStream:
         shards: In a fixed order.
         classes: Names of the classes.
         length: Number of images, where it is known.
-        buffer: How many images wait in training, among which the next one is drawn.
+        buffer: Number of images from which the next training image is drawn.
     """
 
     def __init__(
@@ -82,42 +73,44 @@ class ImageStream:
             raise TypeError("the number of images in this stream is not known")
         return self.length
 
-    def counts(self) -> None:
-        """Unknown: the number of images of each class."""
-
-    def load(self, key: StreamedImage) -> Image.Image:
-        """One of the images as 8-bit RGB.
-
-        Raises:
-            InputError: It cannot be read.
-        """
-        return key.load()
-
-    def target(self, key: StreamedImage) -> int:
-        """Index of its class."""
-        return key.target
-
-    def name(self, key: StreamedImage) -> str:
-        """What to call it."""
-        return key.name
-
+    @property
     def fingerprint(self) -> str:
-        """A digest of classes, shards and length, to notice that they changed between two runs."""
+        """A digest of classes, shards and length, which shows whether they changed between two runs."""
         names = [*self.classes, *(shard.name for shard in self.shards), str(self.length)]
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+    def counts(self) -> list[int] | None:
+        """None: the number of images of each class is not known."""
+        return None
+
+    def sample(self, key: Encoded) -> dict[str, Any]:
+        """One image as 8-bit RGB, with its id and label.
+
+        Raises:
+            InputError: The image cannot be read.
+        """
+        return {"image": open_image(io.BytesIO(key.content), key.id), "id": key.id, "label": key.label}
+
+    def id(self, key: Encoded) -> str:
+        """What to call an image."""
+        return key.id
+
+    def place(self, key: Encoded) -> tuple[int, ...]:
+        """Whole numbers that identify an image, for seeds."""
+        return key.place
+
+    def substitutes(self, key: Encoded, batch: Sequence[Encoded], generator: np.random.Generator) -> Iterable[Encoded]:
+        """Images of the batch to try in place of one that cannot be read."""
+        return [batch[i] for i in generator.permutation(len(batch))]
 
     def in_order(self, rank: int = 0, world: int = 1) -> "InOrder":
         """The images of one of several processes, in order; over all processes every image once."""
         return InOrder(self, rank, world)
 
-    def pick(self, numbers: Sequence[int]) -> list[Image.Image]:
-        """The images of these numbers, counted over the whole stream, which is read as far as needed."""
-        found: dict[int, Image.Image] = {}
-        for number, image in enumerate(self.in_order()):
-            if number in numbers:
-                found[number] = image.load()
-            if len(found) == len(set(numbers)):
-                break
+    def pick(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """The samples of these numbers, counted over the whole stream, which is read as far as needed."""
+        wanted = enumerate(itertools.islice(self.in_order(), max(numbers, default=-1) + 1))
+        found = {number: self.sample(key) for number, key in wanted if number in numbers}
         return [found[number] for number in numbers]
 
     def check_ends(self) -> None:
@@ -127,9 +120,9 @@ class ImageStream:
             InputError: It cannot be read, or has a class that does not exist.
         """
         for shard in {0, len(self.shards) - 1}:
-            next(iter(self._read(shard)), None)
+            next(iter(self.read((shard, slice(None)))), None)
 
-    def read(self, part: Part) -> Iterator[StreamedImage]:
+    def read(self, part: Part) -> Iterator[Encoded]:
         """The images of a part of a shard.
 
         Raises:
@@ -138,62 +131,47 @@ class ImageStream:
         shard, which = part
         yield from itertools.islice(self._read(shard), which.start, which.stop, which.step)
 
-    def _read(self, shard: int) -> Iterator[StreamedImage]:
+    def _read(self, shard: int) -> Iterator[Encoded]:
         number = 0
-        for name, target, content in self.shards[shard]:
-            if not 0 <= target < len(self.classes):
-                raise InputError(f"{name} is of class {target}, and there are {len(self.classes)} (--data.classes)")
-            yield StreamedImage((shard, number), name, target, content)
+        for name, label, content in self.shards[shard]:
+            if not 0 <= label < len(self.classes):
+                raise InputError(f"{name} has label {label}, but there are {len(self.classes)} classes")
+            yield Encoded((shard, number), name, label, content)
             number += 1
         if self.lengths.setdefault(shard, number) != number:
             before = self.lengths[shard]
             raise InputError(f"{self.shards[shard].name} had {before} images before, and has {number} now")
 
-    def training_images(
-        self, seed: int, epoch: int, used: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[StreamedImage]:
-        """The images that one of several processes trains on in an epoch; after the last come the first again.
+    def order(self, seed: int, epoch: int, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[Encoded]:
+        """The training images of one of several processes, from `start` to `stop`; after the last come the first again.
 
-        The order of the shards is a function of (seed, epoch), and so is which process reads which. In a shard, each
-        image is drawn from a buffer by a generator seeded by (seed, epoch, shard).
-
-        Args:
-            seed: Decides the orders.
-            epoch: So does the epoch.
-            used: How many images to leave out at the beginning; shards of known length are not read for that.
-            rank: Which of several processes this is.
-            world: How many there are.
+        The order of the shards, and which process reads which, are functions of (seed, epoch). In a shard, each image
+        is drawn from a buffer by a generator seeded by (seed, epoch, shard). Shards of known length before `start` are
+        not read.
 
         Raises:
             InputError: There is nothing to read, or it cannot be read.
         """
-        parts = self._parts(seed, epoch, rank, world)
-        start, used = self._start(parts, used)
-        for part in itertools.islice(itertools.cycle(parts), start, None):
+        return read_ahead(itertools.islice(self._order(seed, epoch, start, rank, world), stop - start))
+
+    def _order(self, seed: int, epoch: int, start: int, rank: int, world: int) -> Iterator[Encoded]:
+        parts, first, skip = self._start(seed, epoch, start, rank, world)
+        for part in itertools.islice(itertools.cycle(parts), first, None):
             for image in _shuffled(self.read(part), self.buffer, (seed, ORDER, epoch, 1 + part[0])):
-                if used:
-                    used -= 1
+                if skip:
+                    skip -= 1
                 else:
                     yield image
             self._require_images(parts)
 
-    def resume_point(self, seed: int, epoch: int, used: int, rank: int = 0, world: int = 1) -> tuple[str, int]:
-        """Where reading begins to go on after `used` images: a shard, and how many of its images are left out."""
-        parts = self._parts(seed, epoch, rank, world)
-        start, rest = self._start(parts, used)
-        return self.shards[parts[start % len(parts)][0]].name, rest
-
-    def _parts(self, seed: int, epoch: int, rank: int, world: int) -> list[Part]:
+    def _start(self, seed: int, epoch: int, start: int, rank: int, world: int) -> tuple[list[Part], int, int]:
+        """The parts of a process, how many of them lie before `start`, and how many images of the next one."""
         order = np.random.default_rng((seed, ORDER, epoch)).permutation(len(self.shards))
-        return share(order.tolist(), rank, world)
-
-    def _start(self, parts: Sequence[Part], used: int) -> tuple[int, int]:
-        """How many parts are used up with `used` images, and how many images of the next one."""
+        parts, first = share(order.tolist(), rank, world), 0
         self._require_images(parts)
-        start = 0
-        while (count := self._count(parts[start % len(parts)])) is not None and used >= count:
-            start, used = start + 1, used - count
-        return start, used
+        while (count := self._count(parts[first % len(parts)])) is not None and start >= count:
+            first, start = first + 1, start - count
+        return parts, first, start
 
     def _count(self, part: Part) -> int | None:
         length = self.lengths.get(part[0])
@@ -204,22 +182,18 @@ class ImageStream:
             raise InputError(f"{self.shards[parts[0][0]].name} holds no images for one of the processes")
 
 
+@dataclass(frozen=True)
 class InOrder:
-    """Yields the images of one of several processes in the order of the stream.
+    """Iterates over the images of one of several processes in the order of the stream."""
 
-    Args:
-        stream: The stream.
-        rank: Which of several processes this is.
-        world: How many there are.
-    """
+    stream: ImageStream
+    rank: int
+    world: int
 
-    def __init__(self, stream: ImageStream, rank: int, world: int) -> None:
-        self.stream, self.rank, self.world = stream, rank, world
-
-    def __iter__(self) -> Iterator[StreamedImage]:
+    def __iter__(self) -> Iterator[Encoded]:
         return read_ahead(self._read())
 
-    def _read(self) -> Iterator[StreamedImage]:
+    def _read(self) -> Iterator[Encoded]:
         for part in share(range(len(self.stream.shards)), self.rank, self.world):
             yield from self.stream.read(part)
         if self.world == 1 and not any(self.stream.lengths.values()):
@@ -232,7 +206,7 @@ def share(shards: Sequence[int], rank: int, world: int) -> list[Part]:
     Args:
         shards: Numbers of the shards, in order.
         rank: Which of the processes this is.
-        world: How many there are.
+        world: Number of processes.
     """
     if world <= len(shards):
         return [(shard, slice(0, None, 1)) for shard in shards[rank::world]]
@@ -259,15 +233,12 @@ def read_ahead(items: Iterator[T], count: int = _AHEAD) -> Iterator[T]:
         thread.shutdown(cancel_futures=True)
 
 
-def _shuffled(images: Iterator[StreamedImage], buffer: int, key: Sequence[int]) -> Iterator[StreamedImage]:
+def _shuffled(images: Iterator[Encoded], buffer: int, key: Sequence[int]) -> Iterator[Encoded]:
     generator = np.random.default_rng(key)
-    waiting: list[StreamedImage] = []
+    waiting = list(itertools.islice(images, buffer))
     for image in images:
-        if len(waiting) == buffer:
-            chosen = int(generator.integers(buffer))
-            yield waiting[chosen]
-            waiting[chosen] = image
-        else:
-            waiting.append(image)
+        chosen = int(generator.integers(buffer))
+        yield waiting[chosen]
+        waiting[chosen] = image
     for i in generator.permutation(len(waiting)):
         yield waiting[i]

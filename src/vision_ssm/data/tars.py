@@ -1,73 +1,46 @@
 import io
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from vision_ssm.data.datasets import EXTENSIONS, LabelledImages, shorten
+import numpy as np
+
 from vision_ssm.errors import InputError
 
 
-# timm's tar reader keeps the files open, which forked workers then share, and reads whole archives to index them.
-@dataclass(frozen=True, slots=True)
-class TarMember:
-    """A file inside an uncompressed tar file.
-
-    Args:
-        tar: The tar file.
-        offset: Where in it the content begins.
-        size: Bytes of content.
-    """
+class TarMember(NamedTuple):
+    """A file inside an uncompressed tar file."""
 
     tar: Path
     offset: int
+    """Where in it the content begins."""
     size: int
+    """Bytes of content."""
 
-    def open(self) -> BinaryIO:
-        """The content; nothing stays open that processes could share."""
+    def read(self) -> bytes:
+        """The content; no file stays open that processes could share."""
         with self.tar.open("rb") as file:
             file.seek(self.offset)
-            return io.BytesIO(file.read(self.size))
+            return file.read(self.size)
 
 
-def read_tars(root: Path, classes: tuple[str, ...] | None = None) -> LabelledImages:
-    """The images in a tar file, or in all tar files of a folder; tar files may hold tar files.
-
-    The class of an image is the name of the folder or, where it lies in none, of the tar file that it lies in.
+# timm's tar reader keeps the files open, which forked workers then share, and reads whole archives to index them.
+class TarReader:
+    """Opens members of tar files by their numbers.
 
     Args:
-        root: The tar file or the folder.
-        classes: The classes that are allowed, in order; otherwise all that there are, sorted.
-
-    Raises:
-        InputError: There are no tar files or no images in them, they are damaged or compressed, or hold a class not
-            in `classes`.
+        members: The members; kept as arrays, which forked processes share.
     """
-    tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
-    if not tars:
-        raise InputError(f"{root} holds no .tar files")
-    found = [
-        (place.parent.name, str(place), member)
-        for tar in tars
-        for place, member in list_members(tar, PurePosixPath() if root.is_file() else PurePosixPath(tar.stem))
-        if place.suffix.lower() in EXTENSIONS
-    ]
-    if not found:
-        raise InputError(f"{root} holds no images (looked for {' '.join(EXTENSIONS)} in {len(tars)} tar files)")
-    names = sorted({label for label, *_ in found})
-    if "" in names:
-        raise InputError(f"{root} holds images that lie in no folder, so their class is unknown")
-    if classes is not None and (unknown := sorted(set(names) - set(classes))):
-        raise InputError(f"{root} has classes that are not among the {len(classes)} known: {shorten(unknown)}")
-    index = {name: i for i, name in enumerate(classes or names)}
-    found.sort(key=lambda entry: entry[:2])
-    return LabelledImages(
-        images=[member for *_, member in found],
-        targets=[index[label] for label, *_ in found],
-        classes=classes or tuple(names),
-        names=[name for _, name, _ in found],
-    )
+
+    def __init__(self, members: Sequence[TarMember]) -> None:
+        self.tars = list(dict.fromkeys(member.tar for member in members))
+        numbers = {tar: i for i, tar in enumerate(self.tars)}
+        self._places = np.array([(numbers[tar], offset, size) for tar, offset, size in members], np.int64)
+
+    def __call__(self, number: int) -> BinaryIO:
+        tar, offset, size = self._places[number].tolist()
+        return io.BytesIO(TarMember(self.tars[tar], offset, size).read())
 
 
 def list_members(tar: Path, place: PurePosixPath) -> Iterator[tuple[PurePosixPath, TarMember]]:
@@ -83,7 +56,7 @@ def list_members(tar: Path, place: PurePosixPath) -> Iterator[tuple[PurePosixPat
     try:
         with tarfile.open(tar, "r:") as file:
             yield from _members(file, tar, place, 0)
-    except tarfile.TarError as error:
+    except (OSError, tarfile.TarError) as error:
         raise InputError(f"cannot read {tar} as an uncompressed tar file: {error}") from error
 
 

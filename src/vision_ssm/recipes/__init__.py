@@ -1,46 +1,23 @@
 """Named, typed configurations: what to train and how.
 
-A recipe makes a configuration; change it with `dataclasses.replace`. This package imports nothing heavy, so that the
-command line can describe the recipes quickly.
+A recipe, called with changes, returns a configuration: `recipes.small(data="photos", epochs=5)`. This package imports
+nothing heavy, so that the command line can describe the recipes quickly.
 """
 
 import difflib
 
 from vision_ssm.errors import InputError
-from vision_ssm.recipes.config import (
-    Augmentation,
-    DigitsConfig,
-    Distillation,
-    FolderConfig,
-    FolderData,
-    Interpolation,
-    Optimisation,
-    Precision,
-    TimmConfig,
-    TimmData,
-    Tracker,
-    TrainConfig,
-    from_dict,
-    to_dict,
-)
-from vision_ssm.recipes.own import OWN, digits, finetune, scratch, small
+from vision_ssm.recipes.config import ClassificationConfig, Precision, TrainConfig, from_dict, to_dict
+from vision_ssm.recipes.own import digits, finetune, scratch, small
 from vision_ssm.recipes.published import PUBLISHED
 from vision_ssm.recipes.recipe import Recipe
 
 __all__ = [
+    "CONFIGS",
     "RECIPES",
-    "Augmentation",
-    "DigitsConfig",
-    "Distillation",
-    "FolderConfig",
-    "FolderData",
-    "Interpolation",
-    "Optimisation",
+    "ClassificationConfig",
     "Precision",
     "Recipe",
-    "TimmConfig",
-    "TimmData",
-    "Tracker",
     "TrainConfig",
     "digits",
     "find",
@@ -51,8 +28,11 @@ __all__ = [
     "to_dict",
 ]
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*OWN, *PUBLISHED)}
-"""All recipes for folders of images, by name."""
+CONFIGS: dict[str, type[TrainConfig]] = {"classification": ClassificationConfig}
+"""The configuration of each task."""
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (digits, small, scratch, finetune, *PUBLISHED)}
+"""All recipes, by name."""
 
 
 def find(name: str) -> Recipe:

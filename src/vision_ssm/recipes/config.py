@@ -1,174 +1,67 @@
+"""Configurations of training as flat, frozen dataclasses whose values are checked on creation.
+
+The fields are the options of `vision-ssm train`; a task's configuration inherits the groups of options it has.
+"""
+
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from vision_ssm.errors import InputError
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 """Names of Lightning's precision settings."""
 
-Tracker = Literal["tensorboard", "wandb"]
-"""Where else than in the folder of the run the figures of every epoch are shown."""
+DataFormat = Literal["auto", "digits", "folder", "tar", "wds", "hfds", "hfids"]
+"""Where images come from; see `DataConfig.data`."""
 
-Interpolation = Literal["bilinear", "bicubic", "random"]
-"""How crops are resized; random takes bilinear or bicubic for each image."""
+FREE_ON_RESUME = ("device", "num_workers", "max_skipped", "logger", "max_unreadable", "cache_dir")
+"""Fields that change neither weights nor metrics."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """Random changes to training images (see `timm.data.create_transform` and `timm.data.Mixup`)."""
+def limited(default: Any, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf,
+            below: float = math.inf) -> Any:  # fmt: skip
+    """A field that holds None or finite numbers within limits."""
+    return field(default=default, metadata=dict(least=least, above=above, most=most, below=below))
 
-    scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest share of the image's area to crop."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest aspect ratio of the crop."""
-    interpolation: Interpolation | None = None
-    """How crops are resized; otherwise as in evaluation."""
-    hflip: float = 0.5
-    """Probability of mirroring left to right."""
-    vflip: float = 0.0
-    """Probability of mirroring top to bottom."""
-    color_jitter: float = 0.4
-    """Strength of random brightness, contrast and saturation; unused with an automatic policy."""
-    auto_augment: str | None = None
-    """timm's name of an automatic policy, such as rand-m9-mstd0.5-inc1."""
-    erase: float = 0.0
-    """Probability of erasing a rectangle."""
-    mixup: float = 0.0
-    """Alpha of mixup; 0 turns it off."""
-    cutmix: float = 0.0
-    """Alpha of CutMix; 0 turns it off."""
-    mix_prob: float = 1.0
-    """Probability that a batch is mixed at all."""
-    mix_switch: float = 0.5
-    """Probability that it is mixed by CutMix, where both are on."""
+
+def option(name: str) -> str:
+    """The command-line option of a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimisation:
-    """Optimiser, schedule, loss and averaging (timm's)."""
+class Config:
+    """Checks the limits of its fields on creation.
 
-    optimizer: str = "adamw"
-    """timm's name of the optimiser."""
-    lr: float = 1e-3
-    """Highest learning rate."""
-    min_lr: float = 1e-5
-    """Learning rate at the end."""
-    warmup_lr: float | None = None
-    """Learning rate at the beginning; otherwise a hundredth of lr."""
-    lr_batch: int | None = None
-    """Images per step for which the three rates are given; they grow in proportion. Otherwise they hold as they are."""
-    betas: tuple[float, float] | None = None
-    """Decays of the optimiser's moving averages; otherwise its own."""
-    eps: float | None = None
-    """Term in the optimiser's denominator; otherwise its own."""
-    weight_decay: float = 0.05
-    """Weight decay; biases, norms and what the model exempts get none."""
-    published_decay: bool = False
-    """Exempt what the published training of the model exempts, no more: it decays A and the bias of the step size."""
-    layer_decay: float | None = None
-    """Factor on the learning rate from each layer to the one below it."""
-    schedule: str = "cosine"
-    """timm's name of the learning-rate schedule."""
-    warmup_epochs: int = 5
-    """Epochs over which the learning rate rises; at most all but one."""
-    warmup_first: bool = False
-    """The schedule's curve begins after these epochs, not below them."""
-    warmup_by_epoch: bool = False
-    """The rate rises once per epoch, not at every step."""
-    decay_by_epoch: bool = False
-    """The rate falls once per epoch, not at every step."""
-    cooldown_epochs: int = 0
-    """Epochs at min_lr, at the end; as many as there is room for."""
-    clip_grad: float | None = 5.0
-    """Largest norm of the gradient."""
-    label_smoothing: float = 0.1
-    """Share of the target spread evenly over all classes."""
-    binary_loss: bool = False
-    """One yes-or-no question per class instead of softmax cross-entropy."""
-    ema: float | None = None
-    """Decay of a moving average of the weights; it is what gets evaluated and saved as weights."""
-    ema_warmup: bool = True
-    """Average over fewer steps in the beginning."""
+    Raises:
+        InputError: A value is outside its limits; names the option, the value and what is allowed.
+    """
 
-    def for_batch(self, images: int) -> "Optimisation":
-        """The same with the rates of steps of that many images, as plain rates."""
-        factor = images / (self.lr_batch or images)
-        warmup_lr = self.lr / 100 if self.warmup_lr is None else self.warmup_lr
-        return dataclasses.replace(
-            self, lr=factor * self.lr, min_lr=factor * self.min_lr, warmup_lr=factor * warmup_lr, lr_batch=None
-        )
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            if item.metadata:
+                _check_limits(item.name, getattr(self, item.name), **item.metadata)
+
+
+def _check_limits(name: str, value: Any, least: float, above: float, most: float, below: float) -> None:
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        if number is None or (least <= number <= most and above < number < below and math.isfinite(number)):
+            continue
+        low = f"at least {least:g}" if math.isfinite(least) else f"above {above:g}" if math.isfinite(above) else ""
+        high = f"at most {most:g}" if math.isfinite(most) else f"below {below:g}" if math.isfinite(below) else "finite"
+        shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+        raise InputError(f"{option(name)} must be {' and '.join(filter(None, (low, high)))}, got {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distillation:
-    """Learning from a teacher: the loss is (1 - alpha) of the targets' and alpha of the teacher's."""
-
-    teacher: str | None = None
-    """timm's name of a model with published weights, the folder of a run, or a weights file of one."""
-    soft: bool = False
-    """Learn the teacher's probabilities; otherwise its most probable class."""
-    alpha: float = 0.5
-    """Weight of the teacher."""
-    tau: float = 1.0
-    """Temperature of the probabilities; the higher, the more even."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageSource:
-    """What all sources of images have in common."""
-
-    max_unreadable: float = 0.01
-    """Largest share of the training images that may be unreadable (always at least one); others take their places."""
-    strict: bool = False
-    """Stop at the first training image that cannot be read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderData(ImageSource):
-    """Image folders with one sub-folder per class."""
-
-    root: Path
-    """Training images, or a folder that holds train and val (or test)."""
-    val: Path | None = None
-    """Validation images."""
-    val_fraction: float | None = None
-    """Share of the training images held out for validation (0.1 if there is no validation folder)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimmData(ImageSource):
-    """Tar files, webdataset shards or Hugging Face datasets, named as timm names them."""
-
-    dataset: str = ""
-    """hfds/NAME for a Hugging Face dataset, hfids/NAME for one as a stream, wds/ for webdataset shards; empty for tar
-    files."""
-    root: Path | None = None
-    """The tar file, the folder of tar files or shards; for hfds/ and hfids/ the folder that keeps downloads."""
-    train_split: str = "train"
-    """Name of the training split; of shards also a pattern, such as train-{0000..0146}.tar or https://HOST/train-{0..9}.tar
-    (a stream)."""
-    val_split: str = "validation"
-    """Name of the validation split."""
-    val_fraction: float | None = None
-    """Share of the training split held out for validation instead of a split."""
-    classes: int | Path | None = None
-    """Number of classes, or a text file that names one a line; needed where the data does not name them."""
-    input_key: str | None = None
-    """Column of the images (image), or extensions of images in shards (jpg;jpeg;png;webp)."""
-    target_key: str | None = None
-    """Column of the classes (label), or field of the json in shards (by default the file .cls)."""
-    samples: int | None = None
-    """Number of training images in a stream; needed where the stream does not say."""
-    shuffle: int = 1000
-    """Images of a stream's shard that wait in training, among which the next one is drawn; 1 keeps their order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that decides the outcome of a classification run, and where it is computed."""
+class ModelConfig(Config):
+    """Model and its input."""
 
     model: str = "vmamba_atto"
     """Name of a timm model."""
@@ -176,102 +69,261 @@ class TrainConfig:
     """Keyword arguments of the model, such as stem_stride=2 drop_rate=0.1."""
     pretrained: bool | Path = False
     """Start from the published weights, from a checkpoint file, or from the best weights in the folder of a run."""
-    drop_path: float = 0.0
-    """Stochastic depth rate (drop_path_rate of the model)."""
-    image_size: int | None = None
-    """Side of the square input in pixels; otherwise what the model expects."""
-    crop: float | None = None
-    """Share of the resized image's side that evaluation keeps; otherwise the model's, or all below 128 pixels."""
-    epochs: int = 100
+    drop_path_rate: float = limited(0.0, least=0, below=1)
+    """Stochastic depth rate."""
+    img_size: int | None = limited(None, least=1)
+    """Height and width of the square input in pixels; by default what the model expects."""
+    crop_pct: float | None = limited(None, above=0, most=1)
+    """Share of the resized image's side that evaluation keeps; by default the model's, or all below 128 pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """Training and validation images."""
+
+    data: str = ""
+    """Folder with one sub-folder per class, or one that holds train and val; tar file or folder of tar files; folder,
+    pattern or URLs of webdataset shards, such as https://HOST/train-{0000..0146}.tar; hfds/NAME or hfids/NAME for a
+    Hugging Face dataset or a stream of one; or digits."""
+    val_data: str | None = None
+    """Validation images, if they are not in --data."""
+    val_fraction: float | None = limited(None, above=0, below=1)
+    """Share of the training images held out for validation (0.1 if there are no validation images)."""
+    data_format: DataFormat = "auto"
+    """How to read --data: class folders, tar files, webdataset shards, Hugging Face dataset or stream; by default
+    found by looking at it."""
+    train_split: str | None = None
+    """Name of the training split, if it is not train."""
+    val_split: str | None = None
+    """Name of the validation split, if it is not val, validation or test."""
+    class_map: Path | None = None
+    """Text file that names one class per line, where the data does not name its classes."""
+    num_classes: int | None = limited(None, least=2)
+    """Number of classes, where the data does not name them and there is no class map."""
+    input_key: str | None = None
+    """Column of the images (image), or extensions of images in shards (jpg;jpeg;png;webp)."""
+    target_key: str | None = None
+    """Column of the classes (label), or field of the json in shards (by default the file .cls)."""
+    train_num_samples: int | None = limited(None, least=1)
+    """Number of training images in a stream, if it does not know it."""
+    shuffle_buffer: int = limited(1000, least=1)
+    """Images of a stream's shard from which the next one is drawn; 1 keeps their order."""
+    cache_dir: Path | None = None
+    """Folder for downloads of Hugging Face datasets."""
+    max_unreadable: float = limited(0.01, least=0, most=1)
+    """Largest share of the training images that may be unreadable (at least one image, unless it is 0); others take
+    their places."""
+    num_workers: int | None = limited(None, least=0)
+    """Processes that load images; by default chosen from the number of cores. Results do not depend on it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_data is not None and self.val_fraction is not None:
+            raise InputError("--val-data and --val-fraction exclude each other")
+        if self.class_map is not None and self.num_classes is not None:
+            raise InputError("--class-map and --num-classes exclude each other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig(Config):
+    """Random changes to training images (see `timm.data.create_transform` and `timm.data.Mixup`)."""
+
+    scale: tuple[float, float] = limited((0.08, 1.0), above=0)
+    """Smallest and largest share of the image's area to crop."""
+    ratio: tuple[float, float] = limited((3 / 4, 4 / 3), above=0)
+    """Smallest and largest aspect ratio of the crop."""
+    train_interpolation: Literal["bilinear", "bicubic", "random"] | None = None
+    """How crops are resized, random for either of the two; by default as in evaluation."""
+    hflip: float = limited(0.5, least=0, most=1)
+    """Probability of a horizontal flip."""
+    vflip: float = limited(0.0, least=0, most=1)
+    """Probability of a vertical flip."""
+    color_jitter: float = limited(0.4, least=0)
+    """Strength of random brightness, contrast and saturation; unused with --auto-augment."""
+    auto_augment: str | None = None
+    """timm's name of an augmentation policy, such as rand-m9-mstd0.5-inc1."""
+    random_erase: float = limited(0.0, least=0, most=1)
+    """Probability of erasing a rectangle."""
+    mixup: float = limited(0.0, least=0)
+    """Alpha of mixup; 0 turns it off."""
+    cutmix: float = limited(0.0, least=0)
+    """Alpha of CutMix; 0 turns it off."""
+    mixup_prob: float = limited(1.0, least=0, most=1)
+    """Probability that a batch is mixed at all."""
+    mixup_switch_prob: float = limited(0.5, least=0, most=1)
+    """Probability of CutMix instead of mixup, if both are on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise InputError(f"{option(name)} takes the smaller value first, got {low} {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Config):
+    """Optimizer, schedule and moving average (timm's)."""
+
+    epochs: int = limited(100, least=1)
     """Passes over the training images."""
-    batch_size: int = 64
-    """Images that pass through the model together, on each device."""
-    accumulate: int = 1
-    """Such batches per step of the optimiser, over which gradients are averaged."""
-    seed: int = 0
-    """Decides the first weights, the order of the images and every random change."""
-    augment: Augmentation = field(default_factory=Augmentation)
-    optim: Optimisation = field(default_factory=Optimisation)
-    distill: Distillation = field(default_factory=Distillation)
+    batch_size: int = limited(64, least=1)
+    """Batch size on each device."""
+    grad_accum: int = limited(1, least=1)
+    """Batches over which gradients are averaged for each optimizer step."""
+    optimizer: str = "adamw"
+    """timm's name of the optimizer."""
+    lr: float = limited(1e-3, above=0)
+    """Highest learning rate."""
+    min_lr: float = limited(1e-5, least=0)
+    """Final learning rate."""
+    warmup_lr: float | None = limited(None, least=0)
+    """Initial learning rate; by default a hundredth of --lr."""
+    lr_base_size: int | None = limited(None, least=1)
+    """Images per step for which the three learning rates are given, which then scale linearly; by default they are
+    taken as they are."""
+    betas: tuple[float, float] | None = limited(None, least=0, below=1)
+    """Betas of the optimizer; by default its own."""
+    eps: float | None = limited(None, above=0)
+    """Epsilon of the optimizer; by default its own."""
+    weight_decay: float = limited(0.05, least=0)
+    """Weight decay; biases, norms and what the model exempts get none."""
+    published_decay: bool = False
+    """Exempt from weight decay what the published training of the model exempts (which decays A and the bias of the
+    step size)."""
+    layer_decay: float | None = limited(None, above=0, most=1)
+    """Factor on the learning rate from each layer to the one below it."""
+    schedule: Literal["cosine", "tanh", "step", "multistep", "poly"] = "cosine"
+    """timm's name of the learning rate schedule."""
+    warmup_epochs: int = limited(5, least=0)
+    """Epochs of warmup; at most all but one."""
+    warmup_prefix: bool = False
+    """The schedule starts after the warmup, not below it."""
+    warmup_by_epoch: bool = False
+    """The warmup changes the learning rate once per epoch, not at every step."""
+    decay_by_epoch: bool = False
+    """The schedule changes the learning rate once per epoch, not at every step."""
+    cooldown_epochs: int = limited(0, least=0)
+    """Epochs at --min-lr at the end, as far as --epochs allows."""
+    clip_grad: float | None = limited(5.0, above=0)
+    """Largest norm of the gradient."""
+    ema_decay: float | None = limited(None, least=0, below=1)
+    """Decay of a moving average of the weights, which is then evaluated and saved."""
+    ema_warmup: bool = True
+    """Average over fewer steps at the beginning."""
+    max_skipped: int = limited(10, least=1)
+    """Stop after this many steps in a row without a finite loss and gradient, each of which is skipped."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("min_lr", "warmup_lr"):
+            if (rate := getattr(self, name)) is not None and rate > self.lr:
+                raise InputError(f"{option(name)} must be at most --lr {self.lr:g}, got {rate:g}")
+        if self.published_decay and self.layer_decay is not None:
+            raise InputError("--published-decay and --layer-decay exclude each other")
+
+    def scaled(self, images: int) -> Any:
+        """The same configuration with the learning rates for steps of this many images."""
+        factor = images / (self.lr_base_size or images)
+        warmup_lr = self.lr / 100 if self.warmup_lr is None else self.warmup_lr
+        return dataclasses.replace(
+            self, lr=factor * self.lr, min_lr=factor * self.min_lr, warmup_lr=factor * warmup_lr, lr_base_size=None
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """Where and how to compute."""
+
+    seed: int = limited(0, least=0, below=2**64)
+    """Seed of the initial weights, of the order of the images and of all random changes."""
     precision: Precision = "32-true"
     """Number format of the computation."""
-    max_skipped: int = 10
-    """Steps in a row without a finite loss and gradient, each of which is skipped, after which training stops."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
-    devices: int = 1
-    """Devices of each machine; one process for each, or that many processes on the CPU."""
-    nodes: int = 1
+    devices: int = limited(1, least=1)
+    """Devices of each machine, one process each; on the CPU, processes."""
+    num_nodes: int = limited(1, least=1)
     """Machines."""
-    fsdp: bool = False
-    """Each device keeps a share of weights, average and optimiser state (FSDP2), not all of them."""
     sync_batchnorm: bool = False
-    """Batch norms take the statistics of the images on all devices; not on the CPU."""
-    tracker: Tracker | None = None
-    """Show the figures of every epoch in TensorBoard or Weights & Biases too."""
-    workers: int | None = None
-    """Processes that load images; otherwise chosen from the number of cores. Results do not depend on it."""
+    """Batch norms use the statistics of the images on all devices (GPUs only)."""
+    logger: Literal["tensorboard", "wandb"] | None = None
+    """Log the metrics of every epoch to TensorBoard or Weights & Biases too."""
 
     @property
     def processes(self) -> int:
         """Processes that train together."""
-        return self.devices * self.nodes
+        return self.devices * self.num_nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
+    """What the training of every task has in common."""
+
+    task: ClassVar[str]
+    groups: ClassVar[tuple[type[Config], ...]] = (ModelConfig, DataConfig, OptimConfig, RunConfig)
+    """The groups of options, as `--help` shows them."""
 
     @property
     def images_per_step(self) -> int:
-        """Images that each step of the optimiser sees."""
-        return self.batch_size * self.accumulate * self.processes
+        """Images per optimizer step."""
+        return self.batch_size * self.grad_accum * self.processes
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitsConfig(TrainConfig):
-    """Train on scikit-learn's handwritten digits."""
+class LossConfig(Config):
+    """Loss and distillation: (1 - alpha) times the loss of the labels plus alpha times that of the teacher."""
+
+    label_smoothing: float = limited(0.1, least=0, most=1)
+    """Share of the target spread evenly over all classes."""
+    bce_loss: bool = False
+    """Binary cross-entropy of each class instead of softmax cross-entropy."""
+    teacher: str | None = None
+    """timm's name of a model with published weights, the folder of a run, or a weights file of one."""
+    distill_type: Literal["hard", "soft"] = "hard"
+    """Learn the teacher's most probable class, or its probabilities."""
+    distill_alpha: float = limited(0.5, least=0, most=1)
+    """Weight of the teacher's loss."""
+    distill_tau: float = limited(1.0, above=0)
+    """Temperature of the probabilities in soft distillation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderConfig(TrainConfig):
-    """Train on folders of images."""
+class ClassificationConfig(AugmentConfig, LossConfig, TrainConfig):
+    """Training of an image classifier."""
 
-    data: FolderData
+    task: ClassVar[str] = "classification"
+    groups: ClassVar[tuple[type[Config], ...]] = (
+        ModelConfig, DataConfig, AugmentConfig, LossConfig, OptimConfig, RunConfig,
+    )  # fmt: skip
 
-
-@dataclass(frozen=True, kw_only=True)
-class TimmConfig(TrainConfig):
-    """Train on what timm's readers name."""
-
-    data: TimmData
-
-
-def to_dict(config: Any) -> Any:
-    """A configuration as plain dictionaries, lists, strings and numbers."""
-    if dataclasses.is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, Mapping):
-        return {str(k): to_dict(v) for k, v in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [to_dict(v) for v in config]
-    return str(config) if isinstance(config, Path) else config
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise InputError(f"mixup and CutMix need an even --batch-size, got {self.batch_size}")
 
 
-def from_dict(kind: Any, values: Any) -> Any:
+def to_dict(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass as values that JSON has."""
+    plain = dataclasses.asdict(config)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+def from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
     """The inverse of `to_dict`.
 
-    Args:
-        kind: The dataclass (or the type of a field) to build.
-        values: What `to_dict` returned.
-
     Raises:
-        KeyError: A field without a default is missing.
-        TypeError: There is a field that `kind` does not have.
+        TypeError: A field is missing, or unknown to the dataclass `kind`.
     """
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = typing.get_type_hints(kind)
-        if unknown := set(values) - set(hints):
-            raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
-        return kind(**{name: from_dict(hints[name], value) for name, value in values.items()})
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        options = typing.get_args(kind)
-        return Path(values) if Path in options and isinstance(values, str) else values
-    if typing.get_origin(kind) is tuple:
-        return tuple(values)
-    return Path(values) if kind is Path else values
+    hints = typing.get_type_hints(kind)
+    if unknown := values.keys() - {item.name for item in dataclasses.fields(kind)}:
+        raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
+    return kind(**{name: _restored(hints[name], value) for name, value in values.items()})
+
+
+def _restored(hint: Any, value: Any) -> Any:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if Path in options and isinstance(value, str) else value

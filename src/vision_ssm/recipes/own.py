@@ -1,64 +1,34 @@
-from pathlib import Path
-
-from vision_ssm.recipes.config import Augmentation, DigitsConfig, FolderConfig, FolderData, Optimisation
-from vision_ssm.recipes.recipe import Recipe
-
-_SMALL, _LARGE = "vmamba_atto", "vmamba_tiny"
+from vision_ssm.recipes.recipe import OURS, Sourced, recipe
 
 
-def digits() -> DigitsConfig:
-    """Handwritten digits, enlarged from 8x8 to 16x16 pixels: about 99 % right, in a minute or two on two cores."""
-    return DigitsConfig(
-        model=_SMALL,
-        image_size=16,
-        epochs=15,
-        batch_size=64,
-        workers=0,
-        augment=Augmentation(scale=(0.7, 1.0), hflip=0.0, color_jitter=0.0),
-        optim=Optimisation(lr=4e-3, warmup_epochs=3),
-    )
+@recipe
+def digits() -> Sourced:
+    """Handwritten digits, enlarged from 8x8 to 16x16 pixels: about 99 % accuracy, in a minute or two on two cores."""
+    model = dict(data="digits", model="vmamba_atto", img_size=16, num_workers=0)
+    augment = dict(scale=(0.7, 1.0), hflip=0.0, color_jitter=0.0)
+    return {OURS: dict(model, **augment, epochs=15, batch_size=64, lr=4e-3, warmup_epochs=3)}
 
 
-def small(root: Path) -> FolderConfig:
+@recipe
+def small() -> Sourced:
     """Small images (32 by 32) from scratch, sized for a CPU."""
-    return FolderConfig(
-        data=FolderData(root=root),
-        model=_SMALL,
-        image_size=32,
-        epochs=20,
-        batch_size=64,
-        augment=Augmentation(scale=(0.5, 1.0), color_jitter=0.2),
-        optim=Optimisation(lr=2e-3, warmup_epochs=2, label_smoothing=0.1),
-    )
+    augment = dict(scale=(0.5, 1.0), color_jitter=0.2)
+    optim = dict(epochs=20, batch_size=64, lr=2e-3, warmup_epochs=2)
+    return {OURS: dict(augment, **optim, model="vmamba_atto", img_size=32)}
 
 
-def scratch(root: Path) -> FolderConfig:
+@recipe
+def scratch() -> Sourced:
     """Photographs from random weights, with the augmentation customary since DeiT."""
-    return FolderConfig(
-        data=FolderData(root=root),
-        model=_LARGE,
-        drop_path=0.2,
-        epochs=300,
-        batch_size=128,
-        augment=Augmentation(auto_augment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0),
-        optim=Optimisation(lr=5e-4, warmup_epochs=20, ema=0.9999),
-    )
+    augment = dict(auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.25, mixup=0.8, cutmix=1.0)
+    optim = dict(epochs=300, batch_size=128, lr=5e-4, warmup_epochs=20, ema_decay=0.9999)
+    return {OURS: dict(augment, **optim, model="vmamba_tiny", drop_path_rate=0.2)}
 
 
-def finetune(root: Path) -> FolderConfig:
+@recipe
+def finetune() -> Sourced:
     """Photographs from the published weights: few epochs, small steps, gentle augmentation."""
-    return FolderConfig(
-        data=FolderData(root=root),
-        model=_LARGE,
-        pretrained=True,
-        drop_path=0.1,
-        epochs=20,
-        batch_size=32,
-        augment=Augmentation(scale=(0.3, 1.0), color_jitter=0.3),
-        optim=Optimisation(lr=2e-4, min_lr=1e-6, warmup_epochs=2, layer_decay=0.8, label_smoothing=0.1),
-    )
-
-
-OWN = tuple(
-    Recipe(name=make.__name__, text=(make.__doc__ or "").rstrip("."), make=make) for make in (small, scratch, finetune)
-)
+    model = dict(model="vmamba_tiny", pretrained=True, drop_path_rate=0.1)
+    augment = dict(scale=(0.3, 1.0), color_jitter=0.3)
+    optim = dict(epochs=20, batch_size=32, lr=2e-4, min_lr=1e-6, warmup_epochs=2, layer_decay=0.8)
+    return {OURS: dict(model, **augment, **optim)}

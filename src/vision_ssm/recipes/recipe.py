@@ -1,41 +1,51 @@
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from vision_ssm.recipes.config import FolderConfig, to_dict
+from vision_ssm.recipes.config import ClassificationConfig, to_dict
+
+OURS = "this package's choice"
+"""The source of values that nobody published."""
+
+Sourced = Mapping[str, Mapping[str, Any]]
+"""Values of a configuration by the source that they come from."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Recipe:
-    """A named configuration for folders of images, and where its values come from."""
+    """A named configuration whose values stand beside their sources; call it with changes to get the configuration.
+
+    Args:
+        name: As the command line calls it.
+        text: What it is for, in one line.
+        values: Values by source; what is left out is the default of the configuration.
+        notes: How the published training differed from what a configuration can express.
+    """
 
     name: str
-    """As the command line calls it."""
     text: str
-    """What it is for, in one line."""
-    make: Callable[[Path], FolderConfig]
-    """The configuration for a folder of images."""
-    sources: Mapping[str, str] = field(default_factory=dict)
-    """Where the value of a field comes from, such as optim.lr; what is not named is this package's choice."""
+    values: Sourced
     notes: tuple[str, ...] = ()
-    """How the published training differed from what a configuration can say."""
 
-    def values(self) -> dict[str, Any]:
-        """All fields of the configuration but the data, by their dotted names."""
-        plain = to_dict(self.make(Path()))
-        del plain["data"]
-        return dict(_flat(plain))
+    def __call__(self, **changes: Any) -> ClassificationConfig:
+        """The configuration, with other values for some fields.
+
+        Raises:
+            InputError: A value is outside its limits.
+        """
+        given = {name: value for values in self.values.values() for name, value in values.items()}
+        return ClassificationConfig(**given | changes)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The source of each field; fields that are not listed are the package's choice."""
+        return {name: source for source, values in self.values.items() for name in values if source != OURS}
+
+    def fields(self) -> dict[str, Any]:
+        """All fields of the configuration as plain values."""
+        return to_dict(self())
 
 
-def cite(sources: Mapping[str, str]) -> dict[str, str]:
-    """The source of every field, from the names of the fields (separated by spaces) that each source gives."""
-    return {name: source for source, names in sources.items() for name in names.split()}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        nested = isinstance(value, dict) and name != "model_args"
-        pairs += _flat(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
-    return pairs
+def recipe(make: Callable[[], Sourced]) -> Recipe:
+    """Turn a function that returns values by source into a recipe of its name, described by its docstring."""
+    return Recipe(make.__name__, (make.__doc__ or "").rstrip("."), make())

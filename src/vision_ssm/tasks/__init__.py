@@ -1,1 +1,62 @@
-"""Training and using classifiers: the Lightning module, evaluation, and the folder a run leaves."""
+"""One file per task, on the engine; `load` gives the task of any weights file."""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vision_ssm.engine.run_folder import RunFolder, weights_file
+from vision_ssm.engine.task import Evaluation, Task
+from vision_ssm.engine.weights import read_metadata
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import Precision, TrainConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["TASKS", "load", "task_type", "train"]
+
+TASKS = {"classification": "vision_ssm.tasks.classification:Classification"}
+"""Name of each task: where its class is."""
+
+
+def task_type(name: str) -> type[Task]:
+    """The class of a task.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    if name not in TASKS:
+        raise InputError(f"unknown task {name}; there are {', '.join(TASKS)}")
+    module, kind = TASKS[name].split(":")
+    return getattr(importlib.import_module(module), kind)
+
+
+def load(path: str | Path, device: str = "auto", precision: Precision = "32-true", *, optimized: bool = True) -> Task:
+    """A trained model of any task, ready to predict: `vision_ssm.load("runs/x").predict(["a.jpg"])`.
+
+    Args:
+        path: The folder of a run (whose best weights are taken), or a weights file of one.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        precision: Number format of the computation.
+        optimized: Whether to use `vision_ssm.optimize` on a CPU.
+
+    Raises:
+        InputError: The file is missing, damaged or does not fit its model, or there is no such device.
+    """
+    file = weights_file(Path(path))
+    return task_type(read_metadata(file).get("task", "")).load(file, device, precision, optimized=optimized)
+
+
+def train(
+    config: TrainConfig,
+    folder: str | Path | RunFolder,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: "Console | None" = None,
+) -> Evaluation:
+    """Train the task of a configuration; see `vision_ssm.engine.fit.fit`."""
+    from vision_ssm.engine.fit import fit  # Lightning takes seconds
+
+    run = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder))
+    return fit(task_type(config.task), config, run, resume=resume, overwrite=overwrite, console=console)

@@ -1,280 +1,357 @@
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import lightning
 import torch
-from timm.data import Mixup
+import torch.nn.functional as F
+from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from vision_ssm.data import seeded
+from vision_ssm.checkpoints import classifier_names
+from vision_ssm.data import Sample, Splits, Transform, seeded
+from vision_ssm.engine.run_folder import weights_file
+from vision_ssm.engine.task import Batch, Task
+from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Augmentation, Distillation, Optimisation
+from vision_ssm.models.create import check_takes, create_model, default_cfg
+from vision_ssm.recipes import ClassificationConfig
+from vision_ssm.recipes.config import AugmentConfig
 from vision_ssm.tasks.distillation import Teacher, distillation_loss
-from vision_ssm.tasks.evaluation import balanced_accuracy
-from vision_ssm.tasks.nonfinite import RunningStatistics, first_in_forward, first_in_gradients
-from vision_ssm.tasks.optimisation import LearningRate, make_optimizer
-from vision_ssm.tasks.sharding import ModelAverage, local, shard
+from vision_ssm.tasks.results import ClassificationResults, Prediction, describe_data, is_uneven
 
-_STEP = 2  # keeps these draws apart from those of the data module
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torchmetrics import MetricCollection
+
+_WEIGHTS = 3  # keeps the draws of the first weights apart from those of data and steps
 
 
-class ClassificationTask(lightning.LightningModule):
-    """Trains an image classifier.
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSpec:
+    """A classifier without its weights: all that prediction needs to know, stored in every weights file."""
 
-    Mixup and stochastic depth draw from generators seeded by (seed, epoch, batch, process), so a run that is stopped
-    and resumed takes the same course as one that is not. If the model has a scalar `aux_loss` after a training
-    forward, it is added to the loss.
+    model: str
+    """timm's name of the model."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """Its keyword arguments."""
+    classes: tuple[str, ...]
+    """Names of the classes, in the order of the outputs."""
+    img_size: int
+    """Height and width of the input in pixels."""
+    mean: tuple[float, float, float]
+    """Channel means, of values from 0 to 1."""
+    std: tuple[float, float, float]
+    """Channel standard deviations."""
+    interpolation: str
+    """How images are resized."""
+    crop_pct: float
+    """Share of the resized image's side that is kept."""
+    crop_mode: str = "center"
+    """timm's name of how the resized image is cropped to a square."""
 
-    A step whose loss or gradient is not finite is skipped: weights, optimiser, average and batch norms stay as they
-    are. With a loss scale (16-mixed) that holds for the loss alone, because the scale finds its way by gradients that
-    overflow. `skipped` counts these steps of the epoch.
+    @classmethod
+    def from_config(cls, config: ClassificationConfig, classes: tuple[str, ...]) -> "ClassifierSpec":
+        """The classifier of a configuration, with the model's own input settings where it leaves them open.
 
-    Logged once per epoch: `train/loss`, `train/accuracy` (against the larger share of a mixed target),
-    `val/loss`, `val/accuracy`, `val/balanced_accuracy` and, with more than five classes, `val/top5_accuracy`.
+        Raises:
+            InputError: timm does not know the model.
+        """
+        known = default_cfg(config.model)
+        size = config.img_size or known.input_size[-1]
+        args = dict(config.model_args)
+        if config.drop_path_rate:
+            args.setdefault("drop_path_rate", config.drop_path_rate)
+        if known.fixed_input_size and size != known.input_size[-1]:
+            args.setdefault("img_size", size)
+        return cls(
+            model=config.model,
+            model_args=args,
+            classes=classes,
+            img_size=size,
+            mean=tuple(known.mean),
+            std=tuple(known.std),
+            interpolation=known.interpolation,
+            crop_pct=config.crop_pct or (1.0 if size < 128 else known.crop_pct),
+        )
+
+    @classmethod
+    def from_timm(cls, name: str, model: Any) -> "ClassifierSpec":
+        """The settings in which a model's authors measure it; the classes are numbers.
+
+        Raises:
+            InputError: It does not take square images of three channels.
+        """
+        fixed = bool(model.pretrained_cfg.get("fixed_input_size"))
+        settings = resolve_data_config({}, model=model, use_test_size=not fixed)
+        channels, height, width = settings["input_size"]
+        if channels != 3 or height != width:
+            raise InputError(f"{name} takes images of {channels}x{height}x{width}; only square RGB images can be used")
+        return cls(
+            model=name,
+            classes=tuple(map(str, range(model.num_classes))),
+            img_size=height,
+            mean=tuple(settings["mean"]),
+            std=tuple(settings["std"]),
+            interpolation=settings["interpolation"],
+            crop_pct=settings["crop_pct"],
+            crop_mode=settings["crop_mode"],
+        )
+
+    def eval_transform(self) -> Callable[[Any], Tensor]:
+        """From an image to a normalized (3, img_size, img_size) tensor."""
+        crop = dict(interpolation=self.interpolation, crop_pct=self.crop_pct, crop_mode=self.crop_mode)
+        return create_transform(self.img_size, is_training=False, mean=self.mean, std=self.std, **crop)
+
+    def train_transform(self, augment: AugmentConfig) -> Callable[[Any], Tensor]:
+        """As `eval_transform`, after random changes drawn from the global generators.
+
+        Raises:
+            InputError: timm does not know the augmentation policy.
+        """
+        same = ("scale", "ratio", "hflip", "vflip", "auto_augment")
+        options = {name: getattr(augment, name) for name in same} | dict(
+            interpolation=augment.train_interpolation or self.interpolation,
+            color_jitter=augment.color_jitter or None,
+            re_prob=augment.random_erase,
+            re_mode="pixel",
+        )
+        try:
+            return create_transform(self.img_size, is_training=True, mean=self.mean, std=self.std, **options)
+        except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
+            raise InputError(
+                f"cannot make the augmentation: {error}; policies of --auto-augment are original, originalr, v0, v0r, "
+                f"3a, and such as rand-m9-mstd0.5-inc1 or augmix-m3-w3, got {augment.auto_augment}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class OnImage:
+    """Changes the image of a sample alone."""
+
+    transform: Callable[[Any], Tensor]
+
+    def __call__(self, sample: Sample) -> Sample:
+        return {**sample, "image": self.transform(sample["image"])}
+
+
+class Classification(Task):
+    """Image classification.
+
+    If the model has a scalar `aux_loss` after a training forward, it is added to the loss. `train_accuracy` counts the
+    larger share of a mixed target as right.
 
     Args:
-        model: Maps (batch, 3, H, W) images to (batch, num_classes) logits.
-        num_classes: Number of classes.
-        augment: Only the mixing of images is done here.
-        optim: Optimiser, schedule, loss and averaging. Its rates are taken as they are.
-        epochs: Length of the schedule.
-        seed: Decides all random draws of the training steps.
-        teacher: Whose answers to learn too. A model with two classifiers (one that has timm's
-            `set_distilled_training`) learns them with the second, any other with the only one.
-        distill: How to learn them.
-        max_skipped: How many steps in a row may be skipped before training stops.
+        model: Maps (batch, 3, H, W) images to (batch, classes) logits.
+        spec: Its description.
+        config: How to train it, where it is trained; only loss, augmentation and distillation are used here.
+        teacher: The teacher to learn from. A model with two classifiers (one that has timm's
+            `set_distilled_training`) learns from it with the second, any other with the only one.
+        uneven: The classes differ in size, so show balanced accuracy too.
     """
 
-    train_sums: Tensor
+    name: ClassVar[str] = "classification"
+    Spec: ClassVar[type] = ClassifierSpec
+    spec: ClassifierSpec
 
     def __init__(
         self,
         model: nn.Module,
-        num_classes: int,
-        *,
-        augment: Augmentation | None = None,
-        optim: Optimisation | None = None,
-        epochs: int = 100,
-        seed: int = 0,
+        spec: ClassifierSpec,
+        config: ClassificationConfig | None = None,
         teacher: Teacher | None = None,
-        distill: Distillation | None = None,
-        max_skipped: int = 10,
+        *,
+        uneven: bool = False,
     ) -> None:
-        super().__init__()
-        augment, self.optim = augment or Augmentation(), optim or Optimisation()
-        self.epochs, self.seed = epochs, seed
-        self.teacher, self.distill = teacher, distill or Distillation()
-        self.model = model
-        self.teacher_fingerprint = None if teacher is None else teacher.fingerprint()
+        super().__init__(model, spec)
+        self.config = config = config or ClassificationConfig()
+        self.teacher = teacher
         return_both: Callable[[bool], None] | None = getattr(model, "set_distilled_training", None)
         if teacher is not None and return_both is not None:
             return_both(True)
-        self.ema = ModelAverage(model, self.optim.ema, use_warmup=self.optim.ema_warmup) if self.optim.ema else None
-        if self.ema is not None:
-            self.ema.requires_grad_(False)  # or several processes would wait for its gradients
         self.mixup = None
-        if augment.mixup > 0 or augment.cutmix > 0:
+        if config.mixup > 0 or config.cutmix > 0:
+            chances = dict(prob=config.mixup_prob, switch_prob=config.mixup_switch_prob)
             self.mixup = Mixup(
-                augment.mixup,
-                augment.cutmix,
-                prob=augment.mix_prob,
-                switch_prob=augment.mix_switch,
-                label_smoothing=0.0,
-                num_classes=num_classes,
+                config.mixup, config.cutmix, **chances, label_smoothing=0.0, num_classes=len(spec.classes)
             )
-        self.loss: nn.Module
-        if self.optim.binary_loss:
-            self.loss = BinaryCrossEntropy(smoothing=self.optim.label_smoothing)
+        smoothing = config.label_smoothing
+        self.loss = BinaryCrossEntropy(smoothing) if config.bce_loss else nn.CrossEntropyLoss(label_smoothing=smoothing)
+        if uneven:
+            self.epoch_metrics = (*self.epoch_metrics, "balanced_accuracy")
+
+    @classmethod
+    def from_config(cls, config: ClassificationConfig, splits: Splits, *, resume: bool = False) -> "Classification":
+        spec = ClassifierSpec.from_config(config, splits.train.classes)
+        spec.train_transform(config)
+        model = first_model(config, spec, resume=resume)
+        check_takes(model, spec.model, spec.img_size)
+        teacher = load_teacher(config.teacher, spec) if config.teacher else None
+        return cls(model, spec, config, teacher, uneven=is_uneven(splits.train))
+
+    @classmethod
+    def from_timm(cls, name: str, weights: Path | None = None) -> "Classification":
+        """Any timm model in its authors' settings, with as many outputs as its weights have.
+
+        Args:
+            name: timm's name.
+            weights: A checkpoint file of it; by default the published weights.
+
+        Raises:
+            InputError: The model is unknown, has no published weights, or the file cannot be read or does not fit.
+        """
+        known = default_cfg(name)
+        if weights is None:
+            model = create_model(name, {}, known.num_classes, pretrained=True)
         else:
-            self.loss = nn.CrossEntropyLoss(label_smoothing=self.optim.label_smoothing)
-        self.max_skipped, self.skipped, self._skipped_in_a_row = max_skipped, 0, 0
-        self._is_sharded = False
-        self._finite: Tensor | None = None
-        self._running = RunningStatistics(model)
-        # Loss, right answers and images so far in the epoch; stored, so that a resumed epoch reports all of it.
-        self.register_buffer("train_sums", torch.zeros(3))
-        metrics: dict[str, Any] = {"confusion": MulticlassConfusionMatrix(num_classes)}
-        if num_classes > 5:
-            metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
-        self.val_metrics = MetricCollection(metrics, compute_groups=False)
-        # NaN stays NaN ("disable" says that too, but forgets the weights in torchmetrics 1.9).
-        self.val_loss = MeanMetric(nan_strategy=float("nan"))
+            state = read_weights(weights, name)
+            names = [f"{head}.weight" for head in classifier_names(known.classifier)]
+            head = next((state[name] for name in names if name in state), None)
+            model = create_model(name, {}, known.num_classes if head is None else len(head))
+            load_weights(model, state, weights)
+        return cls(model, ClassifierSpec.from_timm(name, model))
+
+    @classmethod
+    def create_model(cls, spec: ClassifierSpec) -> nn.Module:
+        return create_model(spec.model, spec.model_args, len(spec.classes))
 
     @property
-    def evaluated_model(self) -> nn.Module:
-        """The model that validation and weights files use: the moving average if there is one."""
-        return self.ema.module if self.ema is not None else self.model
+    def train_transform(self) -> Transform:
+        return OnImage(self.spec.train_transform(self.config))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(batch, classes) logits of the evaluated model."""
-        return self.evaluated_model(images)
+    @property
+    def eval_transform(self) -> Transform:
+        return OnImage(self.spec.eval_transform())
 
-    def configure_model(self) -> None:
-        """Divide model and average among the processes, if Lightning's strategy for that is used."""
-        if self.device_mesh is None or self._is_sharded:
-            return
-        for model in [self.model] + ([] if self.ema is None else [self.ema.module]):
-            shard(model, self.device_mesh["data_parallel"])
-        self._is_sharded = True
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss of one batch."""
-        if self._finite is None:  # the first batch of a step
-            self._running.keep()
-        loss, figures = self._forward_loss(batch, batch_idx)
-        finite = loss.detach().isfinite()
-        self._finite = finite if self._finite is None else self._finite & finite
-        self._batch = batch, batch_idx
-        self.train_sums += torch.where(figures.isfinite().all(), figures, 0)
-        return loss
-
-    def _forward_loss(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
-        images, targets = batch
-        key = self.seed, _STEP, self.current_epoch, batch_idx, self.global_rank
-        with seeded(*key, device=images.device):
-            if self.mixup is not None:
-                images, targets = self.mixup(images, targets)
-            output = self.model(images)
+    def training_step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        images, targets = batch["image"], batch["label"]
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        output = model(images)
         logits, logits_dist = output if isinstance(output, tuple) else (output, output)
-        loss = self.loss(logits, targets)
+        losses = {"labels": self.loss(logits, targets)}
         if self.teacher is not None:
-            loss = distillation_loss(loss, logits_dist, self.teacher(images), self.distill)
+            alpha = self.config.distill_alpha
+            losses["labels"] = (1 - alpha) * losses["labels"]
+            losses["teacher"] = alpha * distillation_loss(logits_dist, self.teacher(images), self.config)
+        if (aux_loss := getattr(model, "aux_loss", None)) is not None:
+            losses["aux"] = aux_loss
         labels = targets.argmax(1) if targets.ndim == 2 else targets
-        with torch.no_grad():
-            right = (logits.argmax(1) == labels).sum()
-            figures = torch.stack([loss.float() * len(labels), right, right.new_tensor(len(labels))])
-        aux_loss = getattr(self.model, "aux_loss", None)
-        return (loss if aux_loss is None else loss + aux_loss), figures
+        return losses, {"accuracy": (logits.argmax(1) == labels).float().mean()}
 
-    def on_fit_start(self) -> None:
-        """Bring the teacher to the student's device."""
+    def start(self, device: torch.device) -> None:
         if self.teacher is not None:
-            self.teacher.to(self.device)
+            self.teacher.to(device)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the steps skipped, and the teacher's name; its weights stay where they are."""
-        checkpoint["teacher"] = self.teacher_fingerprint
-        checkpoint["skipped"] = self.skipped, self._skipped_in_a_row
+    def constants(self) -> dict[str, Any]:
+        return {} if self.teacher is None else {"the teacher": self.teacher.fingerprint}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue with the same teacher only.
+    def describe(self, splits: Splits, console: "Console") -> None:
+        describe_data(splits, console)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        size = f"{self.spec.img_size}×{self.spec.img_size}"
+        teacher = "" if self.teacher is None else f", learns from {self.config.teacher}"
+        line = f"Model  {self.spec.model}, {parameters / 1e6:.2f} M parameters, {size} input{teacher}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-        Raises:
-            InputError: The teacher has other weights.
-        """
-        if checkpoint.get("teacher") != self.teacher_fingerprint:
-            raise InputError("cannot resume: the teacher's weights are not those the run was started with")
-        self.skipped, self._skipped_in_a_row = checkpoint.get("skipped", (0, 0))
-        if self.global_rank:  # the first process has the sums of all
-            checkpoint["state_dict"]["train_sums"].zero_()
+    def metrics(self, **options: Any) -> "MetricCollection":
+        from torchmetrics import MeanMetric, MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-    def on_train_epoch_start(self) -> None:
-        """Forget the last epoch's sums (not called when an epoch is resumed)."""
-        self.train_sums.zero_()
-        self.skipped = 0
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Take the step, if loss and gradient are finite, then update the moving average.
-
-        Raises:
-            InputError: Too many steps in a row are not finite.
-        """
-        loss = optimizer_closure()
-        finite = self._is_finite()
-        self._finite = None
-        if not self.trainer.strategy.reduce_boolean_decision(finite):
-            self._skip()
-            optimizer.zero_grad()
-            return
-        self._skipped_in_a_row = 0
-        super().optimizer_step(epoch, batch_idx, optimizer, lambda: loss)
-        if self.ema is not None:
-            # Without a step number timm's average begins with the first weights, as the published ones do.
-            self.ema.update(self.model, step=self.global_step if self.optim.ema_warmup else None)
-
-    def _is_finite(self) -> bool:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if not self._finite or (scaler is not None and scaler.get_scale() >= 1):
-            return bool(self._finite)
-        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
-        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
-
-    def _skip(self) -> None:
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= self.max_skipped:
-            raise InputError(
-                f"training diverges: {self._skipped_in_a_row} steps in a row, up to step {self.global_step + 1}, "
-                f"have no finite loss or gradient; the first value that is not finite is in {self._not_finite()}; "
-                "try a lower --optim.lr, more --optim.warmup-epochs or --precision 32-true (the limit is --max-skipped)"
-            )
-        self._running.put_back()
-
-    def _not_finite(self) -> str:
-        # All processes search, because sharded layers need all of them, and tell each other: all say the same.
-        batch, batch_idx = self._batch
-        with self.trainer.precision_plugin.forward_context():
-            found = [first_in_forward(self.model, lambda: self._forward_loss(batch, batch_idx))]
-        if self.trainer.world_size > 1:
-            mine, found = found[0], found * self.trainer.world_size
-            torch.distributed.all_gather_object(found, mine)
-        return next(filter(None, found), None) or first_in_gradients(self.model) or "the loss"
-
-    def training_figures(self) -> dict[str, float]:
-        """Mean loss and accuracy of the epoch so far."""
-        loss, right, images = self.train_sums.tolist()
-        return {"loss": loss / max(images, 1), "accuracy": right / max(images, 1)}
-
-    def gather_sums(self) -> None:
-        """Hand the sums of the epoch so far to the first of several processes; all have to call it."""
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(self.train_sums)
-            if self.global_rank:
-                self.train_sums.zero_()
-
-    def on_validation_start(self) -> None:
-        """Let several processes validate the same model: that with the first one's running statistics."""
-        self.gather_sums()
-        if self.trainer.world_size > 1:
-            for buffer in (*self.model.buffers(), *self.evaluated_model.buffers()):
-                torch.distributed.broadcast(buffer, 0)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation figures of the epoch."""
-        values = self.val_metrics.compute()
-        confusion = values["confusion"]
-        figures = {
-            "val/loss": self.val_loss.compute(),
-            "val/accuracy": confusion.diagonal().sum() / confusion.sum(),
-            "val/balanced_accuracy": torch.tensor(balanced_accuracy(confusion)),
+        count = len(self.spec.classes)
+        metrics: dict[str, Any] = {
+            # NaN stays NaN ("disable" says that too, but forgets the weights in torchmetrics 1.9).
+            "loss": MeanMetric(nan_strategy=float("nan"), **options),
+            "confusion": MulticlassConfusionMatrix(count, **options),
         }
-        if "top5" in values:
-            figures["val/top5_accuracy"] = values["top5"]
-        self.log_dict(figures, logger=False)  # the recorder tells trackers all figures at once
-        self.val_metrics.reset()
-        self.val_loss.reset()
+        if count > 5:
+            metrics["top5"] = MulticlassAccuracy(count, top_k=5, average="micro", **options)
+        return MetricCollection(metrics, compute_groups=False)
 
-    def on_train_epoch_end(self) -> None:
-        """Log the epoch's training figures."""
-        self.log_dict({f"train/{name}": value for name, value in self.training_figures().items()}, logger=False)
+    def evaluation_step(self, model: nn.Module, batch: Batch, metrics: "MetricCollection") -> Sequence[Any]:
+        """Update metrics; return predicted class, its probability and true class of each image."""
+        logits, labels = model(batch["image"]).float(), batch["label"]
+        metrics.update(preds=logits, target=labels, value=F.cross_entropy(logits, labels), weight=len(labels))
+        best = logits.softmax(1).max(1)
+        return list(zip(best.indices.tolist(), best.values.tolist(), labels.tolist(), strict=True))
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Collect the figures of one batch."""
-        images, targets = batch
-        logits = self(images).float()
-        self.val_loss.update(nn.functional.cross_entropy(logits, targets), len(targets))
-        self.val_metrics.update(logits, targets)
+    def evaluation(self, values: Mapping[str, Any], records: Sequence[Any]) -> ClassificationResults:
+        top5 = float(values["top5"]) if "top5" in values else None
+        return ClassificationResults(
+            self.spec.classes, float(values["loss"]), values["confusion"].cpu(), top5, tuple(records)
+        )
 
-    def configure_optimizers(self) -> Any:
-        """Timm's optimiser and its schedule, told of every step."""
-        optimizer = make_optimizer(self.model, self.optim)
-        steps = int(self.trainer.estimated_stepping_batches) // self.epochs
-        self.learning_rate = LearningRate(optimizer, self.optim, self.epochs, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.learning_rate.scheduler, "interval": "step"}}
+    def decode(self, outputs: Any, batch: Batch) -> list[Prediction]:
+        """Probabilities of the classes."""
+        probabilities = outputs.float().softmax(1).cpu()
+        pairs = zip(batch["id"], probabilities, strict=True)
+        return [Prediction(name, self.spec.classes, values) for name, values in pairs]
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Timm's schedules are told the number of steps taken."""
-        self.learning_rate.set(self.global_step)
+
+def first_model(config: ClassificationConfig, spec: ClassifierSpec, *, resume: bool = False) -> nn.Module:
+    """The model that training starts from; where its weights are of other classes, with a new classifier.
+
+    Raises:
+        InputError: The model cannot be made, or its weights cannot be read or do not fit.
+    """
+    count, start = len(spec.classes), False if resume else config.pretrained
+    with seeded(config.seed, _WEIGHTS):
+        model = create_model(spec.model, spec.model_args, count, pretrained=start is True)
+    if isinstance(start, Path):
+        path, known = start, None
+        if start.is_dir():
+            path = weights_file(start)
+            if (other := read_metadata(path)["model"]) != spec.model:
+                raise InputError(f"{start} is a run of {other}, not {spec.model}; use --model {other}")
+        state, wanted = read_weights(path, spec.model), model.state_dict()
+        if path.suffix == ".safetensors":
+            known = _classes_in(path)
+        heads = classifier_names(getattr(model, "pretrained_cfg", {}).get("classifier"))
+        head = [key for key in wanted if key.startswith(tuple(f"{name}." for name in heads))]
+        others = known not in (None, spec.classes)
+        if others or any(key in state and state[key].shape != wanted[key].shape for key in head):
+            state |= {key: wanted[key] for key in head}
+        load_weights(model, state, path)
+    return model
+
+
+def load_teacher(name: str, student: ClassifierSpec) -> Teacher:
+    """The teacher of that name for a student.
+
+    Args:
+        name: timm's name of a model with published weights, the folder of a run, or a weights file of one.
+        student: The student's inputs and classes.
+
+    Raises:
+        InputError: There is none, its weights cannot be had, or it has other classes or takes other images.
+    """
+    try:
+        if Path(name).exists():
+            path = weights_file(Path(name))
+            task: Any = Classification.load(path, "cpu", optimized=False)
+            if task.spec.classes != student.classes:
+                raise InputError(f"{path} has {_few(task.spec.classes)}, but the images have {_few(student.classes)}")
+        else:
+            if (count := default_cfg(name).num_classes) != len(student.classes):
+                raise InputError(
+                    f"{name} has {count} classes, but the images have {len(student.classes)}; train a teacher on them "
+                    "and name its folder, or use --teacher None"
+                )
+            task = Classification.from_timm(name)
+        check_takes(task.model, task.spec.model, student.img_size)
+    except InputError as error:
+        raise InputError(f"--teacher: {error.line}") from error
+    mean_std = (task.spec.mean, task.spec.std), (student.mean, student.std)
+    return Teacher(task.model, task.spec.model, *mean_std)
+
+
+def _classes_in(path: Path) -> tuple[str, ...] | None:
+    try:
+        return tuple(read_metadata(path)["classes"])
+    except (InputError, KeyError):  # the file of somebody else
+        return None
+
+
+def _few(classes: tuple[str, ...]) -> str:
+    return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"

@@ -6,11 +6,13 @@ import pytest
 import safetensors.torch
 import torch
 
-import vision_ssm.tasks.train as training
+import vision_ssm.engine.fit as engine
+from vision_ssm.engine.recorder import RunRecorder, Stopped
+from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Augmentation, Optimisation, small
-from vision_ssm.tasks.recorder import RunRecorder, Stopped
-from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.recipes import small
+from vision_ssm.tasks import classification, train
+from vision_ssm.tasks.classification import Classification
 
 
 class Overflow(torch.nn.Module):
@@ -39,16 +41,18 @@ class Model(torch.nn.Sequential):
 @pytest.fixture
 def config(images, monkeypatch):
     """Two epochs of three steps."""
-    monkeypatch.setattr(training, "load_classifier", lambda *_: pytest.skip("the model is none of timm's"))
-    return dataclasses.replace(
-        small(images),
+    monkeypatch.setattr(Classification, "load", lambda *_, **__: pytest.skip("the model is none of timm's"))
+    return small(
+        data=str(images),
         model="test_convnext",
         epochs=2,
         batch_size=16,
-        workers=0,
+        num_workers=0,
         device="cpu",
-        augment=Augmentation(color_jitter=0.0),
-        optim=Optimisation(lr=1e-2, warmup_epochs=0, ema=0.5),
+        color_jitter=0.0,
+        lr=1e-2,
+        warmup_epochs=0,
+        ema_decay=0.5,
     )
 
 
@@ -65,14 +69,14 @@ def seen(monkeypatch):
             states.append({key: value.clone() for key, value in state.items() if "num_batches" not in key})
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    monkeypatch.setattr(training, "RunRecorder", Watching)
+    monkeypatch.setattr(engine, "RunRecorder", Watching)
     return states
 
 
 def run(config, folder, monkeypatch, passes, **options):
-    monkeypatch.setattr(training, "create_model", lambda *_, **__: Model(passes))
+    monkeypatch.setattr(classification, "create_model", lambda *_, **__: Model(passes))
     with pytest.raises(pytest.skip.Exception):
-        training.train(config, folder, **options)
+        train(config, folder, **options)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -91,26 +95,26 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(precision, con
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_several_in_a_row_stop_training_and_name_the_layer(accumulate, config, tmp_path, monkeypatch):
-    config = dataclasses.replace(config, batch_size=8, accumulate=accumulate, max_skipped=2)
-    monkeypatch.setattr(training, "create_model", lambda *_, **__: Model((1, 2 + accumulate, *range(5, 99))))
+    config = dataclasses.replace(config, batch_size=8, grad_accum=accumulate, max_skipped=2)
+    monkeypatch.setattr(classification, "create_model", lambda *_, **__: Model((1, 2 + accumulate, *range(5, 99))))
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(InputError, match=r"2 steps in a row.*in the output of 2 \(Overflow\); try a lower --optim.lr"):
-        training.train(config, folder)
+    with pytest.raises(InputError, match=r"2 steps in a row.*in the output of 2 \(Overflow\); try a lower --lr"):
+        train(config, folder)
 
 
 def test_a_rate_that_blows_up_the_weights_stops_training(config, tmp_path):
-    config = dataclasses.replace(config, max_skipped=3, optim=Optimisation(lr=1e30, min_lr=0, warmup_epochs=0))
+    config = dataclasses.replace(config, max_skipped=3, lr=1e30, min_lr=0.0, ema_decay=None)
     with pytest.raises(InputError, match=r"3 steps in a row.*is in the (output|gradient) of \w+"):
-        training.train(config, RunFolder(tmp_path / "run"))
+        train(config, RunFolder(tmp_path / "run"))
 
 
 def test_the_count_survives_a_stop(config, tmp_path, monkeypatch, stop_at):
     folder = RunFolder(tmp_path / "run")
-    monkeypatch.setattr(training, "create_model", lambda *_, **__: Model((2,)))
+    monkeypatch.setattr(classification, "create_model", lambda *_, **__: Model((2,)))
     stop_at(0, 1)
     with pytest.raises(Stopped):
-        training.train(config, folder)
-    monkeypatch.setattr(training, "RunRecorder", RunRecorder)
+        train(config, folder)
+    monkeypatch.setattr(engine, "RunRecorder", RunRecorder)
     run(config, folder, monkeypatch, (), resume=True)
     with folder.metrics.open() as file:
         assert [row["skipped_steps"] for row in csv.DictReader(file)] == ["1", "0"]

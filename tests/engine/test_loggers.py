@@ -5,17 +5,24 @@ import importlib.util
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import vision_ssm.tasks.train as training
+import vision_ssm.engine.fit as engine
+from vision_ssm.engine.recorder import RunRecorder, Stopped
+from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import small
-from vision_ssm.tasks.recorder import RunRecorder, Stopped
-from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.tasks import train
 
 
 @pytest.fixture
 def config(images):
-    return dataclasses.replace(
-        small(images), model="test_convnext", epochs=2, workers=0, device="cpu", tracker="tensorboard", batch_size=18
+    return small(
+        data=str(images),
+        model="test_convnext",
+        epochs=2,
+        num_workers=0,
+        device="cpu",
+        logger="tensorboard",
+        batch_size=18,
     )
 
 
@@ -23,10 +30,10 @@ def test_tensorboard_shows_the_figures_of_every_epoch_of_a_resumed_run(config, t
     folder = RunFolder(tmp_path / "run")
     stop_at(0, 2)  # after the first epoch
     with pytest.raises(Stopped):
-        training.train(config, folder)
-    monkeypatch.setattr(training, "RunRecorder", RunRecorder)
-    training.train(config, folder, resume=True)
-    events = EventAccumulator(str(folder.path / "tracker"))
+        train(config, folder)
+    monkeypatch.setattr(engine, "RunRecorder", RunRecorder)
+    train(config, folder, resume=True)
+    events = EventAccumulator(str(folder.path / "logger"))
     events.Reload()
     with folder.metrics.open() as file:
         rows = list(csv.DictReader(file))
@@ -35,8 +42,8 @@ def test_tensorboard_shows_the_figures_of_every_epoch_of_a_resumed_run(config, t
         assert found == [(i + 1, pytest.approx(float(row[name]), rel=1e-5)) for i, row in enumerate(rows)], name
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_any_work(config, tmp_path, monkeypatch):
+def test_a_logger_that_is_not_installed_is_named_before_any_work(config, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"--tracker wandb needs a package that is not installed: pip install wandb"):
-        training.train(dataclasses.replace(config, tracker="wandb"), RunFolder(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"--logger wandb needs a package that is not installed: pip install wandb"):
+        train(dataclasses.replace(config, logger="wandb"), RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

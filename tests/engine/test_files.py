@@ -4,9 +4,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from vision_ssm.engine.files import atomic_write, write_text
+from vision_ssm.engine.recorder import SafeCheckpointIO
 from vision_ssm.errors import InputError
-from vision_ssm.tasks.files import atomic_write, write_text
-from vision_ssm.tasks.recorder import SafeCheckpointIO
 
 
 @contextmanager

@@ -2,23 +2,28 @@ import csv
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 from PIL import Image
 
-import vision_ssm.tasks.train as training
+import vision_ssm.engine.fit as engine
+from vision_ssm.data import load_splits
+from vision_ssm.engine.module import TrainingModule
+from vision_ssm.engine.recorder import RunRecorder, Stopped
+from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Augmentation, Optimisation, from_dict, to_dict
-from vision_ssm.tasks.classifier import evaluate, load_classifier
-from vision_ssm.tasks.recorder import RunRecorder, Stopped
-from vision_ssm.tasks.run_folder import RunFolder
+from vision_ssm.recipes import ClassificationConfig
+from vision_ssm.recipes.config import OptimConfig
+from vision_ssm.tasks import classification, load, train
+from vision_ssm.tasks.classification import Classification, ClassifierSpec, first_model
 
 
 def test_run_leaves_a_folder_that_is_enough_to_use_it(config, tmp_path):
     folder = RunFolder(tmp_path / "run")
-    result = training.train(config, folder)
+    result = train(config, folder)
     assert result.accuracy == 1.0
     assert folder.read_config() == config
     assert folder.check_resumable(config) is None
@@ -28,16 +33,30 @@ def test_run_leaves_a_folder_that_is_enough_to_use_it(config, tmp_path):
     assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_balanced_accuracy"} <= set(rows[0])
     assert json.loads(folder.results.read_text())["accuracy"] == 1.0
     assert json.loads(folder.model.read_text())["classes"] == ["blue", "green", "red"]
-    for picture in folder.pictures:
-        assert Image.open(picture).size > (300, 300)
+    for name in ("curves", "confusion", "predictions"):
+        assert Image.open(folder.path / f"{name}.png").size > (300, 300)
     # The weights file alone, elsewhere.
     alone = folder.best.rename(tmp_path / "moved.safetensors")
-    classifier = load_classifier(alone, "cpu")
+    task = load(alone, "cpu")
     path = tmp_path / "dark.png"
     Image.new("RGB", (200, 100), (10, 120, 10)).save(path)
-    assert classifier.spec.classes[int(classifier.predict([path]).argmax())] == "green"
-    splits = training.load_splits(config)
-    assert evaluate(classifier, splits.val).summary() == result.summary()
+    (prediction,) = task.predict([path])
+    assert (prediction.id, prediction.label) == (str(path), "green")
+    assert prediction.row(1) == {
+        "image": str(path),
+        "predictions": [{"class": "green", "probability": pytest.approx(prediction.confidence)}],
+    }
+    with Image.open(path) as image:
+        others = task.predict([image, np.asarray(image)])
+    for other in others:
+        torch.testing.assert_close(other.probabilities, prediction.probabilities)
+    # What fit, evaluation after it and evaluation of the file alone measure is the same.
+    again = load(alone, "cpu", optimized=False).evaluate(load_splits(config).val)
+    assert again.metrics() == result.metrics()
+    best = rows[json.loads(folder.results.read_text())["best_epoch"] - 1]
+    for name, value in again.metrics().items():
+        assert float(best[f"val_{name}"]) == pytest.approx(value, abs=1e-5), name
+    assert task.evaluate(load_splits(config).val).loss == pytest.approx(result.loss, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -45,15 +64,15 @@ def test_run_leaves_a_folder_that_is_enough_to_use_it(config, tmp_path):
 )
 def test_stopped_and_resumed_run_is_bit_identical(stops, config, tmp_path, monkeypatch, stop_at):
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
-    training.train(config, whole)
+    train(config, whole)
     for i, stop in enumerate(stops):
         stop_at(*stop)
         if stop == (2, 5):  # nothing is left to do then, so the run ends
             break
         with pytest.raises(Stopped):
-            training.train(config, parts, resume=i > 0)
-    monkeypatch.setattr(training, "RunRecorder", RunRecorder)
-    training.train(dataclasses.replace(config, workers=1), parts, resume=True)
+            train(config, parts, resume=i > 0)
+    monkeypatch.setattr(engine, "RunRecorder", RunRecorder)
+    train(dataclasses.replace(config, num_workers=1), parts, resume=True)
     for name in ("last", "best"):
         one, other = (safetensors.torch.load_file(getattr(f, name)) for f in (whole, parts))
         assert all(torch.equal(one[key], other[key]) for key in one), name
@@ -76,44 +95,50 @@ def test_resume_under_other_settings_is_refused(config, tmp_path, stop_at):
     folder = RunFolder(tmp_path / "run")
     stop_at(0, 1)
     with pytest.raises(Stopped):
-        training.train(config, folder)
+        train(config, folder)
     with pytest.raises(InputError, match="--model test_convnext, not test_vit"):
-        training.train(dataclasses.replace(config, model="test_vit"), folder, resume=True)
-    optim = dataclasses.replace(config.optim, lr=0.5)
-    with pytest.raises(InputError, match=r"--optim.lr 0.003, not 0.5"):
-        training.train(dataclasses.replace(config, optim=optim), folder, resume=True)
+        train(dataclasses.replace(config, model="test_vit"), folder, resume=True)
+    with pytest.raises(InputError, match=r"--lr 0.003, not 0.5"):
+        train(dataclasses.replace(config, lr=0.5), folder, resume=True)
 
 
-def test_auxiliary_loss_is_added(config):
+def spec_of(classes):
+    return ClassifierSpec.from_config(ClassificationConfig(model="test_convnext"), classes)
+
+
+def test_auxiliary_loss_is_added():
     class WithAux(torch.nn.Linear):
         def forward(self, x):
             self.aux_loss = self.weight.square().sum() * 100
             return super().forward(x.mean((2, 3)))
 
     model = WithAux(3, 3)
-    task = training.ClassificationTask(model, 3, augment=Augmentation(), optim=Optimisation())
-    batch = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
-    loss = task.training_step(batch, 0)
-    plain = task.loss(torch.nn.Linear.forward(model, batch[0].mean((2, 3))), batch[1])
+    module = TrainingModule(Classification(model, spec_of(("a", "b", "c"))), OptimConfig())
+    batch = {"image": torch.rand(4, 3, 8, 8), "label": torch.tensor([0, 1, 2, 0]), "id": list("abcd")}
+    loss = module.training_step(batch, 0)
+    plain = module.task.loss(torch.nn.Linear.forward(model, batch["image"].mean((2, 3))), batch["label"])
     assert loss.item() == pytest.approx((plain + model.aux_loss).item())
+    means = module.epoch_means()
+    assert means.keys() == {"loss", "loss_labels", "loss_aux", "accuracy"}
+    assert means["loss_labels"] == pytest.approx(plain.item())
 
 
 def test_balance_loss_of_a_model_is_added():
     model = timm.create_model("vim2_atto", num_classes=3)
-    task = training.ClassificationTask(model, 3, augment=Augmentation(), optim=Optimisation(ema=0.9)).train()
+    module = TrainingModule(Classification(model, spec_of(("a", "b", "c"))), OptimConfig(ema_decay=0.9)).train()
     logits = []
     model.register_forward_hook(lambda module, args, output: logits.append(output))
-    batch = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
-    loss = task.training_step(batch, 0)
+    batch = {"image": torch.rand(4, 3, 32, 32), "label": torch.tensor([0, 1, 2, 0]), "id": list("abcd")}
+    loss = module.training_step(batch, 0)
     assert model.aux_loss.item() == pytest.approx(0.01)
-    assert loss.item() == pytest.approx((task.loss(logits[0], batch[1]) + model.aux_loss).item())
-    task.eval().validation_step(batch, 0)
-    assert task.evaluated_model.aux_loss is None
+    assert loss.item() == pytest.approx((module.task.loss(logits[0], batch["label"]) + model.aux_loss).item())
+    module.eval().validation_step(batch, 0)
+    assert module.evaluated_model.aux_loss is None
 
 
 def test_weight_decay_spares_what_the_model_exempts(config, tmp_path, monkeypatch, stop_at):
     seen = {}
-    original = training.ClassificationTask.configure_optimizers
+    original = TrainingModule.configure_optimizers
 
     def spy(self):
         out = original(self)
@@ -121,11 +146,11 @@ def test_weight_decay_spares_what_the_model_exempts(config, tmp_path, monkeypatc
         seen.update({names[p]: g["weight_decay"] for g in out["optimizer"].param_groups for p in g["params"]})
         return out
 
-    monkeypatch.setattr(training.ClassificationTask, "configure_optimizers", spy)
-    monkeypatch.setattr(training, "create_model", lambda *a, **k: _exempting())
+    monkeypatch.setattr(TrainingModule, "configure_optimizers", spy)
+    monkeypatch.setattr(classification, "create_model", lambda *a, **k: _exempting())
     stop_at(0, 0)
     with pytest.raises(Stopped):
-        training.train(config, RunFolder(tmp_path / "run"))
+        train(config, RunFolder(tmp_path / "run"))
     assert seen == {"head.weight": 0.05, "head.bias": 0.0, "A_log": 0.0}
 
 
@@ -145,18 +170,13 @@ def _exempting():
     return Model()
 
 
-def test_pretrained_file_of_other_classes_gets_a_new_head(config, images, tmp_path):
-    import timm
-
-    source = timm.create_model("test_convnext", num_classes=7)
-    safetensors.torch.save_file(source.state_dict(), tmp_path / "seven.safetensors")
-    model = training.create_from_file("test_convnext", {}, 3, tmp_path / "seven.safetensors")
+def test_pretrained_file_of_other_classes_gets_a_new_head(tmp_path):
+    source, file = timm.create_model("test_convnext", num_classes=7), tmp_path / "seven.safetensors"
+    safetensors.torch.save_file(source.state_dict(), file)
+    config = ClassificationConfig(model="test_convnext", pretrained=file)
+    model = first_model(config, spec_of(("a", "b", "c")))
     assert torch.equal(model.state_dict()["stem.0.weight"], source.state_dict()["stem.0.weight"])
     assert model.num_classes == 3
+    other = dataclasses.replace(config, model="test_vit")
     with pytest.raises(InputError, match=r"missing: .*and \d+ more.*unexpected: "):
-        training.create_from_file("test_vit", {}, 3, tmp_path / "seven.safetensors")
-
-
-def test_configuration_survives_json(config):
-    changed = dataclasses.replace(config, model_args={"a": 1}, pretrained=config.data.root / "x.pth")
-    assert from_dict(type(changed), json.loads(json.dumps(to_dict(changed)))) == changed
+        first_model(other, ClassifierSpec.from_config(other, ("a", "b", "c")))

@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 
 from vision_ssm.cli import main
-from vision_ssm.tasks.run_folder import RunFolder
-from vision_ssm.tasks.train import train
+from vision_ssm.engine.run_folder import RunFolder
+from vision_ssm.tasks import train
 
 # A server with everything imported makes each of the processes that get killed in a moment.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["vision_ssm.tasks.train", "vision_ssm.cli.train"])
+PROCESSES.set_forkserver_preload(["vision_ssm.engine.fit", "vision_ssm.tasks.classification", "vision_ssm.cli.train"])
 
 
 def killed_at(event, file, count):
@@ -91,8 +91,8 @@ def command(words, errors, room):
 
 
 def test_full_disk_is_one_line_and_the_run_may_be_started_again(config, tmp_path, capsys):
-    words = ["train", "folder", "--data.root", str(config.data.root), "--out", str(tmp_path / "run"), "--epochs", "2"]
-    words += ["--model", "test_convnext", "--workers", "0", "--device", "cpu", "--batch-size", "8"]
+    words = ["train", "classify", "--data", config.data, "--out", str(tmp_path / "run"), "--epochs", "2"]
+    words += ["--model", "test_convnext", "--num-workers", "0", "--device", "cpu", "--batch-size", "8"]
     process = PROCESSES.Process(target=command, args=(words, tmp_path / "errors", 1_500_000))
     process.start()
     process.join()
@@ -103,6 +103,6 @@ def test_full_disk_is_one_line_and_the_run_may_be_started_again(config, tmp_path
     assert "too large" in error  # a real full disk says that no space is left
     assert not (tmp_path / "run" / "last.ckpt").exists()
     assert main(words) == 0
-    assert "--optim.warmup-epochs 2 must be below --epochs 2" in capsys.readouterr().out
+    assert "--warmup-epochs 2 must be below --epochs 2" in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert "this run was complete: 2 of 2 epochs trained" in capsys.readouterr().out

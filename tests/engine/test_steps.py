@@ -7,26 +7,29 @@ import safetensors.torch
 import torch
 from rich.console import Console
 
-import vision_ssm.tasks.train as training
-from vision_ssm.recipes import Augmentation, Optimisation, small
-from vision_ssm.tasks.recorder import RunRecorder, Stopped
-from vision_ssm.tasks.run_folder import RunFolder
-from vision_ssm.tasks.spec import spec_for
+import vision_ssm.engine.fit as engine
+from vision_ssm.engine.recorder import RunRecorder, Stopped
+from vision_ssm.engine.run_folder import RunFolder
+from vision_ssm.recipes import small
+from vision_ssm.tasks import train
+from vision_ssm.tasks.classification import ClassifierSpec, first_model
 
 
 @pytest.fixture
 def config(images):
     """A model without batch norms, and steps of 16 of 54 images."""
-    return dataclasses.replace(
-        small(images),
+    return small(
+        data=str(images),
         model="test_vit",
         epochs=2,
         batch_size=16,
-        workers=0,
+        num_workers=0,
         device="cpu",
         model_args={"img_size": 32},
-        augment=Augmentation(color_jitter=0.0),
-        optim=Optimisation(lr=1e-3, warmup_epochs=1, clip_grad=1.0),
+        color_jitter=0.0,
+        lr=1e-3,
+        warmup_epochs=1,
+        clip_grad=1.0,
     )
 
 
@@ -36,9 +39,9 @@ def weights(folder):
 
 def test_accumulated_steps_equal_those_of_the_large_batch(config, tmp_path):
     large, parts = RunFolder(tmp_path / "large"), RunFolder(tmp_path / "parts")
-    training.train(config, large)
-    training.train(dataclasses.replace(config, batch_size=4, accumulate=4), parts)
-    first = training._first_model(config, spec_for(config, ("blue", "green", "red")), resume=True).state_dict()
+    train(config, large)
+    train(dataclasses.replace(config, batch_size=4, grad_accum=4), parts)
+    first = first_model(config, ClassifierSpec.from_config(config, ("blue", "green", "red")), resume=True).state_dict()
     one, other = weights(large), weights(parts)
     moved = max(float((one[key] - first[key]).abs().max()) for key in one)
     assert moved > 1e-3
@@ -53,17 +56,23 @@ def test_stop_between_steps_waits_for_the_step_and_resumes_exactly(stop, config,
     config = dataclasses.replace(
         config,
         batch_size=6,
-        accumulate=3,
-        augment=Augmentation(mixup=0.8, cutmix=1.0, mix_switch=0.3, interpolation="random"),
-        optim=dataclasses.replace(config.optim, decay_by_epoch=True, cooldown_epochs=1, ema=0.9, ema_warmup=False),
+        grad_accum=3,
+        mixup=0.8,
+        cutmix=1.0,
+        mixup_switch_prob=0.3,
+        train_interpolation="random",
+        decay_by_epoch=True,
+        cooldown_epochs=1,
+        ema_decay=0.9,
+        ema_warmup=False,
     )
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
-    training.train(config, whole)
+    train(config, whole)
     stop_at(*stop)
     with pytest.raises(Stopped):
-        training.train(config, parts)
-    monkeypatch.setattr(training, "RunRecorder", RunRecorder)
-    training.train(config, parts, resume=True)
+        train(config, parts)
+    monkeypatch.setattr(engine, "RunRecorder", RunRecorder)
+    train(config, parts, resume=True)
     one, other = weights(whole), weights(parts)
     assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -73,19 +82,20 @@ def test_average_without_warm_up_begins_with_the_first_weights(config, tmp_path)
         config,
         epochs=1,
         batch_size=54,
-        optim=dataclasses.replace(config.optim, ema=0.75, ema_warmup=False),
+        ema_decay=0.75,
+        ema_warmup=False,
     )
     folder, shown = RunFolder(tmp_path / "run"), Console(file=io.StringIO())
-    training.train(config, folder, console=shown)
+    train(config, folder, console=shown)
     assert "1 steps are few" in shown.file.getvalue()
-    first = training._first_model(config, spec_for(config, ("blue", "green", "red")), resume=True).state_dict()
+    first = first_model(config, ClassifierSpec.from_config(config, ("blue", "green", "red")), resume=True).state_dict()
     trained = torch.load(folder.state, weights_only=True)["state_dict"]
     for key, value in weights(folder).items():
         torch.testing.assert_close(value, 0.75 * first[key] + 0.25 * trained[f"model.{key}"])
 
 
 def test_crop_and_interpolation_reach_the_transforms(config):
-    config = dataclasses.replace(config, crop=0.8, augment=Augmentation(interpolation="random"))
-    spec = spec_for(config, ("a", "b"))
+    config = dataclasses.replace(config, crop_pct=0.8, train_interpolation="random")
+    spec = ClassifierSpec.from_config(config, ("a", "b"))
     assert spec.eval_transform().transforms[0].size == 40
-    assert len(spec.train_transform(config.augment).transforms[0].interpolation) == 2
+    assert len(spec.train_transform(config).transforms[0].interpolation) == 2

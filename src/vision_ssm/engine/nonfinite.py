@@ -3,10 +3,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _NormBase
-
-from vision_ssm.tasks.sharding import whole
 
 
 class RunningStatistics:
@@ -55,7 +52,7 @@ def first_in_forward(model: nn.Module, forward: Callable[[], Any]) -> str | None
 
     handles = []
     for name, module in model.named_modules():
-        layer = f"{name} ({_kind(module)})" if name else "the model"
+        layer = f"{name} ({type(module).__name__})" if name else "the model"
         handles.append(module.register_forward_pre_hook(hook(f"the input of {layer}")))
         handles.append(module.register_forward_hook(hook(f"the output of {layer}")))
     try:
@@ -70,17 +67,12 @@ def first_in_forward(model: nn.Module, forward: Callable[[], Any]) -> str | None
 def first_in_gradients(model: nn.Module) -> str | None:
     """Which parameter is the last one, in the order of the model, whose gradient has a NaN or an infinity.
 
-    Gradients are computed from the end of a model to its beginning. Of a sharded model, all processes have to ask.
+    Gradients are computed from the end of a model to its beginning.
     """
     for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None and not _is_finite(whole(parameter.grad)):
+        if parameter.grad is not None and not _is_finite(parameter.grad):
             return f"the gradient of {name}"
     return None
-
-
-def _kind(module: nn.Module) -> str:
-    # FSDP2 gives a sharded module a class of its own.
-    return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def _is_finite(value: Any) -> bool:

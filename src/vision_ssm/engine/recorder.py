@@ -15,12 +15,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from vision_ssm.data.module import ImageData
+from vision_ssm.engine.files import atomic_write, write_text
+from vision_ssm.engine.module import TrainingModule
+from vision_ssm.engine.run_folder import RunFolder
+from vision_ssm.engine.weights import save_weights
 from vision_ssm.errors import InputError
-from vision_ssm.tasks.classification import ClassificationTask
-from vision_ssm.tasks.files import atomic_write, write_text
-from vision_ssm.tasks.run_folder import RunFolder
-from vision_ssm.tasks.sharding import gather
-from vision_ssm.tasks.spec import ModelSpec, save_classifier
 
 # What a recorder counts in each epoch, and keeps in checkpoints.
 _COUNTED = ("images", "seconds", "steps", "waited")
@@ -72,21 +71,18 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class RunRecorder(Checkpoint):
-    """Keeps a run folder up to date: metrics, best and last weights, state to resume from. Tells trackers.
+    """Keeps a run folder up to date: metrics, best and last weights, state to resume from. Writes to loggers.
 
-    The first of several processes writes; all stop together when one of them is told to.
+    The first of several processes writes; all stop together when one of them is asked to.
 
     Args:
         folder: The run folder.
-        spec: Written into the weights files.
         stop: Once set, the state is saved after the current step and `Stopped` is raised.
         save_minutes: How often to save the state inside long epochs.
     """
 
-    def __init__(
-        self, folder: RunFolder, spec: ModelSpec, stop: threading.Event, *, save_minutes: float = 10.0
-    ) -> None:
-        self.folder, self.spec, self.stop, self.save_seconds = folder, spec, stop, 60 * save_minutes
+    def __init__(self, folder: RunFolder, stop: threading.Event, *, save_minutes: float = 10.0) -> None:
+        self.folder, self.stop, self.save_seconds = folder, stop, 60 * save_minutes
         self.history: list[dict[str, Any]] = []
         self.images = self.steps = 0
         self.seconds = self.waited = 0.0
@@ -105,7 +101,7 @@ class RunRecorder(Checkpoint):
         """Continue a stored table."""
         self.history = list(state_dict["history"])
         for name in _COUNTED:
-            setattr(self, name, state_dict.get(name, 0))
+            setattr(self, name, state_dict[name])
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clocks."""
@@ -126,7 +122,7 @@ class RunRecorder(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count images; save inside the epoch if asked to stop or if it takes long."""
         now = time.monotonic()
-        self.images += len(batch[1]) * trainer.world_size
+        self.images += len(batch["id"]) * trainer.world_size
         self.seconds, self._since = self.seconds + now - self._since, now
         self._ready = now
         if batch_idx + 1 == trainer.num_training_batches:
@@ -141,26 +137,25 @@ class RunRecorder(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Add a row of metrics and save."""
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        training = pl_module.training_figures()
-        row = {
+        values = {name.replace("/", "_"): float(value) for name, value in trainer.callback_metrics.items()}
+        row: dict[str, Any] = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
-            "train_loss": training["loss"],
-            "train_accuracy": training["accuracy"],
         }
-        row |= {name.replace("/", "_"): value for name, value in figures.items() if name.startswith("val/")}
+        row |= {f"train_{name}": value for name, value in pl_module.epoch_means().items()}
+        row |= {name: value for name, value in values.items() if name.startswith("val_")}
         row |= {"skipped_steps": pl_module.skipped}
         row |= {"images_per_second": round(self.images_per_second, 1), "data_wait_ms": round(self.data_wait_ms, 2)}
-        for tracker in trainer.loggers:
-            tracker.log_metrics({name: value for name, value in row.items() if name != "epoch"}, step=row["epoch"])
-            tracker.save()
-        best = max((self._rank(r) for r in self.history), default=None)
+        for logger in trainer.loggers:
+            logger.log_metrics({name: value for name, value in row.items() if name != "epoch"}, step=row["epoch"])
+            logger.save()
+        monitor = pl_module.task.monitor
+        best = max((rank(r, monitor) for r in self.history), default=None)
         self.history.append(row)
-        self._reset()
-        if best is None or self._rank(row) > best:  # in all processes: they validate together
-            self._save_weights(self.folder.best, trainer, pl_module)
+        self.images, self.seconds, self.steps, self.waited = 0, 0.0, 0, 0.0
+        if trainer.is_global_zero and (best is None or rank(row, monitor) > best):
+            _save_weights(self.folder.best, pl_module)
         self._save(trainer, pl_module)
         if _any(trainer, self.stop.is_set()) and trainer.max_epochs != trainer.current_epoch + 1:
             raise Stopped
@@ -168,7 +163,7 @@ class RunRecorder(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Leave the list of unreadable images, which may be the reason."""
         if trainer.is_global_zero:
-            self.write_unreadable(trainer.datamodule)
+            self._write_unreadable(trainer.datamodule)
 
     @property
     def images_per_second(self) -> float:
@@ -180,10 +175,6 @@ class RunRecorder(Checkpoint):
         """Mean time that a step of the epoch waited for its batch."""
         return 1000 * self.waited / max(self.steps, 1)
 
-    def best_row(self) -> dict[str, Any]:
-        """The epoch whose weights were kept: the first with the highest accuracy, then the lowest loss."""
-        return max(self.history, key=self._rank)
-
     def write_metrics(self) -> None:
         """Write the table of metrics as CSV."""
         if self.history:
@@ -193,33 +184,31 @@ class RunRecorder(Checkpoint):
             writer.writerows(self.history)
             write_text(self.folder.metrics, text.getvalue())
 
-    def write_unreadable(self, data: ImageData) -> None:
-        """Write the list of training images that could not be read, if there are any."""
+    def _write_unreadable(self, data: ImageData) -> None:
         if data.unreadable:
-            write_text(self.folder.unreadable, "".join(f"{n}\t{why}\n" for n, why in sorted(data.unreadable.items())))
+            lines = (f"{name}\t{why}\n" for name, why in sorted(data.unreadable.items()))
+            write_text(self.folder.unreadable, "".join(lines))
 
-    def _reset(self) -> None:
-        self.images, self.seconds, self.steps, self.waited = 0, 0.0, 0, 0.0
-
-    def _save(self, trainer: Trainer, module: ClassificationTask) -> None:
+    def _save(self, trainer: Trainer, module: TrainingModule) -> None:
         module.gather_sums()
         trainer.datamodule.gather()
         # Weights first: a run that is killed after its last state was saved has no step left that would write them.
-        self._save_weights(self.folder.last, trainer, module)
+        if trainer.is_global_zero:
+            _save_weights(self.folder.last, module)
         trainer.save_checkpoint(self.folder.state)
         if trainer.is_global_zero:
             self.write_metrics()
-            self.write_unreadable(trainer.datamodule)
+            self._write_unreadable(trainer.datamodule)
         self._saved = time.monotonic()
 
-    def _save_weights(self, path: Path, trainer: Trainer, module: ClassificationTask) -> None:
-        weights = gather(module.evaluated_model.state_dict())
-        if trainer.is_global_zero:
-            save_classifier(path, weights, self.spec)
 
-    @staticmethod
-    def _rank(row: dict[str, Any]) -> tuple[float, float]:
-        return row["val_accuracy"], -row["val_loss"]
+def rank(row: dict[str, Any], monitor: str) -> tuple[float, float]:
+    """What is larger for a better epoch: the monitored metric, then minus the loss."""
+    return row[f"val_{monitor}"], -row["val_loss"]
+
+
+def _save_weights(path: Path, module: TrainingModule) -> None:
+    save_weights(path, module.evaluated_model.state_dict(), module.task.name, module.task.spec)
 
 
 def _any(trainer: Trainer, decision: bool) -> bool:

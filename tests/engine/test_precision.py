@@ -2,12 +2,13 @@ import lightning
 import timm
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from short_runs import QUIET
-from vision_ssm.recipes import Optimisation
+from vision_ssm.engine.module import TrainingModule
+from vision_ssm.recipes import ClassificationConfig
 from vision_ssm.scan import selective_scan_fn
-from vision_ssm.tasks.classification import ClassificationTask
+from vision_ssm.tasks.classification import Classification, ClassifierSpec
 
 
 def test_the_state_overflows_in_half_precision_but_not_in_the_scan():
@@ -44,10 +45,12 @@ def test_the_loss_scale_of_float16_finds_its_way_without_counting_as_skipped(tmp
     torch.manual_seed(0)
     model = timm.create_model("vmamba_atto", num_classes=3)
     first = {name: value.clone() for name, value in model.state_dict().items()}
-    task = ClassificationTask(model, 3, optim=Optimisation(lr=1e-3, warmup_epochs=0), epochs=1, max_skipped=1)
-    images = TensorDataset(torch.randn(80, 3, 32, 32), torch.arange(80) % 3)
-    trainer.fit(task, DataLoader(images, batch_size=4))
+    config = ClassificationConfig(model="vmamba_atto", lr=1e-3, warmup_epochs=0, epochs=1, max_skipped=1)
+    task = Classification(model, ClassifierSpec.from_config(config, ("a", "b", "c")), config)
+    module = TrainingModule(task, config)
+    samples = [{"image": torch.randn(3, 32, 32), "label": i % 3, "id": str(i)} for i in range(80)]
+    trainer.fit(module, DataLoader(samples, batch_size=4))
     assert scaler.get_scale() < 2.0**29
-    assert task.skipped == 0
+    assert module.skipped == 0
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert any(not torch.equal(first[name], value) for name, value in model.state_dict().items())

@@ -1,66 +1,34 @@
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from vision_ssm.data import Images
-from vision_ssm.tasks.evaluation import Evaluation
-from vision_ssm.tasks.files import atomic_write
+from vision_ssm.engine.plots import save_figure
+from vision_ssm.tasks.results import ClassificationResults
 
 _RIGHT, _WRONG = "#2a7f3f", "#c0392b"
-_TRAIN, _VAL = "#8c8c8c", "#1f5fa8"
 
 
-def draw_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw loss and accuracy by epoch, training and validation.
-
-    Args:
-        history: One mapping per epoch with `epoch`, `train_loss`, `val_loss`, `train_accuracy`, `val_accuracy`.
-        path: The PNG file to write.
-    """
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    marker = "o" if len(epochs) <= 40 else None
-    best = max(history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for kind, label, color in (("train", "training", _TRAIN), ("val", "validation", _VAL)):
-            values = [row[f"{kind}_{what}"] for row in history]
-            axes.plot(epochs, values, label=label, color=color, marker=marker, markersize=3, linewidth=1.6)
-        axes.plot(best["epoch"], best[f"val_{what}"], "o", color=_WRONG, markersize=7, fillstyle="none", label="best")
-        axes.set(xlabel="epoch", title=what.capitalize())
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    axes.legend(frameon=False, loc="lower right")
-    axes.annotate(
-        f"best {best['val_accuracy']:.2%} in epoch {best['epoch']}",
-        (1.0, 1.02), xycoords="axes fraction", ha="right", color=_WRONG, fontsize=9,
-    )  # fmt: skip
-    _save(figure, path)
-
-
-def draw_confusion(evaluation: Evaluation, path: Path) -> None:
+def draw_confusion(results: ClassificationResults, path: Path) -> None:
     """Draw the confusion matrix: rows are true classes, shaded by the share of the row.
 
     Cells are numbered up to 20 classes, classes named up to 100.
 
     Args:
-        evaluation: What to show.
+        results: What to show.
         path: The PNG file to write.
     """
-    counts = evaluation.confusion.numpy()
+    counts = results.confusion.numpy()
     n = len(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = float(np.clip(2.6 + 0.42 * n, 4.2, 15))
-    names = [_elide(name, 24) for name in evaluation.classes]
+    names = [_elide(name, 24) for name in results.classes]
     margin = 0.075 * max(map(len, names)) if n <= 100 else 0.5
     figure = Figure(figsize=(side + margin + 0.9, side + margin), layout="constrained")
     axes = figure.subplots()
@@ -80,25 +48,26 @@ def draw_confusion(evaluation: Evaluation, path: Path) -> None:
         axes.grid(which="minor", color="#dddddd", linewidth=0.6)
         axes.tick_params(which="minor", length=0)
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"{evaluation.accuracy:.2%} of {len(evaluation.targets):,} images right", fontsize=11)
+    axes.set_title(f"{results.accuracy:.2%} of {results.images:,} images right", fontsize=11)
     bar = figure.colorbar(picture, ax=axes, shrink=0.7 if n <= 20 else 0.4, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("share of the true class")
     bar.outline.set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def draw_predictions(evaluation: Evaluation, images: Images, path: Path, *, most: int = 30) -> None:
+def draw_predictions(results: ClassificationResults, images: Images, path: Path, *, most: int = 30) -> None:
     """Draw a sheet of images with what the classifier took them for; wrong ones in red with the true class.
 
     Args:
-        evaluation: Predictions for `images`, in the same order.
+        results: Predictions for `images`, in the same order.
         images: The images.
         path: The PNG file to write.
         most: Number of images; up to half are wrong ones, the rest right ones, chosen at random.
     """
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(evaluation.targets), generator=generator)
-    hits = (evaluation.predictions == evaluation.targets)[order]
+    order = torch.randperm(len(results.records), generator=generator)
+    predicted, _, labels = torch.tensor(results.records).T
+    hits = (predicted == labels)[order]
     wrong = order[~hits]
     right = order[hits][: most - min(len(wrong), most // 2)]
     chosen = torch.cat([wrong[: most - len(right)], right]).tolist()
@@ -111,20 +80,19 @@ def draw_predictions(evaluation: Evaluation, images: Images, path: Path, *, most
     figure.suptitle(f"{len(wrong):,} of {len(order):,} images classified wrongly{part}", fontsize=11)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
-    for axes, index, image in zip(figure.axes, chosen, images.pick(chosen), strict=False):
-        target, guess = int(evaluation.targets[index]), int(evaluation.predictions[index])
+    for axes, index, sample in zip(figure.axes, chosen, images.pick(chosen), strict=False):
+        guess, confidence, target = results.records[index]
         color = _RIGHT if target == guess else _WRONG
         axes.axis("on")
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=2.5)
-        axes.imshow(_thumbnail(image))
-        confidence = float(evaluation.probabilities[index, guess])
-        title = f"{_elide(evaluation.classes[guess], 16)} ({confidence:.0%})"
-        below = "" if target == guess else f"is {_elide(evaluation.classes[target], 18)}"
+        axes.imshow(_thumbnail(sample["image"]))
+        title = f"{_elide(results.classes[guess], 16)} ({confidence:.0%})"
+        below = "" if target == guess else f"is {_elide(results.classes[target], 18)}"
         axes.set_title(title, fontsize=9, color=color, pad=4)
         axes.set_xlabel(below, fontsize=9, color=color, labelpad=3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _thumbnail(image: Image.Image, side: int = 160) -> Image.Image:
@@ -143,8 +111,3 @@ def _elide(name: str, length: int) -> str:
     tail = length // 3
     short = name if len(name) <= length else f"{name[: length - tail - 1]}…{name[-tail:]}"
     return short.replace("$", r"\$")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)

@@ -1,39 +1,41 @@
+import difflib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import Optimisation
+from vision_ssm.recipes.config import OptimConfig
 
 
 class LearningRate:
     """The learning rate as a function of the steps taken, by timm's schedules.
 
+    Where warmup and cooldown do not fit into `epochs`, one epoch is left to the schedule; the cooldown gives way first,
+    then the warmup.
+
     Args:
-        optimizer: Whose rates to set; they begin at those of step 0.
-        optim: Which schedule. Its rates are taken as they are (see `Optimisation.for_batch`).
-        epochs: Length of the run, warm-up and cool-down included. Where they do not fit in, one epoch is left to the
-            schedule, the cool-down gives way first, then the warm-up.
+        optimizer: Whose learning rates to set; they begin at those of step 0.
+        optim: Which schedule. Its rates are taken as they are (see `OptimConfig.scaled`).
         steps: Steps per epoch.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, optim: Optimisation, epochs: int, steps: int) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int) -> None:
         self.optim, self.steps = optim, steps
-        self.warmup = min(optim.warmup_epochs, epochs - 1)
-        cooldown = min(optim.cooldown_epochs, epochs - 1 - self.warmup)
+        self.warmup = min(optim.warmup_epochs, optim.epochs - 1)
+        cooldown = min(optim.cooldown_epochs, optim.epochs - 1 - self.warmup)
         self.scheduler: Scheduler = create_scheduler_v2(
             optimizer,
             sched=optim.schedule,
-            num_epochs=epochs - cooldown - (self.warmup if optim.warmup_first else 0),
+            num_epochs=optim.epochs - cooldown - (self.warmup if optim.warmup_prefix else 0),
             min_lr=optim.min_lr,
             warmup_lr=optim.lr / 100 if optim.warmup_lr is None else optim.warmup_lr,
             warmup_epochs=self.warmup,
-            warmup_prefix=optim.warmup_first,
+            warmup_prefix=optim.warmup_prefix,
             step_on_epochs=False,
             updates_per_epoch=steps,
         )[0]
@@ -44,13 +46,22 @@ class LearningRate:
         self.scheduler.step_update(step - step % self.steps if by_epoch else step)
 
 
-def make_optimizer(model: nn.Module, optim: Optimisation) -> torch.optim.Optimizer:
-    """Timm's optimiser, with weight decay only where it belongs.
+def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Timm's optimizer, with weight decay only where it belongs.
 
     Raises:
-        InputError: timm cannot make it, or `optim` asks for what the published training exempts, and the model has no
-            list of it.
+        InputError: timm does not know it or cannot make it, or `optim` asks for the exemptions of the published
+            training, and the model has no list of them.
     """
+    if optim.optimizer not in list_optimizers():
+        near = difflib.get_close_matches(optim.optimizer, list_optimizers())
+        hint = f"did you mean {' or '.join(near)}?" if near else "sgd, adamw, lamb and lion are some"
+        raise InputError(f"unknown --optimizer {optim.optimizer}; {hint} (timm.optim.list_optimizers() lists all)")
+    known = get_optimizer_info(optim.optimizer)
+    if optim.eps is not None and not known.has_eps:
+        raise InputError(f"{optim.optimizer} has no epsilon; use --eps None")
+    if optim.betas is not None and not (known.has_betas and known.num_betas == 2):
+        raise InputError(f"{optim.optimizer} does not take two betas; use --betas None")
     options: dict[str, Any] = dict(betas=optim.betas, eps=optim.eps)
     parameters = _published_groups(model, optim.weight_decay) if optim.published_decay else model
     try:
@@ -63,20 +74,18 @@ def make_optimizer(model: nn.Module, optim: Optimisation) -> torch.optim.Optimiz
             **{name: value for name, value in options.items() if value is not None},
         )
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise InputError(f"cannot make the optimiser {optim.optimizer}: {error}") from error
+        raise InputError(f"cannot make the optimizer {optim.optimizer}: {error}") from error
 
 
 def _published_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     published: Callable[[], set[str]] | None = getattr(model, "published_no_weight_decay", None)
     if published is None:
-        raise InputError(
-            f"--optim.published-decay: {type(model).__name__} does not say what its published training exempts"
-        )
-    spared = published()
+        raise InputError(f"--published-decay: {type(model).__name__} does not list what its published training exempts")
+    exempt = published()
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[name in spared].append(parameter)
+            groups[name in exempt].append(parameter)
     return [
         {"params": groups[True], "weight_decay": 0.0},
         {"params": groups[False], "weight_decay": weight_decay},

@@ -1,0 +1,202 @@
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vision_ssm.data.images import open_image
+from vision_ssm.data.seeding import ORDER, seeded
+from vision_ssm.data.streams import ImageStream
+from vision_ssm.errors import InputError
+
+Sample = dict[str, Any]
+"""An image, its id and its targets, such as `label`."""
+
+# Draws in search of a readable image; if all fail, next to nothing can be read.
+_TRIES = 20
+
+
+class Strings(Sequence[str]):
+    """Many strings in two arrays, which forked processes share: reading a Python object would copy it.
+
+    Args:
+        strings: The strings; names of files that are not UTF-8 survive.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [os.fsencode(string) for string in strings]
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._bytes = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
+
+
+class ImageDataset:
+    """Images with targets that can be read in any order.
+
+    Its keys are the numbers from 0 to its length.
+
+    Args:
+        read: Returns the path, the opened file or the image of a number.
+        ids: What to call each image in messages and plots.
+        targets: What a sample holds besides: an array for each name, such as `label` for the index of the class.
+        classes: Names of the classes.
+        index: Which of these images to take, in this order; all by default.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Path | BinaryIO | Image.Image],
+        ids: Sequence[str],
+        targets: Mapping[str, np.ndarray],
+        classes: tuple[str, ...],
+        index: np.ndarray | None = None,
+    ) -> None:
+        self.read, self.ids, self.targets, self.classes = read, ids, targets, classes
+        self.index = np.arange(len(ids)) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def sample(self, key: int) -> Sample:
+        """One image as 8-bit RGB, with its id and targets.
+
+        Raises:
+            InputError: The image cannot be read.
+        """
+        number, name = int(self.index[key]), self.id(key)
+        try:
+            image = self.read(number)
+        except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
+            raise InputError(f"cannot read image {name}: {error or type(error).__name__}") from error
+        if isinstance(image, Path):
+            image = open_image(image)
+        elif not isinstance(image, Image.Image):
+            image = open_image(image, name)
+        targets = {what: values[number].item() for what, values in self.targets.items()}
+        return {"image": image, "id": name, **targets}
+
+    def id(self, key: int) -> str:
+        """What to call an image."""
+        return self.ids[int(self.index[key])]
+
+    def place(self, key: int) -> tuple[int, ...]:
+        """Whole numbers that identify an image, for seeds."""
+        return (key,)
+
+    def substitutes(self, key: int, batch: Sequence[int], generator: np.random.Generator) -> Iterable[int]:
+        """Keys of images to try in place of one that cannot be read."""
+        return generator.integers(len(self), size=_TRIES).tolist()
+
+    def order(self, seed: int, epoch: int, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[int]:
+        """The training keys of one of several processes, from `start` to `stop`, as a function of (seed, epoch)."""
+        with seeded(seed, ORDER, epoch):
+            order = torch.randperm(len(self))
+        return iter(order[rank::world][start:stop].tolist())
+
+    def in_order(self, rank: int = 0, world: int = 1) -> range:
+        """The keys of one of several processes, in order; over all processes each key once."""
+        return range(rank, len(self), world)
+
+    def pick(self, numbers: Sequence[int]) -> list[Sample]:
+        """The samples of these numbers."""
+        return [self.sample(number) for number in numbers]
+
+    def labels(self) -> np.ndarray:
+        """(images,) indices of the classes."""
+        return self.targets["label"][self.index]
+
+    def counts(self) -> list[int] | None:
+        """Number of images of each class."""
+        return np.bincount(self.labels(), minlength=len(self.classes)).tolist()
+
+    def subset(self, keys: Sequence[int]) -> "ImageDataset":
+        """The images of these keys, in this order."""
+        return ImageDataset(self.read, self.ids, self.targets, self.classes, self.index[np.asarray(keys, np.int64)])
+
+    def with_labels(self, labels: np.ndarray, classes: tuple[str, ...]) -> "ImageDataset":
+        """The same images under other classes.
+
+        Args:
+            labels: New index of each old class.
+            classes: Names of the new classes.
+        """
+        targets = {**self.targets, "label": labels[self.targets["label"]]}
+        return ImageDataset(self.read, self.ids, targets, classes, self.index)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of ids, targets, classes and order, which shows whether the data changed between two runs."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for values in self.targets.values():
+            digest.update(values[self.index].tobytes())
+        for number in self.index.tolist():
+            digest.update(os.fsencode(self.ids[number]) + b"\n")
+        return digest.hexdigest()
+
+
+Images = ImageDataset | ImageStream
+"""Images with targets, read by keys: numbers, or what a stream yields."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and validation images over the same classes."""
+
+    train: Images
+    val: Images
+
+
+def how_many(images: Images) -> str:
+    """How many images there are, for people; of some streams nobody knows."""
+    return "an unknown number of" if isinstance(images, ImageStream) and images.length is None else f"{len(images):,}"
+
+
+def load_digits() -> Splits:
+    """scikit-learn's 1,797 handwritten digits (8 by 8, gray), split 80 to 20 with the same share of each digit."""
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    digits = load()
+    images = [Image.fromarray(np.round(d * (255 / 16)).astype(np.uint8)).convert("RGB") for d in digits.images]
+    names = [f"digit {i}" for i in range(len(images))]
+    classes = tuple(str(name) for name in digits.target_names)
+    everything = ImageDataset(images.__getitem__, names, {"label": digits.target.astype(np.int64)}, classes)
+    train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
+    return Splits(everything.subset(sorted(train.tolist())), everything.subset(sorted(test.tolist())))
+
+
+def hold_out(images: ImageDataset, fraction: float, seed: int) -> Splits:
+    """Split images in two at random, with the same share of every class.
+
+    Args:
+        images: All images.
+        fraction: Share for validation.
+        seed: Decides which.
+
+    Raises:
+        InputError: There are too few images.
+    """
+    # scikit-learn's stratified split refuses classes of one image and may leave small ones out of validation.
+    order = np.random.default_rng(seed).permutation(len(images))
+    labels = images.labels()[order]
+    held: list[int] = []
+    for label, count in enumerate(images.counts() or ()):
+        share = min(count - 1, max(1, round(fraction * count)))
+        held += order[labels == label][:share].tolist()
+    if not held:
+        raise InputError("too few images to hold any out for validation; give validation images with --val-data")
+    train = np.setdiff1d(np.arange(len(images)), held)
+    return Splits(images.subset(train.tolist()), images.subset(sorted(held)))

@@ -1,0 +1,118 @@
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vision_ssm.engine.files import temporary, write_json
+from vision_ssm.errors import InputError
+from vision_ssm.recipes import CONFIGS, TrainConfig, from_dict, to_dict
+from vision_ssm.recipes.config import FREE_ON_RESUME, option
+
+
+def _file(name: str, doc: str) -> Any:
+    return property(lambda folder: folder.path / name, doc=doc)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a training run keeps its files.
+
+    Args:
+        path: The folder.
+    """
+
+    path: Path
+
+    config = _file("config.json", "The full configuration, as JSON.")
+    model = _file("model.json", "The description of the model, for people; each weights file holds its own copy.")
+    state = _file("last.ckpt", "All that is needed to resume: weights, optimizer, schedule, average, progress.")
+    best = _file("best.safetensors", "Weights of the best epoch.")
+    last = _file("last.safetensors", "Weights of the latest checkpoint.")
+    metrics = _file("metrics.csv", "One row of metrics per epoch.")
+    unreadable = _file("unreadable.txt", "The training images that cannot be read, and why; only where there are some.")
+    results = _file("results.json", "Metrics of the best weights on the validation images.")
+    curves = _file("curves.png", "Learning curves.")
+    logger = _file("logger", "What TensorBoard or Weights & Biases keeps, if it is used.")
+
+    def check_free(self, *, overwrite: bool) -> None:
+        """Refuse a folder that must not be written to.
+
+        Raises:
+            InputError: It has content and `overwrite` is off, or the content is not that of a run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file, not a folder")
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.is_unused():
+            if not overwrite:
+                raise InputError(f"{self.path} is not empty; add --overwrite, or --resume to continue the run in it")
+            if not self.config.is_file():
+                raise InputError(f"{self.path} does not hold a run; not overwriting it")
+
+    def is_unused(self) -> bool:
+        """Whether a run was begun here but stopped, or killed, before it saved its state."""
+        begun = (self.config, self.model, self.best, self.last, self.logger, self.unreadable)
+        names = {path.name for path in begun} | {temporary(path).name for path in (*begun, self.state)}
+        return {entry.name for entry in self.path.iterdir()} <= names
+
+    def clear(self) -> None:
+        """Make the folder, empty; call `check_free` first."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write `config.json`."""
+        write_json(self.config, {"task": config.task, **to_dict(config)})
+
+    def read_config(self) -> TrainConfig:
+        """The configuration the run was started with.
+
+        Raises:
+            InputError: There is no run in the folder, or its configuration is damaged.
+        """
+        if not self.path.is_dir():
+            raise InputError(f"no such run folder: {self.path}")
+        if not self.config.is_file():
+            raise InputError(f"{self.path} is not a run folder (it has no config.json)")
+        try:
+            values: dict[str, Any] = json.loads(self.config.read_text())
+            return from_dict(CONFIGS[values.pop("task")], values)
+        except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"cannot read {self.config}: {error}") from error
+
+    def check_resumable(self, config: TrainConfig) -> None:
+        """Refuse to resume under a configuration that would lead elsewhere.
+
+        Raises:
+            InputError: There is no run, or nothing saved of it yet, or `config` differs from its configuration in
+                what changes the outcome.
+        """
+        saved = self.read_config()
+        if saved.task != config.task:
+            raise InputError(f"{self.path} is a run of {saved.task}, not {config.task}")
+        old: Mapping[str, Any] = to_dict(saved)
+        for name, value in to_dict(config).items():
+            if old[name] != value and name not in FREE_ON_RESUME:
+                raise InputError(
+                    f"cannot resume {self.path}: it was started with {option(name)} {old[name]}, not {value}"
+                )
+        if not self.state.is_file():
+            raise InputError(f"{self.path} was stopped before anything was saved; start it again")
+
+
+def weights_file(path: Path, which: Literal["best", "last"] = "best") -> Path:
+    """The weights in the folder of a run; a file stands for itself.
+
+    Raises:
+        InputError: It is neither, or the run has no such weights yet.
+    """
+    if path.is_file():
+        return path
+    folder = RunFolder(path)
+    folder.read_config()
+    weights = folder.best if which == "best" else folder.last
+    if not weights.is_file():
+        raise InputError(f"{path} has no {weights.name}; its first epoch was never finished")
+    return weights

@@ -1,0 +1,255 @@
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from vision_ssm.data import ImageDataset, Images, ImageStream, Sample, Samples, Splits, Transform, load_splits
+from vision_ssm.engine.devices import find_device, loader_workers
+from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
+from vision_ssm.errors import InputError
+from vision_ssm.optimize import optimize
+from vision_ssm.recipes import Precision, TrainConfig, from_dict
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torchmetrics import MetricCollection
+
+Batch = dict[str, Any]
+Picture = str | Path | Image.Image | np.ndarray
+
+
+class Evaluation(Protocol):
+    """Metrics of a model on labeled images."""
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics by name, `loss` among them."""
+
+    def details(self) -> dict[str, Any]:
+        """What is known besides, such as the metrics of each class, as JSON has it."""
+
+    def report(self, console: "Console", *, title: str | None = None, details: bool = False) -> None:
+        """Print it."""
+
+    def draw(self, images: Images, folder: Path) -> dict[str, Path]:
+        """Write plots into a folder; return their files by title."""
+
+
+class Task(ABC):
+    """A model and what the engine has to know of it to train, evaluate and use it.
+
+    A subclass sets `name`, `Spec` (a dataclass that describes a model without its weights and is stored in every
+    weights file) and what is abstract here.
+
+    Args:
+        model: The network.
+        spec: Its description.
+    """
+
+    name: ClassVar[str]
+    Spec: ClassVar[type]
+    monitor: ClassVar[str] = "accuracy"
+    """The metric that decides which epoch is the best one, by its largest value; of equal ones the lowest loss."""
+    epoch_metrics: tuple[str, ...] = ("loss", "accuracy")
+    """What the line of an epoch shows, as far as it is known."""
+
+    def __init__(self, model: nn.Module, spec: Any) -> None:
+        self.model, self.spec = model, spec
+        self.device, self.autocast = torch.device("cpu"), torch.float32
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Any, splits: Splits, *, resume: bool = False) -> "Task":
+        """The task of a configuration with its first weights; those of a resumed run come from its checkpoint.
+
+        Raises:
+            InputError: The configuration or the images cannot be used.
+        """
+
+    @classmethod
+    @abstractmethod
+    def create_model(cls, spec: Any) -> nn.Module:
+        """The network that `spec` describes, with random weights."""
+
+    @classmethod
+    def load(
+        cls, path: Path, device: str = "auto", precision: Precision = "32-true", *, optimized: bool = True
+    ) -> "Task":
+        """The task of a weights file; see `vision_ssm.load`.
+
+        Raises:
+            InputError: The file is damaged or of another task, or there is no such device.
+        """
+        values = read_metadata(path)
+        where = find_device(device)
+        try:
+            if values.pop("task") != cls.name:
+                raise TypeError
+            spec = from_dict(cls.Spec, values)
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{path} does not describe a model for {cls.name}, or is damaged") from error
+        model = cls.create_model(spec)
+        load_weights(model, read_weights(path), path)
+        return cls(model, spec).ready(where, precision, optimized=optimized)
+
+    def ready(self, device: torch.device, precision: Precision = "32-true", *, optimized: bool = True) -> "Task":
+        """Prepare for evaluation: in its fastest form if `optimized`, on a CPU and without autocast."""
+        self.device, self.model = device, self.model.to(device).eval()
+        if optimized and device.type == "cpu" and precision in ("32-true", "bf16-true"):
+            self.model = optimize(self.model, dtype=torch.float32 if precision == "32-true" else torch.bfloat16)
+        else:
+            self.autocast = {"b": torch.bfloat16, "1": torch.float16}.get(precision[0], torch.float32)
+        return self
+
+    # Data
+
+    @classmethod
+    def load_data(cls, config: TrainConfig) -> Splits:
+        """The images of a configuration.
+
+        Raises:
+            InputError: They are missing or cannot be used.
+        """
+        return load_splits(config, config.seed)
+
+    @property
+    @abstractmethod
+    def train_transform(self) -> Transform:
+        """Random change of a training sample; draws from the global generators."""
+
+    @property
+    @abstractmethod
+    def eval_transform(self) -> Transform:
+        """What samples go through in evaluation."""
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """Make a batch of samples."""
+        return default_collate(samples)
+
+    # Training
+
+    @abstractmethod
+    def training_step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses of a batch, which are summed, and further metrics of it; all scalars, and recorded by name."""
+
+    def start(self, device: torch.device) -> None:  # noqa: B027
+        """Called once before training with the device of the model."""
+
+    def constants(self) -> dict[str, Any]:
+        """What has to be the same when a run is resumed, such as a digest of a teacher, by name."""
+        return {}
+
+    def describe(self, splits: Splits, console: "Console") -> None:  # noqa: B027
+        """Print what is trained on what."""
+
+    # Evaluation
+
+    @abstractmethod
+    def metrics(self, **options: Any) -> "MetricCollection":
+        """New metrics; `options` go to each of them."""
+
+    @abstractmethod
+    def evaluation_step(self, model: nn.Module, batch: Batch, metrics: "MetricCollection") -> Sequence[Any]:
+        """Update metrics with a batch; return what plots need to know of each image."""
+
+    @abstractmethod
+    def evaluation(self, values: Mapping[str, Any], records: Sequence[Any]) -> Evaluation:
+        """The result of an evaluation.
+
+        Args:
+            values: What the metrics computed.
+            records: What `evaluation_step` returned, in the order of the images; may be empty.
+        """
+
+    @torch.inference_mode()
+    def evaluate(
+        self,
+        images: Images,
+        batch_size: int = 64,
+        workers: int | None = None,
+        on_batch: Callable[[int], None] = lambda images: None,
+    ) -> Evaluation:
+        """Measure the model on labeled images.
+
+        Args:
+            images: The images.
+            batch_size: Batch size.
+            workers: Number of loading processes; by default chosen from the number of cores.
+            on_batch: Called with the number of images of each batch that is done.
+
+        Raises:
+            InputError: An image cannot be read.
+        """
+        # In several processes each of them measures all images.
+        metrics = self.metrics(sync_on_compute=False).to(self.device)
+        records: list[Any] = []
+        for batch in self._batches(images, batch_size, workers):
+            with self._autocast():
+                records += self.evaluation_step(self.model, batch, metrics)
+            on_batch(len(batch["id"]))
+        return self.evaluation(metrics.compute(), records)
+
+    # Prediction
+
+    @abstractmethod
+    def decode(self, outputs: Any, batch: Batch) -> list[Any]:
+        """A prediction for each image from what the model returns."""
+
+    @torch.inference_mode()
+    def predict(self, images: Sequence[Picture], batch_size: int = 64, workers: int | None = None) -> list[Any]:
+        """Predict for images.
+
+        Args:
+            images: Paths, PIL images or (H, W, 3) uint8 arrays.
+            batch_size: Batch size.
+            workers: Number of loading processes; by default none for a few images.
+
+        Returns:
+            A prediction for each image; see the task.
+
+        Raises:
+            InputError: An image cannot be read; names it.
+        """
+        ids = [str(item) if isinstance(item, (str, Path)) else f"image {i}" for i, item in enumerate(images)]
+        data = ImageDataset(_Given(images), ids, {}, ())
+        predictions: list[Any] = []
+        for batch in self._batches(data, batch_size, workers):
+            with self._autocast():
+                outputs = self.model(batch["image"])
+            predictions += self.decode(outputs, batch)
+        return predictions
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        plain = self.autocast == torch.float32
+        return nullcontext() if plain else torch.autocast(self.device.type, self.autocast)
+
+    def _batches(self, images: Images, batch_size: int, workers: int | None) -> Iterable[Batch]:
+        if batch_size < 1:
+            raise InputError(f"--batch-size must be at least 1, got {batch_size}")
+        # Starting processes takes longer than loading a few images.
+        few = not isinstance(images, ImageStream) and len(images) <= 4 * batch_size
+        count = 0 if few and workers is None else loader_workers(workers)
+        keys: Any = images.in_order()
+        data = Samples(images, self.eval_transform)
+        for batch in DataLoader(data, batch_size, sampler=keys, num_workers=count, collate_fn=self.collate):
+            yield {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The images that `Task.predict` is given, by their numbers."""
+
+    images: Sequence[Picture]
+
+    def __call__(self, number: int) -> Path | Image.Image:
+        item = self.images[number]
+        if isinstance(item, np.ndarray):
+            return Image.fromarray(item).convert("RGB")
+        return item.convert("RGB") if isinstance(item, Image.Image) else Path(item)

@@ -1,0 +1,82 @@
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import vision_ssm.models  # noqa: F401  (registers them)
+from vision_ssm.errors import InputError
+
+
+def create_model(name: str, args: Mapping[str, Any], num_classes: int, *, pretrained: bool = False) -> nn.Module:
+    """Timm's `create_model`, with errors that name the bad value and what is allowed.
+
+    Raises:
+        InputError: The model is unknown, does not take `args`, or has no published weights.
+    """
+    known = default_cfg(name)
+    if pretrained and not (known.url or known.hf_hub_id or known.file):
+        raise InputError(f"{name} has no published weights; give a file of your own instead")
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args)
+    except (TypeError, ValueError, AssertionError, AttributeError) as error:
+        given = " ".join(f"{k}={v}" for k, v in args.items() if k != "device") or "no arguments"
+        raise InputError(f"cannot make {name} with {given}: {_explain(name, args, error)}") from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise InputError(f"cannot fetch the published weights of {name}: {error}") from error
+
+
+def default_cfg(name: str) -> Any:
+    """Timm's description of a model and its published weights.
+
+    Raises:
+        InputError: timm does not know the model.
+    """
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(f"unknown model {name}{hint or '; vision-ssm models lists ours, timm.list_models() all'}")
+    known = timm.get_pretrained_cfg(name)
+    if known is None:
+        raise InputError(f"{architecture} has no pretrained tag {name.partition('.')[2]}")
+    return known
+
+
+@torch.no_grad()
+def check_takes(model: nn.Module, name: str, size: int) -> None:
+    """Refuse an image size that a model cannot work with; leaves the model in training mode.
+
+    Raises:
+        InputError: The model fails on an image of that size.
+    """
+    try:
+        model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{name} cannot take images of {size}x{size}; try another --img-size ({reason})") from error
+    model.train()
+
+
+def _explain(name: str, args: Mapping[str, Any], error: Exception) -> str:
+    """Name the arguments that a model does not know, or that are no sequences where it takes some."""
+    if not isinstance(error, TypeError):
+        return str(error)
+    with torch.device("meta"):
+        kind = type(timm.create_model(name))
+    known = inspect.signature(kind).parameters
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        near = difflib.get_close_matches(unknown[1], known, n=4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"{kind.__name__} has no argument {unknown[1]}{hint}"
+    for key, value in args.items():
+        default = known[key].default if key in known else None
+        if isinstance(default, tuple | list) and not isinstance(value, tuple | list):
+            return f"{key} takes several values, such as {key}={str(default).replace(' ', '')}"
+    return f"a value is of the wrong type ({error})"
