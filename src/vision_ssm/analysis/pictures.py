@@ -8,13 +8,13 @@ from dataclasses import fields
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from vision_ssm.scan import Path
+from vision_ssm.scan import ScanPath
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4) -> Figure:
+def draw_routes(paths: Sequence[ScanPath], height: int, width: int, columns: int = 4) -> Figure:
     """Draw every route over the map's tokens, coloured from its first step (dark, marked) to its last.
 
     Padding tokens are not on the map; a route that visits them is dotted across the gap.
@@ -40,8 +40,8 @@ def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4
     if not paths:
         raise ValueError("paths must name at least one route, got none")
     for path in paths:
-        if not isinstance(path, Path):
-            raise TypeError(f"paths must hold vision_ssm.scan.Path, got {type(path).__name__}")
+        if not isinstance(path, ScanPath):
+            raise TypeError(f"paths must hold vision_ssm.scan.ScanPath, got {type(path).__name__}")
     for name, value in (("height", height), ("width", width), ("columns", columns)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -78,10 +78,10 @@ def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4
     return figure
 
 
-def _name(path: Path) -> str:
+def _name(path: ScanPath) -> str:
     inner = getattr(path, "path", None)
     own = type(path).__name__
-    if isinstance(inner, Path):
+    if isinstance(inner, ScanPath):
         return f"{own}({_name(inner)})"
     values = [str(getattr(path, field.name)) for field in fields(path)]
     return f"{own}({', '.join(values)})" if values else own

@@ -21,7 +21,7 @@ from vision_ssm.layers.patches import symbolic
 from vision_ssm.layers.quasi_separable import quasi_separable_scan
 from vision_ssm.layers.ss2d import decay_rates, init_step_bias
 from vision_ssm.layers.switch_of_scans import SCAN_POOL, SwitchOfScans
-from vision_ssm.scan import ROWS, Path
+from vision_ssm.scan import ROWS, ScanPath
 from vision_ssm.scan.routes import as_paths
 
 _HEAD = 32  # channels that share a decay rate and step size in QSMixer
@@ -163,7 +163,7 @@ class _TokenMixer(nn.Module):
         *,
         d_state: int = 16,
         expand: float = 2.0,
-        paths: Sequence[Path] = SCAN_POOL,
+        paths: Sequence[ScanPath] = SCAN_POOL,
         scans: int = 2,
         aligned: bool = False,
         drop_path: float = 0.0,

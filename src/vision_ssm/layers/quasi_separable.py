@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vision_ssm.layers.ss2d import check_map
-from vision_ssm.scan import Path, Reversed, Shifted, build_routes, route_scan
+from vision_ssm.scan import Reversed, ScanPath, Shifted, build_routes, route_scan
 from vision_ssm.scan.routes import as_paths
 
 
@@ -21,7 +21,7 @@ def quasi_separable_scan(
     dbc: Tensor,
     A: Tensor,
     D: Tensor,
-    paths: Sequence[Path],
+    paths: Sequence[ScanPath],
     *,
     dt_weight: Tensor | None = None,
     dt_bias: Tensor | None = None,

@@ -15,7 +15,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from vision_ssm.layers.conv import conv_act
-from vision_ssm.scan import CROSS_SCAN, Path, build_routes, route_scan
+from vision_ssm.scan import CROSS_SCAN, ScanPath, build_routes, route_scan
 from vision_ssm.scan.routes import as_paths
 
 
@@ -55,7 +55,7 @@ def scan_map(
     D: Tensor | None,
     dt_weight: Tensor,
     dt_bias: Tensor,
-    paths: Sequence[Path],
+    paths: Sequence[ScanPath],
 ) -> Tensor:
     """Run the scan on a map along ``paths``; one leaf of an FX graph.
 
@@ -136,7 +136,7 @@ class SS2D(nn.Module):
         gated: bool = False,
         project_in: bool = True,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        paths: Sequence[Path] = CROSS_SCAN,
+        paths: Sequence[ScanPath] = CROSS_SCAN,
         drop: float = 0.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_ssm.scan import COLUMNS, ROWS, AntiDiagonal, Diagonal, Path
+from vision_ssm.scan import COLUMNS, ROWS, AntiDiagonal, Diagonal, ScanPath
 from vision_ssm.scan.routes import as_paths
 
-SCAN_POOL: tuple[Path, ...] = (ROWS, COLUMNS, AntiDiagonal(), Diagonal())
+SCAN_POOL: tuple[ScanPath, ...] = (ROWS, COLUMNS, AntiDiagonal(), Diagonal())
 """Rows, columns and both diagonals; each is walked in both directions."""
 
 
@@ -41,7 +41,7 @@ class SwitchOfScans(nn.Module):
     def __init__(
         self,
         dim: int,
-        paths: Sequence[Path] = SCAN_POOL,
+        paths: Sequence[ScanPath] = SCAN_POOL,
         k: int = 2,
         *,
         device: torch.device | None = None,

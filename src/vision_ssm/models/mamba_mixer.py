@@ -30,7 +30,7 @@ from vision_ssm.layers import (
 )
 from vision_ssm.layers.patches import PatchEmbed, PatchMerging
 from vision_ssm.models.backbone import ATTO, Backbone, check_options, make_cfg
-from vision_ssm.scan import Path
+from vision_ssm.scan import ScanPath
 
 __all__ = ["MambaMixer"]
 
@@ -125,7 +125,7 @@ class MambaMixer(Backbone):
         d_state: int = 16,
         expand: float = 2.0,
         channel_expand: float = 1.0,
-        paths: Sequence[Path] = SCAN_POOL,
+        paths: Sequence[ScanPath] = SCAN_POOL,
         scans: int = 2,
         aligned: bool = False,
         aux_loss_weight: float = 0.01,

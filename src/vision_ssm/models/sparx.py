@@ -21,7 +21,7 @@ from vision_ssm.checkpoints.sparx import convert_sparx
 from vision_ssm.layers import DMCA, SS2D, Connections, GroupNorm1, ResidualConv, sparx_connections
 from vision_ssm.layers.patches import channels_last
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, conv2d, make_cfg, stem_strides
-from vision_ssm.scan import CROSS_SCAN, Path
+from vision_ssm.scan import CROSS_SCAN, ScanPath
 
 __all__ = ["SparXMamba"]
 
@@ -130,7 +130,7 @@ class SparXBlock(nn.Module):
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
-        paths: Sequence[Path] = CROSS_SCAN,
+        paths: Sequence[ScanPath] = CROSS_SCAN,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -261,7 +261,7 @@ class SparXMamba(Backbone):
         ssm_ratio: float | Sequence[float] = 2.0,
         mlp_ratio: float | Sequence[float] = 4.0,
         layer_scale: float | Sequence[float | None] | None = (None, None, 1.0, 1.0),
-        paths: Sequence[Path] = CROSS_SCAN,
+        paths: Sequence[ScanPath] = CROSS_SCAN,
         feature_norm: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,

@@ -28,7 +28,7 @@ from vision_ssm.models.backbone import (
     make_cfg,
     stem_strides,
 )
-from vision_ssm.scan import CROSS_SCAN, Path
+from vision_ssm.scan import CROSS_SCAN, ScanPath
 
 __all__ = ["VMamba"]
 
@@ -104,7 +104,7 @@ class VMamba(Backbone):
         d_state: int = 1,
         ssm_ratio: float = 1.0,
         mlp_ratio: float = 4.0,
-        paths: Sequence[Path] = CROSS_SCAN,
+        paths: Sequence[ScanPath] = CROSS_SCAN,
         feature_norm: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
