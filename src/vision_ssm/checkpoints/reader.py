@@ -75,13 +75,10 @@ class _Inert(dict):
     def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
         return _Inert()
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
     def _ignore(self, *items: Any) -> None:
         pass
 
-    append = extend = add = _ignore
+    append = extend = add = __setstate__ = _ignore
 
 
 # All that a file can name; any other name stands for an inert placeholder.
@@ -195,8 +192,7 @@ def _unwrap(content: Any, ema: bool) -> tuple[dict[str, Tensor], str]:
             state, source = _unwrap(content[key], ema)
             if state:
                 return state, f"{key}.{source}" if source else key
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    return state, ""
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}, ""
 
 
 def _strip(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
