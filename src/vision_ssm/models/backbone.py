@@ -62,26 +62,32 @@ def _check_num_classes(num_classes: int) -> None:
 class Backbone(nn.Module):
     """Stem, stages, norm and classifier with timm's interface; maps are (B, H, W, C) inside.
 
-    A stage is any module with a flag ``grad_checkpointing``; its output is the stage's map.
+    The constructor of a family takes its own options and these, which all families have:
+
+    - ``in_chans``, ``num_classes``, ``global_pool``, ``dims``, ``drop_rate``, ``output_stride``, ``device`` and
+      ``dtype``, as below;
+    - ``depths``: number of blocks in each stage;
+    - ``drop_path_rate``: largest stochastic depth rate; it grows linearly over the blocks;
+    - ``feature_norm``: a LayerNorm for the map of every stage in ``forward_intermediates`` and ``features_only``, as
+      published detection and segmentation backbones have.
 
     Args:
         stem: Images, (B, in_chans, H, W), to maps, (B, H', W', dims[0]).
-        stages: One module per stage, (B, H, W, C) to (B, H', W', C').
-        dims: Channels of each stage.
-        stem_stride: Stride of the stem; every further stage halves.
-        in_chans: Channels of the image.
-        num_classes: Outputs of the classifier; 0 for none.
+        stages: One module per stage, (B, H, W, C) to (B, H', W', C'), with a flag ``grad_checkpointing``.
+        dims: Number of channels in each stage.
+        stem_stride: Stride of the stem; every further stage halves the map.
+        in_chans: Number of image channels.
+        num_classes: Number of outputs of the classifier; 0 for none.
         global_pool: timm's pooling type; ``""`` for none.
         norm: Between the last map and the pooling.
-        feature_norms: One norm per stage for ``forward_intermediates`` and ``features_only``, as published detection
-            and segmentation backbones have.
-        drop_rate: Dropout before the classifier.
-        output_stride: Only the network's own stride, for libraries that pass it.
+        feature_norms: The norms of ``feature_norm``, one per stage.
+        drop_rate: Dropout rate before the classifier.
+        output_stride: Accepted for libraries that pass it; only the network's own stride is allowed.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If ``output_stride`` is another one, or ``num_classes`` negative.
+        ValueError: If ``output_stride`` is not the network's own, or ``num_classes`` is negative.
     """
 
     def __init__(

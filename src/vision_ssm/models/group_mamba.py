@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -249,25 +250,19 @@ class GroupMamba(Backbone):
     The maps of all stages but the last come out normalised, as the next stage reads them. The last norm belongs to the
     head, where it follows the pooling.
 
+    Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
+
     Args:
-        in_chans: Channels of the image.
-        num_classes: Outputs of each classifier; 0 for none.
-        global_pool: timm's pooling type that keeps the channels; ``""`` for none.
         dims: Channels of each stage, multiples of 4 from 16.
-        depths: Blocks of each stage.
+        global_pool: A pooling type that keeps the number of channels; ``""`` for none.
         mlp_ratios: Hidden channels of each stage's MLPs per channel; the class block takes the last.
         gate_reduction: Channels per hidden unit of the channel gates: 16 as published. Narrow models need less: a gate
             of two or three ReLU units often starts with all of them at zero, and then never learns.
         stem_dim: Channels inside the stem.
         stem_stride: Stride of the stem: 4 as published, 2 or 1 for small images.
         distilled: Whether there is a second classifier, for distillation; see :meth:`set_distilled_training`.
-        feature_norm: Normalise the last stage's map too in ``forward_intermediates`` and ``features_only``, with the
+        feature_norm: Normalize the last stage's map too in ``forward_intermediates`` and ``features_only``, with the
             head's norm, as published detection and segmentation networks on this backbone do.
-        drop_rate: Dropout before the classifiers.
-        drop_path_rate: Largest stochastic depth rate; it grows linearly over the blocks.
-        output_stride: Only the network's own stride, for libraries that pass it.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an option is out of range.
@@ -383,19 +378,14 @@ def init_weights(module: nn.Module, name: str) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _cfg(*args: str, **more: Any) -> dict[str, Any]:
-    return make_cfg(
-        *args,
-        **{
-            "classifier": ("head.fc", "head.fc_dist"),
-            "license": "unclear: MIT in the metadata, non-commercial in the model cards",
-            "paper_ids": "arXiv:2407.13772",
-            "paper_name": "GroupMamba: Efficient Group-Based Visual State Space Model",
-            "origin_url": "https://github.com/Amshaker/GroupMamba",
-            **more,
-        },
-    )
-
+_cfg = partial(
+    make_cfg,
+    classifier=("head.fc", "head.fc_dist"),
+    license="unclear: MIT in the metadata, non-commercial in the model cards",
+    paper_ids="arXiv:2407.13772",
+    paper_name="GroupMamba: Efficient Group-Based Visual State Space Model",
+    origin_url="https://github.com/Amshaker/GroupMamba",
+)
 
 _HUB = "https://huggingface.co/Abdelrahman-shaker/GroupMamba-"
 

@@ -12,6 +12,7 @@ are chosen to meet its parameter counts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,12 +88,10 @@ class MambaMixer(Backbone):
 
     Training is random: token mixers draw scan paths, see :class:`vision_ssm.layers.SwitchOfScans`.
 
+    Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
+
     Args:
-        in_chans: Channels of the image.
-        num_classes: Outputs of the classifier; 0 for none.
-        global_pool: timm's pooling type; ``""`` for none.
-        dims: Channels of each stage.
-        depths: Units of each stage.
+        depths: Units of each stage; the stochastic depth rate grows over their mixers.
         stem_stride: Side of the stem's patches: 4 as published, less for small images.
         qs_mixer: QSMixer blocks: token mixers with one decay rate per head, channel mixers without a gate.
         d_state: States of every scan.
@@ -102,12 +101,6 @@ class MambaMixer(Backbone):
         scans: How many of them an image takes.
         aligned: The aligned form of the quasi-separable scan instead of the shift form.
         aux_loss_weight: Factor in ``aux_loss``.
-        feature_norm: Give every stage a LayerNorm for ``forward_intermediates`` and ``features_only``.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Largest stochastic depth rate; it grows linearly over the mixers.
-        output_stride: Only the network's own stride, for libraries that pass it.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an option is out of range.
@@ -222,18 +215,14 @@ def _init_weights(module: nn.Module, name: str) -> None:
         module.reset_parameters()  # after its linear layer
 
 
-def _cfg(**more: Any) -> dict[str, Any]:
-    return make_cfg(
-        **{
-            "first_conv": "stem.proj",
-            "license": "apache-2.0",
-            "paper_ids": "arXiv:2403.19888",
-            "paper_name": "MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection",
-            "origin_url": "https://github.com/MambaMixer/M2",
-            **more,
-        }
-    )
-
+_cfg = partial(
+    make_cfg,
+    first_conv="stem.proj",
+    license="apache-2.0",
+    paper_ids="arXiv:2403.19888",
+    paper_name="MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection",
+    origin_url="https://github.com/MambaMixer/M2",
+)
 
 # Neither the authors nor we have published weights.
 default_cfgs = generate_default_cfgs(

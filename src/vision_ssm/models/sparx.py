@@ -209,12 +209,10 @@ class SparXMamba(Backbone):
 
     An option that takes one value or a sequence can have one value per stage.
 
+    Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
+
     Args:
-        in_chans: Channels of the image.
-        num_classes: Outputs of the classifier; 0 for none.
-        global_pool: timm's pooling type; ``""`` for none.
         dims: Channels of each stage; divisible by 4 where there are ganglion layers.
-        depths: Blocks of each stage.
         stem_stride: Stride of the stem: 4 as published, 2 or 1 for small images.
         stem_convs: Convolutions of the stem, 2 or 3.
         steps: Distance of the ganglion layers in each stage, S in the paper.
@@ -229,13 +227,6 @@ class SparXMamba(Backbone):
         mlp_ratio: Hidden channels of the MLP per channel.
         layer_scale: First value of the scales on the identity paths; ``None`` for no scales.
         paths: Routes of every scan.
-        feature_norm: Give every stage a LayerNorm for ``forward_intermediates`` and ``features_only``, as the published
-            detection and segmentation backbones have.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Largest stochastic depth rate; it grows linearly over the blocks.
-        output_stride: Only the network's own stride, for libraries that pass it.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an option is out of range.
@@ -393,19 +384,14 @@ def _init_weights(module: nn.Module, name: str) -> None:
         module.reset_scan_parameters()
 
 
-def _cfg(*args: str, **more: Any) -> dict[str, Any]:
-    return make_cfg(
-        *args,
-        **{
-            "license": "unknown",
-            "paper_ids": "arXiv:2409.09649",
-            "paper_name": "SparX: A Sparse Cross-Layer Connection Mechanism for Hierarchical Vision Mamba and "
-            "Transformer Networks",
-            "origin_url": "https://github.com/LMMMEng/SparX",
-            **more,
-        },
-    )
-
+_cfg = partial(
+    make_cfg,
+    license="unknown",
+    paper_ids="arXiv:2409.09649",
+    paper_name="SparX: A Sparse Cross-Layer Connection Mechanism for Hierarchical Vision Mamba and "
+    "Transformer Networks",
+    origin_url="https://github.com/LMMMEng/SparX",
+)
 
 _RELEASE = "https://github.com/LMMMEng/SparX/releases/download/v1/"
 

@@ -9,6 +9,7 @@ ganglion layers and windows of the variants here are our choice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -258,10 +259,9 @@ class SparXSwin(Backbone):
     Without ganglion layers (``starts=None``) and with Swin's widths it is Swin. An option that takes one value or a
     sequence can have one value per stage.
 
+    Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
+
     Args:
-        in_chans: Channels of the image.
-        num_classes: Outputs of the classifier; 0 for none.
-        global_pool: timm's pooling type; ``""`` for none.
         dims: Channels of each stage; divisible by 4 where there are ganglion layers.
         depths: Blocks of each stage; every other one shifts its windows.
         num_heads: Heads of each stage.
@@ -272,13 +272,6 @@ class SparXSwin(Backbone):
         windows: Number of earlier ganglion layers that one reads, M in the paper; ``None`` for all.
         reductions: Factor by which the aggregator's queries and keys are smaller than the map.
         mlp_ratio: Hidden channels of the MLP per channel.
-        feature_norm: Give every stage a LayerNorm for ``forward_intermediates`` and ``features_only``, as Swin's
-            detection and segmentation backbones have.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Largest stochastic depth rate; it grows linearly over the blocks.
-        output_stride: Only the network's own stride, for libraries that pass it.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an option is out of range.
@@ -362,22 +355,18 @@ def _init_weights(module: nn.Module, name: str) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _cfg(**more: Any) -> dict[str, Any]:
-    return make_cfg(
-        **{
-            "license": "apache-2.0",
-            "paper_ids": "arXiv:2409.09649",
-            "paper_name": "SparX: A Sparse Cross-Layer Connection Mechanism for Hierarchical Vision Mamba and "
-            "Transformer Networks",
-            "origin_url": "https://github.com/LMMMEng/SparX",
-            "crop_pct": 0.9,
-            "first_conv": "stem.proj",
-            **more,
-        },
-    )
+_cfg = partial(
+    make_cfg,
+    license="apache-2.0",
+    paper_ids="arXiv:2409.09649",
+    paper_name="SparX: A Sparse Cross-Layer Connection Mechanism for Hierarchical Vision Mamba and "
+    "Transformer Networks",
+    origin_url="https://github.com/LMMMEng/SparX",
+    crop_pct=0.9,
+    first_conv="stem.proj",
+)
 
-
-# No weights were published; ours have the licence of this package.
+# No weights were published; ours have the license of this package.
 default_cfgs = generate_default_cfgs(
     {
         "sparx_swin_tiny.untrained": _cfg(),
