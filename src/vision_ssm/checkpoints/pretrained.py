@@ -19,15 +19,15 @@ _logger = logging.getLogger(__name__)
 
 
 def check_fit(model: nn.Module, state: State, adapted: Collection[str] = ()) -> None:
-    """Check that weights are those of a model: every key there, none left over, all shapes equal.
+    """Check that weights fit a model: no missing or unexpected keys, equal shapes.
 
     Args:
         model: The model; it may be on the meta device.
         state: The weights.
-        adapted: Keys to leave out of the comparison.
+        adapted: Keys to ignore.
 
     Raises:
-        CheckpointError: If keys are missing, left over, or of another shape, listing them.
+        CheckpointError: If keys are missing, unexpected or of another shape; it lists them.
     """
     own = {key: value for key, value in model.state_dict().items() if key not in adapted}
     state = {key: value for key, value in state.items() if key not in adapted}
@@ -45,10 +45,10 @@ def check_fit(model: nn.Module, state: State, adapted: Collection[str] = ()) -> 
 
 
 def load_strict(model: nn.Module, state: State) -> None:
-    """Load weights, every one of them, or none.
+    """Load all weights, or none if they do not fit.
 
     Raises:
-        CheckpointError: If :func:`check_fit` finds that they are not those of the model.
+        CheckpointError: See :func:`check_fit`.
     """
     check_fit(model, state)
     model.load_state_dict(state)
@@ -74,15 +74,15 @@ def build_from_official(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Model:
-    """Build a model with timm; official weights pass through our reader and ``convert``.
+    """Build a model with timm; official weights are read safely and converted by ``convert``.
 
     timm adapts them to other ``in_chans`` and ``num_classes``. With ``features_only``, final norm and classifier may be
     missing, as they are in the files of detection and segmentation backbones. Loading is strict otherwise.
 
     Raises:
-        CheckpointError: If the fetched or given file is damaged or does not fit.
+        CheckpointError: If the downloaded or given file is damaged or does not fit.
     """
-    # flatten_sequential is for timm's other feature wrappers ("list", "dict"); the getter passes it by.
+    # flatten_sequential is for timm's other feature wrappers ("list", "dict"); the getter ignores it.
     kwargs.setdefault("feature_cfg", dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True))
     overlay = dict(pretrained_cfg_overlay or {})
     cfgs: dict[str, Any] = dict(pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
@@ -90,14 +90,14 @@ def build_from_official(
     features_only = bool(kwargs.get("features_only"))
 
     def convert_checked(state: State, model: nn.Module) -> State:
-        # timm stops being strict about every key once it leaves out the classifier
+        # timm is no longer strict about any key once it drops the classifier
         heads = [f"{name}.{part}" for name in classifier_names(resolved.classifier) for part in ("weight", "bias")]
         adapted = _left_out_of_features(model) if features_only else []
         if not features_only and model.num_classes != resolved.num_classes:
             adapted += heads
         if resolved.input_size and model.in_chans != resolved.input_size[0]:
             adapted += [f"{resolved.first_conv}.weight"]
-        # a model of one classifier may start from weights with two
+        # a model with one classifier can start from weights with two
         own = model.state_dict()
         state = {key: value for key, value in convert(state).items() if key in own or key not in heads}
         check_fit(model, state, adapted)
@@ -114,7 +114,7 @@ def build_from_official(
             overlay["state_dict"] = convert(checkpoint.state)
     model = build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=convert_checked, **cfgs, **kwargs)
     if "state_dict" in overlay:
-        # timm keeps the configuration with the model; the weights need not be there twice.
+        # timm keeps the configuration with the model; do not keep the weights twice.
         for cfg in (model.pretrained_cfg, getattr(model, "default_cfg", {})):
             cfg["state_dict"] = None
     return model

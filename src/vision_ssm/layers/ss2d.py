@@ -33,10 +33,10 @@ def decay_rates(A_log: Tensor) -> Tensor:
 
 
 def check_map(x: Tensor, channels: int | None = None) -> Tensor:
-    """Return ``x`` if it is a map, (B, H, W, C), of so many channels; one leaf of an FX graph.
+    """Return ``x`` if it is a map, (B, H, W, C), with that many channels; one leaf of an FX graph.
 
     Raises:
-        TypeError: If it is no tensor.
+        TypeError: If ``x`` is not a tensor.
         ValueError: If its shape does not fit.
     """
     wanted = f"(batch, height, width, {channels or 'channels'})"
@@ -70,13 +70,13 @@ def scan_map(
 
     Returns:
         The sum over routes, (B, H, W, C), in the dtype of ``x``. Under autocast in float32, which the
-        published kernels hand to the norm that follows, unless the parameters, and so the norm's, are of another dtype.
+        published kernels pass to the norm that follows, unless the parameters, and so the norm's, are of another dtype.
     """
     batch, height, width, channels = check_map(x).shape
     features = dt_weight.shape[1] + 2 * A.shape[2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)  # asking for "meta" is an error
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch raises an error for "meta"
     y = route_scan(
         x.reshape(batch, height * width, channels),
         dbc.reshape(batch, height * width, dbc.shape[-1] // features, features),
@@ -119,7 +119,7 @@ class SS2D(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        TypeError: If ``paths`` is no sequence of paths.
+        TypeError: If ``paths`` is not a sequence of paths.
         ValueError: If a size is out of range.
     """
 

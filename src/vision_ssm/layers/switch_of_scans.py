@@ -1,6 +1,6 @@
 """Switch of Scans: every image takes the scan paths that a router chooses for it.
 
-Source: the name and purpose stand in the abstract of MambaMixer's second version (arXiv 2403.19888v2): "dynamically
+Source: the name and purpose are from the abstract of MambaMixer's second version (arXiv 2403.19888v2): "dynamically
 uses a set of useful image scans to traverse image patches". Its definition was not available; router, choice and
 balance term are ours, after the usual sparse mixture of experts.
 """
@@ -35,7 +35,7 @@ class SwitchOfScans(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If the pool is empty or ``k`` not between 1 and its size.
+        ValueError: If the pool is empty, or ``k`` is not between 1 and its size.
     """
 
     def __init__(

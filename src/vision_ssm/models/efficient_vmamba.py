@@ -95,7 +95,7 @@ class ConvBranch(nn.Module):
 
 
 class ChannelGate(nn.Module):
-    """Scale the channels of a map, (B, H, W, C), by two linear layers on the mean of its normalised tokens.
+    """Scale the channels of a map, (B, H, W, C), by two linear layers on the mean of its normalized tokens.
 
     With a LayerNorm it is the gate of EVSS, where the paper has squeeze-and-excitation; without a norm it is that.
     """
@@ -114,7 +114,7 @@ class ChannelGate(nn.Module):
 
 
 class EVSSBlock(nn.Module):
-    """A scan and a convolution of the same normalised map, gated and added; then an MLP where there is one.
+    """A scan and a convolution of the same normalized map, gated and added; then an MLP where there is one.
 
     Source: section 4.2 and figure 3 of the paper. The published model has one gate for both branches, applied to each,
     and one decision of stochastic depth for their sum.

@@ -31,10 +31,10 @@ __all__ = ["GroupMamba"]
 # reversed rows, columns, reversed columns.
 _PATHS = CROSS_SCAN
 _GROUPS = len(_PATHS)
-# The published model has two: blocks, stages and the class block normalise with this one, all else with torch's 1e-5.
+# The published model has two: blocks, stages and the class block normalize with this one, all else with torch's 1e-5.
 _EPS = 1e-6
 
-torch.fx.wrap("scan_map")  # FX wants to know it in every module that calls it
+torch.fx.wrap("scan_map")  # FX needs this in every module that calls it
 
 
 class Stem(nn.Module):
@@ -78,7 +78,7 @@ class GroupLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim, **dd))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise a map."""
+        """Normalize a map."""
         # Groups of channels of single tokens: GroupNorm computes the same, but slower.
         width = self.weight.shape[0] // _GROUPS
         y = F.layer_norm(x.unflatten(-1, (_GROUPS, width)), (width,)).flatten(-2)
@@ -173,7 +173,7 @@ class GroupMambaBlock(nn.Module):
 class ClassBlock(nn.Module):
     """A mixer and an MLP on the pooled token, (B, C), as on a map of one token.
 
-    Not in the paper. On one token the scan has no state before it and the convolution only its centre, so that
+    Not in the paper. On one token the scan has no state before it and the convolution only its center, so that
     ``A_log`` and the other taps of ``mixer.ss2d`` have no effect and a gradient of zero.
     """
 
@@ -221,7 +221,7 @@ class GroupMambaHead(ClassifierHead):
         return nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
     def reset(self, num_classes: int, pool_type: str | None = None, **options: Any) -> None:
-        """Replace the classifiers, and the pooling where one is named."""
+        """Replace the classifiers, and the pooling if ``pool_type`` is given."""
         super().reset(num_classes, pool_type, **options)
         self._check_pooling()
         if self.fc_dist is not None:
@@ -247,7 +247,7 @@ class GroupMambaHead(ClassifierHead):
 class GroupMamba(Backbone):
     """GroupMamba backbone and classifier, with timm's interface. Images of any height and width.
 
-    The maps of all stages but the last come out normalised, as the next stage reads them. The last norm belongs to the
+    The maps of all stages but the last come out normalized, as the next stage reads them. The last norm belongs to the
     head, where it follows the pooling.
 
     Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
@@ -348,7 +348,7 @@ class GroupMamba(Backbone):
         """Return the final linear layers: a tuple of two, or one without the second classifier."""
         return self.head.fc if self.head.fc_dist is None else (self.head.fc, self.head.fc_dist)
 
-    def normalise_map(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+    def normalize_map(self, x: Tensor, stage: int, norm: bool) -> Tensor:
         """See :class:`Backbone`."""
         return self.head.norm(x) if self.feature_norm and stage == len(self.feature_info) - 1 else x
 
@@ -366,7 +366,7 @@ class GroupMamba(Backbone):
 
 
 def init_weights(module: nn.Module, name: str) -> None:
-    """Initialise as published."""
+    """Initialize as in the published code."""
     if isinstance(module, nn.Linear) or name.endswith(("in_proj", "gate_proj", "out_proj")):
         trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d) and not name.endswith("x_proj"):  # which keeps torch's default

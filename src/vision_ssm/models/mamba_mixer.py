@@ -42,7 +42,7 @@ class MixerStage(nn.Module):
     Args:
         dim: Channels.
         blocks: Token mixers, which return a map and a balance term, and channel mixers, which return a map.
-        downsample: What the stage begins with; in the first stage nothing.
+        downsample: First module of the stage; ``None`` in the first stage.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -176,9 +176,9 @@ class MambaMixer(Backbone):
         named_apply(_init_weights, self)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay must spare."""
-        spared = ("scalars", "level_weight", "bc_bias")
-        more = {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in spared}
+        """Return the names of the parameters to exclude from weight decay."""
+        excluded = ("scalars", "level_weight", "bc_bias")
+        more = {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in excluded}
         return super().no_weight_decay() | more
 
     def run_stages(self, x: Tensor, stages: Iterable[nn.Module]) -> list[Tensor]:
@@ -192,17 +192,17 @@ class MambaMixer(Backbone):
             maps.append(x)
             terms += balance
         aux_loss = self.aux_loss_weight * torch.stack(terms).mean() if terms else None
-        # The proxies of an FX trace must not stay behind, nor an exported graph change the module.
+        # Do not keep the proxies of an FX trace, and do not let an exported graph change the module.
         keep = isinstance(aux_loss, Tensor) and not torch.compiler.is_exporting()
         self.aux_loss = aux_loss if keep else None
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised map of the last stage, (B, H', W', num_features), from (B, in_chans, H, W)."""
+        """Return the normalized map of the last stage, (B, H', W', num_features), from (B, in_chans, H, W)."""
         return self.norm(self.run_stages(self.stem(x), self.stages)[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out ``aux_loss``, whose graph can be neither copied nor stored."""
+        """Leave out ``aux_loss``, whose graph cannot be copied or pickled."""
         return self.__dict__ | {"aux_loss": None}
 
 

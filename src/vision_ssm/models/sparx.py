@@ -187,7 +187,7 @@ class ConnectedStage(Stage):
     Args:
         blocks: The blocks; a ganglion layer takes a list of maps as its second argument.
         connections: Which block reads which maps.
-        downsample: What the stage begins with; in the first stage nothing.
+        downsample: First module of the stage; ``None`` in the first stage.
     """
 
     def __init__(
@@ -307,12 +307,12 @@ class SparXMamba(Backbone):
         named_apply(_init_weights, self)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay must spare."""
+        """Return the names of the parameters to exclude from weight decay."""
         scales = {name for name, _ in self.named_parameters() if name.endswith("attention.scale")}
         return super().no_weight_decay() | scales
 
     def published_no_weight_decay(self) -> set[str]:
-        """Return the names of all parameters that the published training does not decay.
+        """Return the names of all parameters that the published training excludes from weight decay.
 
         That is what has one dimension in the published layout, or a name that ends in ``.bias``. The published layer
         scales have four dimensions.
@@ -324,7 +324,7 @@ class SparXMamba(Backbone):
 def per_stage(
     depths: Sequence[int], name: str, value: Any, least: int | None = None, optional: bool = False
 ) -> list[Any]:
-    """Return an option's value in every stage; one that is no sequence holds for all.
+    """Return an option's value in every stage; a single value applies to all.
 
     Args:
         depths: Blocks of each stage.
@@ -374,8 +374,8 @@ def stage_connections(
 
 
 def _init_weights(module: nn.Module, name: str) -> None:
-    """Initialise as published: linear layers and convolutions truncated normal 0.02, the scan as Mamba."""
-    # x_proj keeps torch's default: in the published model it is no Linear, so their initialisation passes it by.
+    """Initialize as in the published code: linear layers and convolutions truncated normal 0.02, the scan as Mamba."""
+    # x_proj keeps torch's default: in the published model it is not a Linear, so their initialization skips it.
     if isinstance(module, nn.Linear | nn.Conv2d) and not name.endswith("x_proj"):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -62,7 +62,7 @@ def _position_bias(table: Tensor, size: int, h: int, w: int) -> Tensor:
 
 
 def _regions(place: Tensor, length: int, side: int, shift: int | torch.SymInt) -> Tensor:
-    """Return which places along a rolled axis were neighbours before: 0 and 1 were, 2 came from the other border."""
+    """Return which places along a rolled axis were neighbors before: 0 and 1 were, 2 came from the other border."""
     return (place >= length - side).int() + (place >= length - shift).int()
 
 
@@ -122,7 +122,7 @@ def _attend_by_index(qkv: Tensor, table: Tensor, height: int, width: int, size: 
     """
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     heads, area = table.shape[1], size * size
-    # shifted along an axis where there are several windows
+    # shifted along an axis only if it has several windows
     down, right = size // 2 * (1 - 1 // rows), size // 2 * (1 - 1 // columns)
     if not shifted:
         down = right = 0
@@ -339,16 +339,16 @@ class SparXSwin(Backbone):
         named_apply(_init_weights, self)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay must spare: the position biases, as in Swin."""
+        """Return the names of the parameters to exclude from weight decay: the position biases, as in Swin."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
     def published_no_weight_decay(self) -> set[str]:
-        """Return the names of all parameters that the published training of Swin does not decay."""
+        """Return the names of all parameters that the published training of Swin excludes from weight decay."""
         return super().published_no_weight_decay() | self.no_weight_decay()
 
 
 def _init_weights(module: nn.Module, name: str) -> None:
-    """Initialise as published: Swin's linear layers, and all of SparX's aggregator, truncated normal 0.02."""
+    """Initialize as published: Swin's linear layers, and all of SparX's aggregator, truncated normal 0.02."""
     if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and ".dmca." in name):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

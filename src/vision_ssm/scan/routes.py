@@ -40,11 +40,11 @@ class ScanPath:
     complete: ClassVar[bool] = False
     """Whether every token of any map is read and written, each once. Backends then need not clear outputs.
 
-    Believed while tracing, where values are not seen; a subclass has to say so itself.
+    Trusted while tracing, where indices have no values to check; not inherited, so a subclass declares it itself.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let no subclass inherit what it may not keep."""
+        """Reset what a subclass must not inherit: ``complete``, and equality and hash of a dataclass."""
         super().__init_subclass__(**options)
         if "complete" not in cls.__dict__:
             cls.complete = False
@@ -85,7 +85,7 @@ class Rows(ScanPath):
 
 @dataclass(frozen=True)
 class Snake(ScanPath):
-    """Row by row, every other row backwards, so that neighbouring steps are neighbouring tokens."""
+    """Row by row, every other row backwards, so that neighboring steps are neighboring tokens."""
 
     complete = True
 
@@ -220,7 +220,7 @@ class Reversed(ScanPath):
 
 @dataclass(frozen=True)
 class Shifted(ScanPath):
-    """A path whose outputs land one step later: the shift form of a quasi-separable scan.
+    """A path whose outputs are written one step later: the shift form of a quasi-separable scan.
 
     Step ``t`` writes to the token that step ``t + 1`` reads; the last output is dropped.
     """
@@ -261,8 +261,8 @@ class Routes:
             token: its input is zero and the state decays.
         write: Token to which each step's output is added, (K, T); -1 drops the output. ``None``: as ``read``.
         tokens: Number of tokens the indices refer to.
-        complete: Whether every route reads and writes every token, for tracing, where values are not seen;
-            otherwise it is found out.
+        complete: Whether every route reads and writes every token. Used only while tracing, where indices have no
+            values; otherwise it is computed from them.
 
     Raises:
         TypeError: If an index tensor is not an integer tensor.
@@ -322,8 +322,8 @@ def as_paths(paths: Sequence[ScanPath]) -> tuple[ScanPath, ...]:
     """Return ``paths`` as a tuple.
 
     Raises:
-        TypeError: If it is no sequence of paths.
-        ValueError: If it is empty.
+        TypeError: If ``paths`` is not a sequence of paths.
+        ValueError: If ``paths`` is empty.
     """
     if not isinstance(paths, Sequence):
         raise TypeError(f"paths must be a sequence of paths such as (ROWS, COLUMNS), got {paths!r}")
@@ -340,11 +340,11 @@ def build_routes(
 ) -> Routes:
     """Return the indices of ``paths`` on a (height, width) map.
 
-    Results are cached by value, those of latest use, except while tracing (torch.compile, torch.export, fake tensors),
-    where the arithmetic becomes part of the graph and sizes may be symbolic.
+    The most recently used results are cached by value, except while tracing (torch.compile, torch.export, fake
+    tensors), where the arithmetic becomes part of the graph and sizes may be symbolic.
 
     Raises:
-        TypeError: If ``paths`` is no sequence of paths, or a size no integer.
+        TypeError: If ``paths`` is not a sequence of paths, or a size is not an integer.
         ValueError: If the paths differ in their number of steps, or the map is empty.
     """
     device = torch.device(device) if device is not None else torch.device("cpu")
@@ -360,7 +360,7 @@ def build_routes(
     key = (tuple(paths) if isinstance(paths, Sequence) else paths, height, width, device)
     try:
         found, fixed = _cache.get(key), True
-    except TypeError:  # attributes that may change: built anew each time
+    except TypeError:  # attributes that may change: built again at each call
         found, fixed = None, False
     if found is not None:
         return found
@@ -404,14 +404,14 @@ def _typed(name: str, value: Any, fixed: bool) -> Any:
 
 
 class _Cache:
-    """Routes by their keys, those of latest use in at most ``limit`` bytes; for any number of threads."""
+    """A thread-safe cache of the most recently used routes, at most ``limit`` bytes of them."""
 
-    OVERHEAD = 4096  # more than an entry takes besides its indices
+    OVERHEAD = 4096  # bytes, more than an entry takes beside its indices
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
         self._routes: OrderedDict[Hashable, Routes] = OrderedDict()
-        self._lock = RLock()  # a path's own comparison may ask for routes
+        self._lock = RLock()  # a path's own comparison may build routes
 
     def get(self, key: Hashable) -> Routes | None:
         with self._lock:
@@ -420,7 +420,7 @@ class _Cache:
             return found
 
     def put(self, key: Hashable, routes: Routes) -> Routes:
-        """Keep routes unless they alone are too large; return them, or those that another thread has put there."""
+        """Store routes unless they alone exceed the limit; return them, or those another thread stored first."""
         if (size := self._size(routes)) > self.limit:
             return routes
         with self._lock:
