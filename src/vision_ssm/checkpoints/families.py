@@ -57,8 +57,7 @@ def _rules(model: str, state: Mapping[str, Tensor]) -> Rules:
     if (family := _family(model)) is None:
         families = ", ".join(f"{prefix}*" for prefix in _FAMILIES)
         raise CheckpointError(f"no conversion of official checkpoints for {model}; there is one for {families}")
-    rules = _FAMILIES[family]
-    return rules(state) if callable(rules) else rules
+    return rules(state) if callable(rules := _FAMILIES[family]) else rules
 
 
 def _family(model: str) -> str | None:

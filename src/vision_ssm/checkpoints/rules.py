@@ -62,9 +62,9 @@ def apply_rules(rules: Rules, state: Mapping[str, Tensor]) -> dict[str, tuple[Te
     ours: dict[str, tuple[Tensor, list[str]]] = {}
     used: set[str] = set()
     problems: list[str] = []
-    for key in state:
+    for key in (key for key in state if key not in used):
         for pattern, parts, to in compiled:
-            if key in used or (match := pattern.fullmatch(key)) is None:
+            if (match := pattern.fullmatch(key)) is None:
                 continue
             keys = [key[: match.start("part")] + part + key[match.end("part") :] for part in parts] or [key]
             if problem := _misfit(keys, state):
@@ -77,7 +77,8 @@ def apply_rules(rules: Rules, state: Mapping[str, Tensor]) -> dict[str, tuple[Te
                 tensors = made if isinstance(made, tuple) else (made,)
                 ours |= {_fill(each, match): (x, keys) for each, x in zip(to.keys, tensors, strict=False)}
             used.update(keys)
-        if key not in used:
+            break
+        else:
             ours[key] = state[key], [key]
     if problems:
         raise CheckpointError(f"groups of tensors that are joined do not fit together: {shorten(problems, '; ')}")
