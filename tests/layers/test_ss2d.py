@@ -194,7 +194,7 @@ def test_dropped_block_is_the_identity() -> None:
     assert not torch.equal(block.eval()(x), x)
 
 
-def test_v0_initialisation() -> None:
+def test_v0_initialization() -> None:
     layer = SS2D(16, **V0)
     torch.testing.assert_close(layer.A_log[2, 5], torch.arange(1, 17).log())
     assert layer.in_proj.weight.shape == (64, 16)
