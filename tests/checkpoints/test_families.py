@@ -15,6 +15,7 @@ from vision_ssm.checkpoints import (
     same_family,
     trace_official,
 )
+from vision_ssm.checkpoints.rules import To
 from vision_ssm.models.registry import registered_models
 
 
@@ -52,13 +53,19 @@ def test_tracing() -> None:
     assert traced["stages.1.downsample.norm.bias"] == ["layers.0.downsample.3.bias"]
     assert traced["stages.1.blocks.0.ss2d.dt_weight"] == ["layers.1.blocks.0.op.dt_projs_weight"]
     assert traced["stages.1.blocks.0.ss2d.A_log"] == ["layers.1.blocks.0.op.A_logs"]
-    assert sorted(name for names in traced.values() for name in names) == sorted(state)
+    assert sorted(name for names in traced.values() for name in names) == sorted([*state, "unknown"])
 
 
-def test_tracing_tensors_that_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    def convert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"all": torch.cat([state["b"], state["a"].T, torch.zeros(1, 2)])}
-
-    monkeypatch.setattr("vision_ssm.checkpoints.families._CONVERSIONS", {"vmamba_": convert})
-    traced = trace_official("vmamba_atto", {"a": torch.rand(2, 3), "b": torch.rand(1, 2), "c": torch.rand(4)})
-    assert traced == {"all": ["a", "b"]}
+def test_tracing_tensors_that_are_joined_split_and_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = {
+        "{b,a}.weight": To("all", by=torch.cat),
+        "c": To("first", "second", by=lambda value: tuple(value.chunk(2))),
+        "d.": To(),
+    }
+    monkeypatch.setattr("vision_ssm.checkpoints.families._FAMILIES", {"vmamba_": rules})
+    state = {key: torch.rand(2) for key in ("a.weight", "b.weight", "c", "d.mean")}
+    traced = trace_official("vmamba_atto", state)
+    assert traced == {"all": ["b.weight", "a.weight"], "first": ["c"], "second": ["c"]}
+    converted = convert_official("vmamba_atto", state)
+    assert torch.equal(converted["all"], torch.cat([state["b.weight"], state["a.weight"]]))
+    assert torch.equal(converted["second"], state["c"][1:])

@@ -96,7 +96,7 @@ def test_other_classes(address: str, source: nn.Module) -> None:
 def test_other_channels(address: str, source: nn.Module) -> None:
     model = create(address, in_chans=1)
     x = torch.randn(2, 1, 32, 32)
-    # timm adds up the weights of the colours, which is the same as a grey picture
+    # timm adds up the weights of the colors, which is the same as a gray image
     torch.testing.assert_close(model(x), source(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
     assert create(address, in_chans=5)(torch.randn(1, 5, 32, 32)).isfinite().all()
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_ssm.layers import SCAN_POOL, quasi_separable_scan
-from vision_ssm.scan import ROWS, AntiDiagonal, Path, Snake, Windowed
+from vision_ssm.scan import ROWS, AntiDiagonal, ScanPath, Snake, Windowed
 
 TOLERANCE: dict[str, Any] = dict(rtol=0, atol=1e-12)
 forms = pytest.mark.parametrize("aligned", [False, True], ids=["shift", "aligned"])
@@ -59,7 +59,7 @@ def assert_equal(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor
 @forms
 @pytest.mark.parametrize("path", [ROWS, AntiDiagonal(), Snake()], ids=lambda path: type(path).__name__)
 @pytest.mark.parametrize("size", [(3, 5), (1, 1), (1, 7)], ids=str)
-def test_shared_projections(path: Path, size: tuple[int, int], aligned: bool) -> None:
+def test_shared_projections(path: ScanPath, size: tuple[int, int], aligned: bool) -> None:
     height, width, channels, states, rank, length = *size, 3, 2, 2, size[0] * size[1]
     of = dict(
         x=random(1, height, width, channels),

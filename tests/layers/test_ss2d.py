@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vision_ssm.checkpoints import load_strict
 from vision_ssm.checkpoints.vmamba import convert_ss2d, convert_vss_block
 from vision_ssm.layers import SS2D, SelectiveTokenMixer, SwitchOfScans, VSSBlock, quasi_separable_scan
-from vision_ssm.scan import CROSS_SCAN, ROWS, Diagonal, Path, Reversed, Snake, Transposed
+from vision_ssm.scan import CROSS_SCAN, ROWS, Diagonal, Reversed, ScanPath, Snake, Transposed
 
 V0: dict[str, Any] = dict(d_state=16, ssm_ratio=2.0, conv_bias=True, gated=True)
 
@@ -122,7 +122,7 @@ def test_block_takes_official_names() -> None:
     ids=["rows", "snake", "diagonals", "six"],
 )
 @pytest.mark.parametrize("size", [(7, 5), (1, 6)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_any_set_of_paths(paths: tuple[Path, ...], size: tuple[int, int]) -> None:
+def test_any_set_of_paths(paths: tuple[ScanPath, ...], size: tuple[int, int]) -> None:
     layer = SS2D(12, d_state=2, paths=paths)
     x = torch.randn(2, *size, 12, requires_grad=True)
     y = layer(x)
@@ -194,7 +194,7 @@ def test_dropped_block_is_the_identity() -> None:
     assert not torch.equal(block.eval()(x), x)
 
 
-def test_v0_initialisation() -> None:
+def test_v0_initialization() -> None:
     layer = SS2D(16, **V0)
     torch.testing.assert_close(layer.A_log[2, 5], torch.arange(1, 17).log())
     assert layer.in_proj.weight.shape == (64, 16)

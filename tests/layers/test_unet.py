@@ -18,7 +18,7 @@ def test_the_documented_unet_learns_on_random_sizes(tmp_path: Path) -> None:
     for _ in range(25):
         height, width = torch.randint(17, 40, (2,)).tolist()
         image = torch.randn(2, 3, height, width)
-        # a pixel's class: is its smoothed first colour positive?
+        # a pixel's class: is its smoothed first color positive?
         target = (F.avg_pool2d(image[:, :1], 3, stride=1, padding=1)[:, 0] > 0).long()
         logits = model(image)
         assert logits.shape == (2, 2, height, width)

@@ -1,4 +1,4 @@
-"""EfficientVMamba's own options, layers and initialisation."""
+"""EfficientVMamba's own options, layers and initialization."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def assert_uniform(weight: Tensor, fan_in: int) -> None:
     assert weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.1)
 
 
-def test_initialisation() -> None:
+def test_initialization() -> None:
     model = timm.create_model("efficient_vmamba_tiny")
     scanning, inverted = model.stages[1].blocks[1], model.stages[2].blocks[0]
     ss2d, gate, branch = scanning.ss2d, scanning.gate, scanning.conv_branch

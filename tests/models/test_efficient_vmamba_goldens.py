@@ -192,10 +192,10 @@ def test_scan_and_its_gradients_agree() -> None:
         given["dt_projs_bias"],
         ATROUS_SCAN,
     )
-    normalised = F.layer_norm(y, (8,))
+    normalized = F.layer_norm(y, (8,))
     np.testing.assert_allclose(y.detach(), SCAN["core.y_nonorm"], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(normalised.detach(), SCAN["core.y"], rtol=0, atol=MAPS)
-    (normalised * torch.from_numpy(SCAN["core.loss_weight"])).sum().backward()
+    np.testing.assert_allclose(normalized.detach(), SCAN["core.y"], rtol=0, atol=MAPS)
+    (normalized * torch.from_numpy(SCAN["core.loss_weight"])).sum().backward()
     for key, value in given.items():
         expected = SCAN[f"core.grad.{key}"]
         assert value.grad is not None

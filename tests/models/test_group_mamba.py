@@ -1,4 +1,4 @@
-"""GroupMamba's own options, heads, initialisation and cost."""
+"""GroupMamba's own options, heads, initialization and cost."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_without_pooling_the_head_returns_the_map() -> None:
     assert torch.equal(model(x), model.forward_features(x))
 
 
-def test_what_is_normalised() -> None:
+def test_what_is_normalized() -> None:
     model = GroupMamba(**SMALL).eval()
     x = torch.randn(1, 3, 64, 48)
     first, last = model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True)
@@ -155,7 +155,7 @@ def test_stochastic_depth_grows_linearly() -> None:
     assert [type(block.drop_path2) for block in blocks] == [nn.Identity] + [DropPath] * 5
 
 
-def test_initialisation() -> None:
+def test_initialization() -> None:
     model = GroupMamba(dims=(64, 348), depths=(1, 1), mlp_ratios=(8, 4))
     block = model.stages[1].blocks[0]
     ss2d = block.mixer.ss2d

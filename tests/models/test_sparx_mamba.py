@@ -1,4 +1,4 @@
-"""SparX-Mamba's own options, ablations and initialisation."""
+"""SparX-Mamba's own options, ablations and initialization."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_stochastic_depth_grows_linearly() -> None:
     assert [type(block.drop_path2) for block in blocks] == [nn.Identity] + [DropPath] * 3
 
 
-def test_initialisation() -> None:
+def test_initialization() -> None:
     model = timm.create_model("sparx_mamba_tiny", learnable_scale=True)
     block = model.stages[2].blocks[6]
     weights = [block.dmca.kv, block.dmca.q.proj, block.dmca.join_proj, block.ss2d.conv2d, block.mlp.conv.conv]

@@ -228,7 +228,7 @@ def test_what_weight_decay_spares() -> None:
     assert all(key.endswith(".weight") and model.get_parameter(key).dim() > 1 for key in decayed)
 
 
-def test_initialisation() -> None:
+def test_initialization() -> None:
     model = timm.create_model("sparx_swin_tiny", depths=(1, 2, 1, 1))
     dmca, attn = model.stages[1].blocks[1].dmca, model.stages[1].blocks[1].attn
     for weight in (attn.qkv.weight, attn.relative_position_bias_table, dmca.kv.weight, dmca.join_proj.weight):

@@ -1,4 +1,4 @@
-"""VMamba's own options and initialisation."""
+"""VMamba's own options and initialization."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_stochastic_depth_grows_linearly() -> None:
     assert [type(block.drop_path2) for block in blocks] == [nn.Identity] + [DropPath] * 5
 
 
-def test_initialisation() -> None:
+def test_initialization() -> None:
     model = timm.create_model("vmamba_tiny")
     block = model.stages[2].blocks[3]
     for linear in (block.ss2d.in_proj, block.ss2d.out_proj, block.mlp.fc1, block.mlp.fc2, model.head.fc):

@@ -142,7 +142,7 @@ def test_what_a_copy_cannot_do(act: Any, message: str) -> None:
         ("vmamba_tiny", {}, TypeError, "must be a torch.nn.Module, got str"),
         (nn.Linear(2, 2), {"dtype": torch.float16}, TypeError, "dtype must be torch.float32 or torch.bfloat16 or None"),
         (nn.Linear(2, 2, device="meta"), {}, ValueError, "must be on a CPU, got parameters or buffers on meta"),
-        (vision_ssm.optimize(nn.Sequential(nn.Linear(2, 2))), {}, ValueError, "optimized copy already"),
+        (vision_ssm.optimize(nn.Sequential(nn.Linear(2, 2))), {}, ValueError, "already an optimized copy"),
     ],
     ids=["no-module", "dtype", "device", "twice"],
 )

@@ -14,9 +14,9 @@ from vision_ssm.scan import (
     ROWS,
     AntiDiagonal,
     Diagonal,
-    Path,
     Reversed,
     Routes,
+    ScanPath,
     Shifted,
     Snake,
     Windowed,
@@ -24,7 +24,7 @@ from vision_ssm.scan import (
     route_scan,
 )
 
-PATHS: dict[str, tuple[Path, ...]] = {
+PATHS: dict[str, tuple[ScanPath, ...]] = {
     "one": (ROWS,),
     "cross": CROSS_SCAN,
     "atrous": ATROUS_SCAN,

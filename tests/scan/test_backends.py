@@ -74,7 +74,7 @@ def test_noncontiguous_inputs(backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_uninitialised_memory_is_never_read(backend, monkeypatch):
+def test_uninitialized_memory_is_never_read(backend, monkeypatch):
     call = Case(paths="atrous", states=3).make(exact(backend)).on(device(backend))
     with use_backend(backend):
         y, state, grads = call.gradients()

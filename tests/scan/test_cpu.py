@@ -192,7 +192,7 @@ def test_a_compiler_that_does_not_work_is_named(compiler, message, monkeypatch, 
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="preloads the sanitizer")
-def test_under_address_and_undefined_behaviour_sanitizers(tmp_path):
+def test_under_address_and_undefined_behavior_sanitizers(tmp_path):
     compiler = build.find_compiler()
     # Without the C++ library beside it, the sanitizer finds no __cxa_throw, and an exception in libtriton ends Python.
     names = ("libasan.so", "libstdc++.so.6")

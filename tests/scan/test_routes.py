@@ -18,10 +18,10 @@ from vision_ssm.scan import (
     ROWS,
     AntiDiagonal,
     Diagonal,
-    Path,
     Reversed,
     Routes,
     Rows,
+    ScanPath,
     Shifted,
     SkipSampled,
     Snake,
@@ -154,7 +154,7 @@ def test_cache_holds_no_inference_tensors():
     assert not routes.read.is_inference()
 
 
-class Every(Path):
+class Every(ScanPath):
     """A class as users write them, no dataclass: every ``step``-th token."""
 
     def __init__(self, step):
@@ -190,7 +190,7 @@ class Wider(Windowed):
         return torch.arange(self.extra, device=device)
 
 
-class Slotted(Path):
+class Slotted(ScanPath):
     __slots__ = ("count",)
 
     def __init__(self, count):
@@ -256,7 +256,7 @@ def test_equal_numbers_of_other_types_are_other_routes():
 
 def test_a_class_defined_again_is_another():
     def define(shift):
-        class Mine(Path):
+        class Mine(ScanPath):
             def tokens(self, height, width, device=None):
                 return torch.arange(height * width, device=device).roll(shift)
 
@@ -372,7 +372,7 @@ def test_sizes_of_other_integer_types():
 @pytest.mark.parametrize("found", [[0, 1], None, torch.zeros(2), torch.zeros(1, 2, dtype=torch.int64)], ids=str)
 def test_what_a_path_returns_is_checked(found):
     @dataclass(frozen=True)
-    class Mine(Path):
+    class Mine(ScanPath):
         def tokens(self, height, width, device=None):
             return found
 

@@ -1,4 +1,4 @@
-"""What models cost, and pictures of what they do."""
+"""Cost and speed of models, and drawings of scan routes."""
 
 from vision_ssm.analysis.complexity import Complexity, complexity, feature_shapes
 from vision_ssm.analysis.pictures import draw_routes

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, and its operations in the three conventions that must not be mixed."""
+"""The cost of a model: parameters, and operations in three conventions that must not be mixed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Complexity:
             projection is one); nothing else.
         paper_ops: The convention of the papers: those multiply-accumulates, 5 per element of LayerNorm and
             GroupNorm, 2 of BatchNorm, 1 per element pooled, and 9 L D N + L D per scan. The attention of SparX's
-            aggregators counts nothing: the papers' counter does not know ``scaled_dot_product_attention``.
+            aggregators is not counted: the papers' counter ignores ``scaled_dot_product_attention``.
         flops: ``torch.utils.flop_counter``: 2 per multiply-accumulate, and the scan's own count.
     """
 
@@ -51,7 +51,7 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), batc
     ghost = copy.deepcopy(model).to("meta").eval()
     images = torch.empty(batch, *input_size, device="meta")
     with torch.no_grad(), ExitStack() as stack:
-        # One pass serves all three: a counter hands every operator on to the next.
+        # One pass for all three: a counter passes every operator on to the next.
         macs, paper_ops, flops = (
             stack.enter_context(FlopCounterMode(display=False, custom_mapping=formulas))
             for formulas in ({_SCAN: _projection_flops}, _PAPER_FORMULAS, {})
@@ -75,7 +75,7 @@ def feature_shapes(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) 
 
 
 def _inside(counter: FlopCounterMode, model: nn.Module, kind: type[nn.Module]) -> int:
-    """Return what modules of a type have counted."""
+    """Return the operations counted inside modules of a type."""
     counts = counter.get_flop_counts()
     names = [f"{type(model).__name__}.{name}" for name, module in model.named_modules() if isinstance(module, kind)]
     return sum(sum(counts[name].values()) for name in names if name in counts)

@@ -1,4 +1,4 @@
-"""Pictures of routes."""
+"""Drawings of scan routes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import fields
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from vision_ssm.scan import Path
+from vision_ssm.scan import ScanPath
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4) -> Figure:
-    """Draw every route over the map's tokens, coloured from its first step (dark, marked) to its last.
+def draw_routes(paths: Sequence[ScanPath], height: int, width: int, columns: int = 4) -> Figure:
+    """Draw every route over the map's tokens, colored from its first step (dark, marked) to its last.
 
     Padding tokens are not on the map; a route that visits them is dotted across the gap.
 
@@ -23,14 +23,14 @@ def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4
         paths: The routes.
         height: Height of the map in tokens.
         width: Width of the map in tokens.
-        columns: Pictures per row.
+        columns: Drawings per row.
 
     Returns:
         A matplotlib figure; ``figure.savefig(path)`` writes it.
 
     Raises:
-        TypeError: If something else than a path is given.
-        ValueError: If there is no path, or the map is empty.
+        TypeError: If an item is not a :class:`ScanPath`.
+        ValueError: If there are no paths, or the map is empty.
         ImportError: If matplotlib is not installed.
     """
     from matplotlib import colormaps
@@ -40,8 +40,8 @@ def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4
     if not paths:
         raise ValueError("paths must name at least one route, got none")
     for path in paths:
-        if not isinstance(path, Path):
-            raise TypeError(f"paths must hold vision_ssm.scan.Path, got {type(path).__name__}")
+        if not isinstance(path, ScanPath):
+            raise TypeError(f"paths must hold vision_ssm.scan.ScanPath, got {type(path).__name__}")
     for name, value in (("height", height), ("width", width), ("columns", columns)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -49,7 +49,7 @@ def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4
     rows = math.ceil(len(paths) / columns)
     side = 2.6
     figure = Figure(figsize=(side * columns, (side * height / width + 0.45) * rows), layout="constrained")
-    colours = colormaps["viridis"]
+    colors = colormaps["viridis"]
     for place, path in enumerate(paths):
         axes = figure.add_subplot(rows, columns, place + 1)
         tokens = path.tokens(height, width).tolist()
@@ -60,14 +60,14 @@ def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4
         lines, shades, dotted = [], [], []
         for (step, x, y), (next_step, next_x, next_y) in pairwise(visited):
             lines.append([(x, y), (next_x, next_y)])
-            shades.append(colours(0.9 * step / last))
+            shades.append(colors(0.9 * step / last))
             dotted.append(":" if next_step > step + 1 else "-")
         axes.add_collection(LineCollection(lines, colors=shades, linestyles=dotted, linewidths=1.6, zorder=2))
         axes.scatter(
             [x for _, x, _ in visited],
             [y for _, _, y in visited],
             s=14,
-            color=[colours(0.9 * step / last) for step, _, _ in visited],
+            color=[colors(0.9 * step / last) for step, _, _ in visited],
             zorder=3,
         )
         for _, x, y in visited[:1]:
@@ -78,10 +78,10 @@ def draw_routes(paths: Sequence[Path], height: int, width: int, columns: int = 4
     return figure
 
 
-def _name(path: Path) -> str:
+def _name(path: ScanPath) -> str:
     inner = getattr(path, "path", None)
     own = type(path).__name__
-    if isinstance(inner, Path):
+    if isinstance(inner, ScanPath):
         return f"{own}({_name(inner)})"
     values = [str(getattr(path, field.name)) for field in fields(path)]
     return f"{own}({', '.join(values)})" if values else own

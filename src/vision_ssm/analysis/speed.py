@@ -1,4 +1,4 @@
-"""How fast a model runs, with every setting that matters beside the number."""
+"""Measure the speed of a model, and record the settings that it depends on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Speed:
     """One measurement.
 
     Args:
-        batch: Images per step.
+        batch: Batch size.
         milliseconds: Median time of a step.
         spread: Interquartile range of the times over their median.
         images_per_second: Throughput at the median.
@@ -53,7 +53,7 @@ def measure_speed(
 
     Args:
         model: The model, on the device and in the dtype to measure.
-        batch: Images per step.
+        batch: Batch size.
         height: Height of the images in pixels.
         width: Width of the images in pixels.
         training: Time forward and backward in training mode; else forward in evaluation mode without gradients.

@@ -1,7 +1,5 @@
 """Strict loading, and ``pretrained=True`` from the addresses where the authors published their weights."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -9,26 +7,27 @@ from typing import Any, TypeVar
 
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import download_cached_file
-from torch import Tensor, nn
+from torch import nn
 
 from vision_ssm.checkpoints.reader import CheckpointError, read_checkpoint
+from vision_ssm.checkpoints.rules import State, shorten
 
 Model = TypeVar("Model", bound=nn.Module)
-Converter = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+Converter = Callable[[State], State]
 
 _logger = logging.getLogger(__name__)
 
 
-def check_fit(model: nn.Module, state: dict[str, Tensor], adapted: Collection[str] = ()) -> None:
-    """Check that weights are those of a model: every key there, none left over, all shapes equal.
+def check_fit(model: nn.Module, state: State, adapted: Collection[str] = ()) -> None:
+    """Check that weights fit a model: no missing or unexpected keys, equal shapes.
 
     Args:
         model: The model; it may be on the meta device.
         state: The weights.
-        adapted: Keys to leave out of the comparison.
+        adapted: Keys to ignore.
 
     Raises:
-        CheckpointError: If keys are missing, left over, or of another shape, listing them.
+        CheckpointError: If keys are missing, unexpected or of another shape; it lists them.
     """
     own = {key: value for key, value in model.state_dict().items() if key not in adapted}
     state = {key: value for key, value in state.items() if key not in adapted}
@@ -40,20 +39,16 @@ def check_fit(model: nn.Module, state: dict[str, Tensor], adapted: Collection[st
         if key in own and value.shape != own[key].shape
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    listed = [
-        f"{len(keys)} {what}: {', '.join(keys[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}"
-        for what, keys in problems.items()
-        if keys
-    ]
+    listed = [f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys]
     if listed:
         raise CheckpointError(f"the weights do not fit {type(model).__name__}: {'; '.join(listed)}", problems)
 
 
-def load_strict(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load weights, every one of them, or none.
+def load_strict(model: nn.Module, state: State) -> None:
+    """Load all weights, or none if they do not fit.
 
     Raises:
-        CheckpointError: If :func:`check_fit` finds that they are not those of the model.
+        CheckpointError: See :func:`check_fit`.
     """
     check_fit(model, state)
     model.load_state_dict(state)
@@ -67,8 +62,7 @@ def classifier_names(configured: str | Sequence[str] | None) -> tuple[str, ...]:
 def _left_out_of_features(model: nn.Module) -> list[str]:
     features: Any = copy.deepcopy(model).to("meta")
     features.prune_intermediate_layers(len(features.feature_info), prune_norm=True)
-    kept = features.state_dict()
-    return [key for key in model.state_dict() if key not in kept]
+    return [*(model.state_dict().keys() - features.state_dict().keys())]
 
 
 def build_from_official(
@@ -80,31 +74,30 @@ def build_from_official(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Model:
-    """Build a model with timm; official weights pass through our reader and ``convert``.
+    """Build a model with timm; official weights are read safely and converted by ``convert``.
 
     timm adapts them to other ``in_chans`` and ``num_classes``. With ``features_only``, final norm and classifier may be
     missing, as they are in the files of detection and segmentation backbones. Loading is strict otherwise.
 
     Raises:
-        CheckpointError: If the fetched or given file is damaged or does not fit.
+        CheckpointError: If the downloaded or given file is damaged or does not fit.
     """
-    # flatten_sequential is for timm's other feature wrappers ("list", "dict"); the getter passes it by.
+    # flatten_sequential is for timm's other feature wrappers ("list", "dict"); the getter ignores it.
     kwargs.setdefault("feature_cfg", dict(out_indices=(0, 1, 2, 3), feature_cls="getter", flatten_sequential=True))
     overlay = dict(pretrained_cfg_overlay or {})
-    resolved = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    cfgs: dict[str, Any] = dict(pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    resolved = resolve_pretrained_cfg(variant, **cfgs)
     features_only = bool(kwargs.get("features_only"))
 
-    def convert_checked(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        # timm stops being strict about every key once it leaves out the classifier
-        adapted = []
+    def convert_checked(state: State, model: nn.Module) -> State:
+        # timm is no longer strict about any key once it drops the classifier
         heads = [f"{name}.{part}" for name in classifier_names(resolved.classifier) for part in ("weight", "bias")]
-        if features_only:
-            adapted += _left_out_of_features(model)
-        elif model.num_classes != resolved.num_classes:
+        adapted = _left_out_of_features(model) if features_only else []
+        if not features_only and model.num_classes != resolved.num_classes:
             adapted += heads
         if resolved.input_size and model.in_chans != resolved.input_size[0]:
             adapted += [f"{resolved.first_conv}.weight"]
-        # a model of one classifier may start from weights with two
+        # a model with one classifier can start from weights with two
         own = model.state_dict()
         state = {key: value for key, value in convert(state).items() if key in own or key not in heads}
         check_fit(model, state, adapted)
@@ -119,17 +112,9 @@ def build_from_official(
             if checkpoint.placeholders:
                 _logger.info("not loaded from %s: %s", path, ", ".join(checkpoint.placeholders))
             overlay["state_dict"] = convert(checkpoint.state)
-    model = build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=overlay or None,
-        pretrained_filter_fn=convert_checked,
-        **kwargs,
-    )
+    model = build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=convert_checked, **cfgs, **kwargs)
     if "state_dict" in overlay:
-        # timm keeps the configuration with the model; the weights need not be there twice.
+        # timm keeps the configuration with the model; do not keep the weights twice.
         for cfg in (model.pretrained_cfg, getattr(model, "default_cfg", {})):
             cfg["state_dict"] = None
     return model

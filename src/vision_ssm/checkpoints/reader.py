@@ -18,21 +18,21 @@ from torch import Tensor
 
 from vision_ssm.errors import InputError
 
-# Where checkpoints keep their weights; the first that is there is taken.
+# Where checkpoints keep their weights; the first one present is used.
 _WRAPPERS = ("model", "state_dict", "module", "model_state", "net")
 _EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_model", "ema")
-_BACKBONE = "backbone."  # what OpenMMLab's detectors and segmenters put before the names of their backbone
+_BACKBONE = "backbone."  # the prefix of the backbone in detectors and segmenters of OpenMMLab
 _PREFIXES = ("module.", "_orig_mod.", _BACKBONE)
-# How torch.save began its files before it wrote zip archives: a pickled magic number.
+# The first bytes of files from before torch.save wrote zip archives: a pickled magic number.
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
 class CheckpointError(InputError):
-    """A file that holds no usable weights, or not those of the model at hand.
+    """A file without usable weights, or with weights of another model.
 
     Args:
         message: One line.
-        keys: All the keys at fault, by what is wrong with them; the message may name only the first.
+        keys: All wrong keys, grouped by the problem; the message may name only the first ones.
     """
 
     def __init__(self, message: str, keys: Mapping[str, list[str]] | None = None) -> None:
@@ -42,14 +42,14 @@ class CheckpointError(InputError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file held.
+    """The contents of a checkpoint file.
 
     Args:
         state: The weights by name.
         source: The key under which they were found; empty at the top level.
         placeholders: Names of the pickled classes that were not loaded; inert objects stood in for them.
-        prefix: What stood before every name and was removed.
-        other: The key of the weights that were left: the averaged ones, or with ``ema`` the plain ones.
+        prefix: The prefix that all names had, and that was removed.
+        other: The key of the weights that were not taken: the averaged ones, or with ``ema`` the plain ones.
     """
 
     state: dict[str, Tensor]
@@ -65,7 +65,7 @@ class Checkpoint:
 
 
 class _Inert(dict):
-    """Stands in for a pickled object of a class that is not loaded; takes any contents, does nothing."""
+    """A placeholder for a pickled object whose class is not loaded; accepts any contents and does nothing."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key, or be in a set
 
@@ -75,16 +75,13 @@ class _Inert(dict):
     def __call__(self, *args: Any, **kwargs: Any) -> _Inert:
         return _Inert()
 
-    def __setstate__(self, state: Any) -> None:
-        pass
-
     def _ignore(self, *items: Any) -> None:
         pass
 
-    append = extend = add = _ignore
+    append = extend = add = __setstate__ = _ignore
 
 
-# All that a file can name; any other name stands for an inert placeholder.
+# The only names that are resolved; any other becomes an inert placeholder.
 _KNOWN: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": OrderedDict,
     "torch.Size": torch.Size,
@@ -94,8 +91,8 @@ _KNOWN: dict[str, Callable[..., Any]] = {
 
 
 class _InertUnpickler(pickle.Unpickler):
-    # Python's own unpickler runs nothing but what find_class gives it. PyTorch's weights-only unpickler does not serve
-    # here: it refuses placeholders that are filled like a dict, and published checkpoints hold such configurations.
+    # Python's own unpickler calls nothing but what find_class returns. PyTorch's weights-only unpickler does not work
+    # here: it rejects placeholders that are filled like a dict, and published checkpoints hold such configurations.
 
     unknown: dict[str, None]
 
@@ -103,7 +100,7 @@ class _InertUnpickler(pickle.Unpickler):
         full = f"{module}.{name}"
         if full in _KNOWN:
             function = _KNOWN[full]
-            # Wrapped anew: a file may set attributes of what it has found.
+            # A new wrapper each time: a file may set attributes of what it gets.
             return lambda *args: function(*args)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
@@ -114,16 +111,16 @@ class _InertUnpickler(pickle.Unpickler):
 def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     """Read the weights from a ``.safetensors`` file or a PyTorch checkpoint.
 
-    Wrapping keys (``model``, ``state_dict``, ...) are removed, and what stands before all names (``module.``,
+    Wrapping keys (``model``, ``state_dict``, ...) are removed, and so are prefixes that all names have (``module.``,
     ``_orig_mod.``, ``backbone.``). Nothing in the file is executed: objects of unknown classes, such as a pickled
     configuration, are read as inert placeholders and reported.
 
     Args:
         path: The file.
-        ema: Take the averaged weights where the file has both.
+        ema: Take the averaged weights if the file has both.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         CheckpointError: If the file is damaged, of another kind, or holds no weights.
     """
     path = Path(path)
@@ -148,12 +145,12 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
 
 
 def load_checkpoint_file(path: str | Path) -> dict[str, Tensor]:
-    """Return the weights of a file as :func:`read_checkpoint` finds them."""
+    """Return the weights that :func:`read_checkpoint` finds in a file."""
     return read_checkpoint(path).state
 
 
 def take_backbone(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Split the weights of a detector or segmenter of OpenMMLab, whose backbone's names begin with ``backbone.``.
+    """Split the weights of a detector or segmenter of OpenMMLab, whose backbone has the prefix ``backbone.``.
 
     Returns:
         The weights of the backbone without that prefix, and the number of all others by the first part of their names.
@@ -176,7 +173,7 @@ def _load_inert(path: Path) -> tuple[Any, tuple[str, ...]]:
     reading = ModuleType("reading")
     vars(reading)["Unpickler"] = type("_Unpickler", (_InertUnpickler,), {"unknown": unknown})
     try:
-        # Refuses what is no such archive, and TorchScript programs, which torch.load would hand to torch.jit.
+        # Rejects other archives, and TorchScript programs, which torch.load would pass to torch.jit.
         torch.serialization.get_unsafe_globals_in_checkpoint(path)
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=reading)
     except OSError:
@@ -195,8 +192,7 @@ def _unwrap(content: Any, ema: bool) -> tuple[dict[str, Tensor], str]:
             state, source = _unwrap(content[key], ema)
             if state:
                 return state, f"{key}.{source}" if source else key
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    return state, ""
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}, ""
 
 
 def _strip(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:

@@ -1,9 +1,10 @@
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional
@@ -12,12 +13,7 @@ from vision_ssm.cli.options import parse_options
 from vision_ssm.cli.output import make_table
 from vision_ssm.errors import InputError
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from vision_ssm.checkpoints import Checkpoint
-
-State = dict[str, "Tensor"]
+State = dict[str, Any]  # tensors; torch takes seconds to import, so only the functions that need it do
 _PARTS = ("stem.", "stages.", "norm.", "head.", "feature_norms.")  # of every model that has a conversion
 
 
@@ -54,49 +50,46 @@ def convert(words: Sequence[str]) -> int:
         raise InputError(f"no such folder: {options.out.parent}")
     if not options.source.is_file():
         raise InputError(f"no such checkpoint file: {options.source}")
+    if "num_classes" in options.model_args:
+        raise InputError("--model-args takes no num_classes: the number of classes comes from the file")
     import safetensors.torch
-    import torch
     from rich.console import Console
 
     from vision_ssm.checkpoints import convert_official
+    from vision_ssm.checkpoints.rules import shorten
     from vision_ssm.data import open_image
     from vision_ssm.engine.files import atomic_write
-    from vision_ssm.models.create import create_model
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    if "num_classes" in options.model_args:
-        raise InputError("--model-args takes no num_classes: the number of classes comes from the file")
-    cfg: Any = create_model(options.model, {**options.model_args, "device": "meta"}, 1000).pretrained_cfg
+    _create(options.model, 1000, **{**options.model_args, "device": "meta"})  # refuses unknown models and arguments
     image = None if options.verify is None else open_image(options.verify)
-    checkpoint, theirs, left_out = _read(options)
+    checkpoint, theirs = _read(options)
     ours = convert_official(options.model, theirs)
-    args = _arguments(options, ours, cfg)
+    try:
+        args = _fit(options, options.model, options.model_args, ours)
+    except InputError as error:
+        raise _explain(options, theirs, error) from None
     if image is not None and not args["num_classes"]:
         raise InputError(f"{options.source} holds no classifier; there is nothing to verify an image with")
-    _check(options, args, theirs, ours)
-    broken = [name for name, tensor in theirs.items() if not tensor.isfinite().all()]
-    if broken:
-        more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
-        problem = f"{len(broken)} tensors hold numbers that are not finite: {', '.join(broken[:8])}{more}"
+    if broken := [name for name, tensor in theirs.items() if not tensor.isfinite().all()]:
+        problem = f"{len(broken)} tensors hold numbers that are not finite: {shorten(broken)}"
         if image is not None:
             raise InputError(f"{options.source}: {problem}; there is nothing to verify an image with")
         sys.stderr.write(f"vision-ssm: warning: {problem}\n")
     # Cloned, because safetensors refuses tensors that share memory.
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in ours.items()}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in ours.items()}
     metadata = {"model": options.model, "source": options.source.name, "format": "pt"}
     with atomic_write(options.out) as file:
         file.write(safetensors.torch.save(tensors, metadata))
-    _report(options, checkpoint, theirs, left_out, ours, console)
-    console.print(
-        f"wrote {options.out}; nothing of {options.model} is missing. To load it:\n  {_call(options, args, cfg)}"
-    )
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    _report(options, checkpoint, theirs, ours, console)
+    console.print(f"wrote {options.out}; nothing of {options.model} is missing. To load it:\n  {_call(options, args)}")
     if image is not None:
         _verify(options, args, ours, image, console)
     return 0
 
 
-def _read(options: ConvertOptions) -> tuple["Checkpoint", State, dict[str, int]]:
-    """Return the file, the tensors to convert, and how many it has besides by the first part of their names."""
+def _read(options: ConvertOptions) -> tuple[Any, State]:
+    """Return the file and the tensors to convert."""
     from vision_ssm.checkpoints import read_checkpoint, take_backbone
 
     checkpoint = read_checkpoint(options.source, ema=options.ema)
@@ -110,79 +103,54 @@ def _read(options: ConvertOptions) -> tuple["Checkpoint", State, dict[str, int]]
         )
     if options.backbone and not others and "backbone." not in checkpoint.prefix:
         raise InputError(f"{options.source} has no names that begin with backbone.; leave --backbone out")
-    return checkpoint, taken, others
+    return checkpoint, taken
 
 
-def _arguments(options: ConvertOptions, ours: State, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the model that has such tensors."""
-    from vision_ssm.checkpoints import classifier_names, options_of
+def _fit(options: ConvertOptions, name: str, model_args: Mapping[str, Any], ours: State) -> dict[str, Any]:
+    """Return the arguments of the model that has such tensors; an `InputError` if it needs others."""
+    import timm
 
-    weights = [ours.get(f"{name}.weight") for name in classifier_names(cfg["classifier"])]
-    classes = next((weight.shape[0] for weight in weights if weight is not None and weight.dim()), 0)
-    args = {**options_of(ours), **options.model_args, "num_classes": classes}
-    if not classes and (options.backbone or args.get("feature_norm")):
+    from vision_ssm.checkpoints import check_fit, classifier_names, options_of
+
+    heads = classifier_names(timm.get_pretrained_cfg(name).classifier)
+    weights = [ours[f"{head}.weight"] for head in heads if f"{head}.weight" in ours]
+    args = {**options_of(ours), **model_args, "num_classes": next((len(w) for w in weights if w.dim()), 0)}
+    if not args["num_classes"] and (options.backbone or args.get("feature_norm")):
         args["features_only"] = True
+    check_fit(_create(name, **{**args, "device": "meta"}), ours)
     return args
 
 
-def _create(name: str, args: Mapping[str, Any], **more: Any) -> "nn.Module":
+def _create(name: str, /, num_classes: int, **args: Any) -> Any:
     from vision_ssm.models.create import create_model
 
-    others = {key: value for key, value in args.items() if key != "num_classes"}
-    model: Any = create_model(name, {**others, **more}, args["num_classes"])
+    model = create_model(name, args, num_classes)
     return model.model if args.get("features_only") else model  # timm's wrapper holds the pruned model
 
 
-def _check(options: ConvertOptions, args: Mapping[str, Any], theirs: State, ours: State) -> None:
-    """Check that the tensors are those of the model; tell of which other one they are."""
-    from vision_ssm.checkpoints import CheckpointError, check_fit
-
-    try:
-        check_fit(_create(options.model, args, device="meta"), ours)
-    except InputError as error:
-        missing = error.keys["missing"] if isinstance(error, CheckpointError) else []
-        if missing and all(key.startswith("head.fc_dist.") for key in missing):
-            raise InputError(
-                f"{options.source} lacks the second classifier, {', '.join(missing)}; "
-                "--model-args distilled=False makes a model without one"
-            ) from None
-        if (name := _find_fitting(options, theirs)) is not None:
-            raise InputError(f"{options.source} is no {options.model}; it fits {name}") from None
-        raise error
-
-
-def _find_fitting(options: ConvertOptions, theirs: State) -> str | None:
-    """Return the first model that a file fits, those of the same family first."""
-    import timm
-
-    from vision_ssm.checkpoints import can_convert, check_fit, convert_official, same_family
+def _explain(options: ConvertOptions, theirs: State, error: InputError) -> InputError:
+    """Return what to do about tensors that do not fit, or which model they fit, those of the same family first."""
+    from vision_ssm.checkpoints import CheckpointError, convert_official, same_family
     from vision_ssm.models.registry import registered_models
 
-    names = [name for name in registered_models() if name != options.model and can_convert(name)]
-    for name in sorted(names, key=lambda name: not same_family(name, options.model)):
-        others = options if same_family(name, options.model) else replace(options, model_args={})
-        try:
+    missing = error.keys["missing"] if isinstance(error, CheckpointError) else []
+    if missing and all(key.startswith("head.fc_dist.") for key in missing):
+        return InputError(
+            f"{options.source} lacks the second classifier, {', '.join(missing)}; "
+            "--model-args distilled=False makes a model without one"
+        )
+    for name in sorted(registered_models(), key=lambda name: not same_family(name, options.model)):
+        with contextlib.suppress(InputError):
             ours = convert_official(name, theirs)
-            if not all(key.startswith(_PARTS) for key in ours):
-                continue  # spares building the model
-            args = _arguments(others, ours, timm.get_pretrained_cfg(name).to_dict())
-            check_fit(_create(name, args, device="meta"), ours)
-        except InputError:
-            continue
-        return name
-    return None
+            if all(key.startswith(_PARTS) for key in ours):  # spares building the others
+                _fit(options, name, options.model_args if same_family(name, options.model) else {}, ours)
+                return InputError(f"{options.source} is no {options.model}; it fits {name}")
+    return error
 
 
-def _report(
-    options: ConvertOptions,
-    checkpoint: "Checkpoint",
-    theirs: State,
-    left_out: Mapping[str, int],
-    ours: State,
-    console: Any,
-) -> None:
+def _report(options: ConvertOptions, checkpoint: Any, theirs: State, ours: State, console: Any) -> None:
     """Print which tensors were read, and where they went."""
-    from vision_ssm.checkpoints import trace_official
+    from vision_ssm.checkpoints import take_backbone, trace_official
 
     where = f" under {checkpoint.source!r}" if checkpoint.source else ""
     prefix = f", all names without {checkpoint.prefix!r}" if checkpoint.prefix else ""
@@ -190,27 +158,24 @@ def _report(
     if checkpoint.other is not None:
         kind, way = ("plain", "leaving --ema out") if options.ema else ("averaged", "--ema")
         console.print(f"the file also holds {kind} weights under {checkpoint.other!r}; {way} takes those")
-    if left_out:
+    if left_out := take_backbone(checkpoint.state)[1]:
         console.print(f"left out, not of the backbone: {_listed(left_out)}")
     sources = trace_official(options.model, theirs)
-    place = {name: i for i, name in enumerate(theirs)}
-    published: dict[tuple[str, str], set[str]] = {}
-    numbers: dict[tuple[str, str], list[int]] = {}
+    rows: dict[tuple[str, str], tuple[set[str], list[int]]] = {}  # in the file's order, as are our tensors
     for name, tensor in ours.items():
         pair = " + ".join(dict.fromkeys(map(_group, sources[name]))), _group(name)
-        published.setdefault(pair, set()).update(sources[name])
-        numbers.setdefault(pair, []).append(tensor.numel())
+        names, numbers = rows.setdefault(pair, (set(), []))
+        names.update(sources[name])
+        numbers.append(tensor.numel())
     table = make_table("published", ">tensors", "goes to", ">tensors", ">numbers")
-    for pair, names in sorted(published.items(), key=lambda each: min((place[name] for name in each[1]), default=0)):
-        table.add_row(pair[0], str(len(names)), pair[1], str(len(numbers[pair])), f"{sum(numbers[pair]):,}")
-    unused = Counter(_group(name) for name in theirs.keys() - {key for keys in sources.values() for key in keys})
-    for group, count in sorted(unused.items()):
+    for (published, goes_to), (names, numbers) in rows.items():
+        table.add_row(published, str(len(names)), goes_to, str(len(numbers)), f"{sum(numbers):,}")
+    unused = theirs.keys() - {key for keys in sources.values() for key in keys}
+    for group, count in sorted(Counter(map(_group, unused)).items()):
         table.add_row(group, str(count), "not needed", "-", "-")
     console.print(table)
-    if checkpoint.placeholders:
-        console.print(
-            f"the file also names code, none of which was run or loaded: {', '.join(checkpoint.placeholders)}"
-        )
+    if code := ", ".join(checkpoint.placeholders):
+        console.print(f"the file also names code, none of which was run or loaded: {code}")
 
 
 def _group(name: str) -> str:
@@ -223,13 +188,12 @@ def _listed(counts: Mapping[str, int]) -> str:
     return f"{sum(counts.values())} besides ({', '.join(f'{name} {count}' for name, count in counts.items())})"
 
 
-def _call(options: ConvertOptions, args: Mapping[str, Any], cfg: Mapping[str, Any]) -> str:
+def _call(options: ConvertOptions, args: Mapping[str, Any]) -> str:
     """Return the Python call that makes the model from the written file."""
-    words = {key: value for key, value in args.items() if key != "num_classes" or value != cfg["num_classes"]}
-    if args.get("features_only"):
-        # timm hands checkpoint_path= to its wrapper, whose names are others
-        words |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(options.out)}}
+    words = {key: value for key, value in args.items() if (key, value) != ("num_classes", 1000)}
+    if args.get("features_only"):  # timm passes checkpoint_path= to its wrapper, whose names differ
         del words["num_classes"]
+        words |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(options.out)}}
     else:
         words |= {"checkpoint_path": str(options.out)}
     return f"timm.create_model({', '.join([repr(options.model), *(f'{k}={v!r}' for k, v in words.items())])})"
@@ -240,10 +204,8 @@ def _verify(options: ConvertOptions, args: Mapping[str, Any], ours: State, image
     import torch
     from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
-    from vision_ssm.checkpoints import load_strict
-
-    model = _create(options.model, args).eval()
-    load_strict(model, ours)
+    model = _create(options.model, **args).eval()
+    model.load_state_dict(ours)
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     with torch.inference_mode():
         probabilities = model(transform(image)[None])[0].softmax(dim=0)

@@ -1,7 +1,7 @@
 """SparX's connections across the blocks of any other network.
 
 The blocks stay as they are: what a ganglion layer aggregates is added to its block's input, times a scale that starts
-at zero. So the network computes at first what it did before, and pretrained weights keep their worth.
+at zero. So the network initially computes what it did before, and pretrained weights remain useful.
 
 Source: SparX, arXiv 2409.09649 (AAAI 2025), for the connections and the aggregator; the way of adding them is ours.
 """
@@ -22,14 +22,14 @@ from vision_ssm.layers.sparx import DMCA, Connections, sparx_connections
 
 
 class Layout:
-    """How blocks hold their maps."""
+    """How the inputs and outputs of blocks represent maps."""
 
     def to_map(self, x: Tensor) -> Tensor:
-        """Return the map, (B, H, W, C), in what blocks take and return."""
+        """Convert a block's input or output to a map, (B, H, W, C)."""
         raise NotImplementedError
 
     def from_map(self, x: Tensor) -> Tensor:
-        """Return a map, (B, H, W, C), as blocks take and return it."""
+        """Convert a map, (B, H, W, C), to the layout of the blocks."""
         raise NotImplementedError
 
 
@@ -91,7 +91,7 @@ class Tokens(Layout):
 
 
 class Ganglion(nn.Module):
-    """A block whose input also gets what an aggregator reads: block(x + scale * proj(DMCA(norm(x), shortcut))).
+    """A block with an aggregator added to its input: block(x + scale * proj(DMCA(norm(x), shortcut))).
 
     Args:
         block: The block.
@@ -130,7 +130,7 @@ class Ganglion(nn.Module):
         """Transform ``x``, which like the earlier maps in ``shortcut`` has the block's layout.
 
         Raises:
-            RuntimeError: If there is no ``shortcut``: the network runs its blocks one by one.
+            RuntimeError: If ``shortcut`` is missing because the network calls its blocks one by one.
         """
         if shortcut is None:
             raise RuntimeError(
@@ -145,7 +145,7 @@ class Ganglion(nn.Module):
 class Connected(nn.Sequential):
     """Blocks run one after the other, connected by SparX's rule; made by :func:`connect`.
 
-    The blocks keep their numbers, by which timm's layer decay knows them.
+    The blocks keep their numbers, so timm's layer decay still applies.
 
     Args:
         blocks: The blocks, each a :class:`Ganglion` where it reads any map.
@@ -187,18 +187,18 @@ def connect(
     Args:
         blocks: The blocks, in order; each of one argument, and keeping its shape. They are taken over, not copied.
         dim: Channels; divisible by 4.
-        layout: What the blocks take and return: :class:`NCHW`, :class:`NHWC` or :class:`Tokens`.
+        layout: Layout of the inputs and outputs of the blocks: :class:`NCHW`, :class:`NHWC` or :class:`Tokens`.
         step: Distance between ganglion blocks, which are counted back from the last block. S in the paper.
         start: First block that may be a ganglion block.
         window: Number of earlier ganglion blocks that one reads; ``None`` for all. M in the paper.
         reduction: Factor by which the aggregator's queries and keys are smaller than the map, in height and in width.
 
     Returns:
-        One module in place of the blocks; its new parameters have device and dtype of the blocks'.
+        One module in place of the blocks; its new parameters have the device and dtype of the blocks.
 
     Raises:
-        TypeError: If ``layout`` is none.
-        ValueError: If there is no block, or a number is out of range.
+        TypeError: If ``layout`` is not a :class:`Layout`.
+        ValueError: If there are no blocks, or a number is out of range.
     """
     blocks = list(blocks)
     if not blocks:

@@ -1,4 +1,4 @@
-"""Convolutions of maps whose channels lie last."""
+"""Convolutions of channels-last maps."""
 
 from __future__ import annotations
 

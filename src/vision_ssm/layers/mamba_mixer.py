@@ -21,7 +21,7 @@ from vision_ssm.layers.patches import symbolic
 from vision_ssm.layers.quasi_separable import quasi_separable_scan
 from vision_ssm.layers.ss2d import decay_rates, init_step_bias
 from vision_ssm.layers.switch_of_scans import SCAN_POOL, SwitchOfScans
-from vision_ssm.scan import ROWS, Path
+from vision_ssm.scan import ROWS, ScanPath
 from vision_ssm.scan.routes import as_paths
 
 _HEAD = 32  # channels that share a decay rate and step size in QSMixer
@@ -48,15 +48,15 @@ class WeightedAverage(nn.Module):
 
     The oldest map, the stage's input, has two scalars: it counts as output of a token mixer and of a channel mixer.
 
-    Source: MambaMixer, section 3.2. The paper names no initialisation; this is DenseFormer's.
+    Source: MambaMixer, section 3.2. The paper names no initialization; this is DenseFormer's.
 
     Args:
-        maps: How many maps there are.
+        maps: Number of maps.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If ``maps`` is below 1.
     """
 
     def __init__(self, maps: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
@@ -76,7 +76,7 @@ class WeightedAverage(nn.Module):
         """Sum maps of one shape, the oldest first.
 
         Raises:
-            ValueError: If there are fewer or more than the layer has scalars for.
+            ValueError: If the number of maps is not the layer's.
         """
         return _weighted_sum(self.scalars, list(maps))
 
@@ -99,7 +99,7 @@ def _dilated(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> T
     options: dict[str, Any] = dict(padding=dilation, dilation=dilation, groups=weight.shape[0])
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return F.conv2d(x, weight, bias, **options)
-    # In bfloat16, oneDNN's gradient of a dilated weight is wrong on large maps, and now and then NaN.
+    # In bfloat16, oneDNN's gradient of a dilated weight is wrong on large maps, and sometimes NaN.
     with torch.autocast("cpu", enabled=False):
         return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), **options).to(x.dtype)
 
@@ -155,7 +155,7 @@ class MultiResolutionConv(nn.Module):
 
 
 class _TokenMixer(nn.Module):
-    """What both token mixers share: norm, gate, convolution, choice of paths, output; a subclass scans."""
+    """Base of both token mixers: norm, gate, convolution, choice of paths, output; a subclass adds the scan."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class _TokenMixer(nn.Module):
         *,
         d_state: int = 16,
         expand: float = 2.0,
-        paths: Sequence[Path] = SCAN_POOL,
+        paths: Sequence[ScanPath] = SCAN_POOL,
         scans: int = 2,
         aligned: bool = False,
         drop_path: float = 0.0,
@@ -194,7 +194,7 @@ class _TokenMixer(nn.Module):
         self.drop_path = _drop_path(drop_path)
 
     def scan(self, u: Tensor, v: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """Mix ``v``, (B, H, W, inner), along the chosen paths; ``u`` is the normalised input."""
+        """Mix ``v``, (B, H, W, inner), along the chosen paths; ``u`` is the normalized input."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -473,7 +473,7 @@ class SelectiveChannelMixer(nn.Module):
 
     @torch.no_grad()
     def reset_scan_parameters(self) -> None:
-        """Set A = -1, D = 1, step sizes log-uniform in 0.001..0.1, and random biases, which tell channels apart."""
+        """Set A = -1, D = 1, step sizes log-uniform in 0.001..0.1, and random biases, so that channels differ."""
         init_step_bias(self.dt_bias)
         nn.init.normal_(self.bc_bias, std=self.d_state**-0.5)
         nn.init.zeros_(self.A_log)

@@ -1,4 +1,4 @@
-"""Norms of maps whose channels lie last."""
+"""Norms of channels-last maps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class GroupNorm1(nn.GroupNorm):
-    """Group normalisation with one group, of maps (B, H, W, C): statistics over all of an image.
+    """Group normalization with one group, of maps (B, H, W, C): statistics over the whole map of an image.
 
     Args:
         dim: Channels.
@@ -23,6 +23,6 @@ class GroupNorm1(nn.GroupNorm):
         super().__init__(1, dim, eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise a map."""
+        """Normalize a map."""
         x = x.permute(0, 3, 1, 2)
         return F.group_norm(x, 1, self.weight, self.bias, self.eps).permute(0, 2, 3, 1)

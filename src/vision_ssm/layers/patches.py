@@ -12,33 +12,33 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 def symbolic(height: int, width: int) -> bool:
     """Return whether a graph for many sizes is being made."""
-    # torch.jit.trace has tensors here; torch.compile lets its symbols pass for int.
+    # torch.jit.trace has tensors here; the symbols of torch.compile look like int.
     return any(isinstance(length, Tensor) or not has_static_value(length) for length in (height, width))
 
 
 def pad_map(x: Tensor, height: int, width: int) -> Tensor:
     """Pad a map, (B, H, W, C), with zeros at the bottom and the right, to (B, height, width, C)."""
     if not symbolic(height, width) and x.shape[1:3] == (height, width):
-        return x  # padding by nothing would be a copy
+        return x  # padding by zero would copy
     return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return images, (B, C, H, W), that lie in memory as maps do; ``Tensor.contiguous`` has no rule for ``vmap``."""
+    """Return images, (B, C, H, W), that lie in memory as maps do; ``vmap`` has no rule for memory formats."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def channels_first(x: Tensor) -> Tensor:
     """View a map, (B, H, W, C), as (B, C, H, W); one leaf of an FX graph.
 
-    In a graph for many sizes it is a copy: of a view, torch's batch norm asks whether a row's stride divides 1.
+    In a graph for many sizes it is a copy: for a view, torch's batch norm would guard on the strides.
     """
     x = x.permute(0, 3, 1, 2)
     return x.contiguous() if symbolic(*x.shape[2:]) else x
 
 
 def cells(x: Tensor) -> Tensor:
-    """Part a map, (B, H, W, C), into cells of 2x2 tokens, each column by column: (B, ceil(H/2), ceil(W/2), 4, C).
+    """Split a map, (B, H, W, C), into cells of 2x2 tokens, each column by column: (B, ceil(H/2), ceil(W/2), 4, C).
 
     One leaf of an FX graph. A graph for many sizes must not compare those of the map before and after the padding.
     """
@@ -102,7 +102,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embed an image."""
         x = channels_last(_whole_patches(x, self.patch_size))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # the convolution leaves out what is more than patches
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))  # the convolution ignores an incomplete last patch
 
 
 class PatchMerging(nn.Module):

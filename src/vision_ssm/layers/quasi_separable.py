@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vision_ssm.layers.ss2d import check_map
-from vision_ssm.scan import Path, Reversed, Shifted, build_routes, route_scan
+from vision_ssm.scan import Reversed, ScanPath, Shifted, build_routes, route_scan
 from vision_ssm.scan.routes import as_paths
 
 
@@ -21,7 +21,7 @@ def quasi_separable_scan(
     dbc: Tensor,
     A: Tensor,
     D: Tensor,
-    paths: Sequence[Path],
+    paths: Sequence[ScanPath],
     *,
     dt_weight: Tensor | None = None,
     dt_bias: Tensor | None = None,
@@ -64,14 +64,14 @@ def quasi_separable_scan(
         The mixed map, (B, H, W, C), in the dtype of ``x``; under autocast in that of ``D``, float32 or that of ``x``.
 
     Raises:
-        TypeError: If ``paths`` is no sequence of paths.
+        TypeError: If ``paths`` is not a sequence of paths.
         ValueError: If shapes do not fit.
     """
     paths = as_paths(paths)
     batch, height, width, channels = check_map(x).shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)  # asking for "meta" is an error
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch raises an error for "meta"
     backward = [Reversed(path) for path in paths]
     directed = [*paths, *backward] if aligned else [Shifted(path) for path in (*paths, *backward)]
     rank = 0 if dt_weight is None else dt_weight.shape[1]

@@ -30,7 +30,7 @@ class Connections:
         reads: For every layer the maps it reads next to its own input, in order; none for a normal layer.
 
     Raises:
-        ValueError: If there is no layer, or one reads a map that is not there yet, or one map twice.
+        ValueError: If there are no layers, or a layer reads a later map, or one map twice.
     """
 
     reads: tuple[tuple[int, ...], ...]
@@ -91,7 +91,7 @@ def sparx_connections(
         start: First layer that may be a ganglion layer; ``None`` for no ganglion layer at all.
         window: Number of earlier ganglion layers that one reads, M in the paper; ``None`` for all.
         stage_input: Whether there is a stage input to read; published models have none in their first stage.
-        cross_stage: Take the stage's input for a ganglion layer's map, so that later ganglion layers read it too,
+        cross_stage: Treat the stage's input as a ganglion layer's map, so that later ganglion layers read it too,
             within the window. No published model does.
         dense: Read all earlier normal layers, not only those since the last ganglion layer.
 
@@ -245,7 +245,7 @@ class DMCA(nn.Module):
         self.join_proj = nn.Conv2d(3 * dim, out_dim - self.missing, 1, groups=3, **dd)
 
     def forward(self, x: Tensor, shortcut: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-        """Aggregate a layer's normalised map, (B, H, W, dim), and the earlier maps, to (B, H, W, out_dim)."""
+        """Aggregate a layer's normalized map, (B, H, W, dim), and the earlier maps, to (B, H, W, out_dim)."""
         s = self.norm(torch.cat(shortcut, -1))
         s = self.act(self.conv_norm(self.conv(s.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
         k, v = self.kv_act(self.kv(s)).chunk(2, dim=-1)  # GELU also after the projection

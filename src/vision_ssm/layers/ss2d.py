@@ -15,7 +15,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from vision_ssm.layers.conv import conv_act
-from vision_ssm.scan import CROSS_SCAN, Path, build_routes, route_scan
+from vision_ssm.scan import CROSS_SCAN, ScanPath, build_routes, route_scan
 from vision_ssm.scan.routes import as_paths
 
 
@@ -33,10 +33,10 @@ def decay_rates(A_log: Tensor) -> Tensor:
 
 
 def check_map(x: Tensor, channels: int | None = None) -> Tensor:
-    """Return ``x`` if it is a map, (B, H, W, C), of so many channels; one leaf of an FX graph.
+    """Return ``x`` if it is a map, (B, H, W, C), with that many channels; one leaf of an FX graph.
 
     Raises:
-        TypeError: If it is no tensor.
+        TypeError: If ``x`` is not a tensor.
         ValueError: If its shape does not fit.
     """
     wanted = f"(batch, height, width, {channels or 'channels'})"
@@ -55,7 +55,7 @@ def scan_map(
     D: Tensor | None,
     dt_weight: Tensor,
     dt_bias: Tensor,
-    paths: Sequence[Path],
+    paths: Sequence[ScanPath],
 ) -> Tensor:
     """Run the scan on a map along ``paths``; one leaf of an FX graph.
 
@@ -70,13 +70,13 @@ def scan_map(
 
     Returns:
         The sum over routes, (B, H, W, C), in the dtype of ``x``. Under autocast in float32, which the
-        published kernels hand to the norm that follows, unless the parameters, and so the norm's, are of another dtype.
+        published kernels pass to the norm that follows, unless the parameters, and so the norm's, are of another dtype.
     """
     batch, height, width, channels = check_map(x).shape
     features = dt_weight.shape[1] + 2 * A.shape[2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)  # asking for "meta" is an error
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch raises an error for "meta"
     y = route_scan(
         x.reshape(batch, height * width, channels),
         dbc.reshape(batch, height * width, dbc.shape[-1] // features, features),
@@ -119,7 +119,7 @@ class SS2D(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        TypeError: If ``paths`` is no sequence of paths.
+        TypeError: If ``paths`` is not a sequence of paths.
         ValueError: If a size is out of range.
     """
 
@@ -136,7 +136,7 @@ class SS2D(nn.Module):
         gated: bool = False,
         project_in: bool = True,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        paths: Sequence[Path] = CROSS_SCAN,
+        paths: Sequence[ScanPath] = CROSS_SCAN,
         drop: float = 0.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,

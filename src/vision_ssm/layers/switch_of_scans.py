@@ -1,6 +1,6 @@
 """Switch of Scans: every image takes the scan paths that a router chooses for it.
 
-Source: the name and purpose stand in the abstract of MambaMixer's second version (arXiv 2403.19888v2): "dynamically
+Source: the name and purpose are from the abstract of MambaMixer's second version (arXiv 2403.19888v2): "dynamically
 uses a set of useful image scans to traverse image patches". Its definition was not available; router, choice and
 balance term are ours, after the usual sparse mixture of experts.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_ssm.scan import COLUMNS, ROWS, AntiDiagonal, Diagonal, Path
+from vision_ssm.scan import COLUMNS, ROWS, AntiDiagonal, Diagonal, ScanPath
 from vision_ssm.scan.routes import as_paths
 
-SCAN_POOL: tuple[Path, ...] = (ROWS, COLUMNS, AntiDiagonal(), Diagonal())
+SCAN_POOL: tuple[ScanPath, ...] = (ROWS, COLUMNS, AntiDiagonal(), Diagonal())
 """Rows, columns and both diagonals; each is walked in both directions."""
 
 
@@ -35,13 +35,13 @@ class SwitchOfScans(nn.Module):
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If the pool is empty or ``k`` not between 1 and its size.
+        ValueError: If the pool is empty, or ``k`` is not between 1 and its size.
     """
 
     def __init__(
         self,
         dim: int,
-        paths: Sequence[Path] = SCAN_POOL,
+        paths: Sequence[ScanPath] = SCAN_POOL,
         k: int = 2,
         *,
         device: torch.device | None = None,

@@ -1,4 +1,4 @@
-"""What the backbones share: timm's interface over a stem, stages, a norm and a head."""
+"""The base class of all backbones: timm's interface over a stem, stages, a norm and a head."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Stage(nn.Module):
 
     Args:
         blocks: The blocks, each of one argument.
-        downsample: What the stage begins with; in the first stage nothing.
-        norm: What the stage ends with; nothing in most models.
+        downsample: First module of the stage; ``None`` in the first stage.
+        norm: Last module of the stage; ``None`` in most models.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Stage(nn.Module):
 
 
 def check_options(dims: Sequence[int], depths: Sequence[int], in_chans: int, drop_path_rate: float) -> None:
-    """Check options that all backbones have.
+    """Check the options that all backbones share.
 
     Raises:
         ValueError: If one is out of range.
@@ -62,26 +62,32 @@ def _check_num_classes(num_classes: int) -> None:
 class Backbone(nn.Module):
     """Stem, stages, norm and classifier with timm's interface; maps are (B, H, W, C) inside.
 
-    A stage is any module with a flag ``grad_checkpointing``; its output is the stage's map.
+    The constructor of a family takes its own options and these, which all families have:
+
+    - ``in_chans``, ``num_classes``, ``global_pool``, ``dims``, ``drop_rate``, ``output_stride``, ``device`` and
+      ``dtype``, as below;
+    - ``depths``: number of blocks in each stage;
+    - ``drop_path_rate``: largest stochastic depth rate; it grows linearly over the blocks;
+    - ``feature_norm``: a LayerNorm for the map of every stage in ``forward_intermediates`` and ``features_only``, as
+      published detection and segmentation backbones have.
 
     Args:
         stem: Images, (B, in_chans, H, W), to maps, (B, H', W', dims[0]).
-        stages: One module per stage, (B, H, W, C) to (B, H', W', C').
-        dims: Channels of each stage.
-        stem_stride: Stride of the stem; every further stage halves.
-        in_chans: Channels of the image.
-        num_classes: Outputs of the classifier; 0 for none.
+        stages: One module per stage, (B, H, W, C) to (B, H', W', C'), with a flag ``grad_checkpointing``.
+        dims: Number of channels in each stage.
+        stem_stride: Stride of the stem; every further stage halves the map.
+        in_chans: Number of image channels.
+        num_classes: Number of outputs of the classifier; 0 for none.
         global_pool: timm's pooling type; ``""`` for none.
         norm: Between the last map and the pooling.
-        feature_norms: One norm per stage for ``forward_intermediates`` and ``features_only``, as published detection
-            and segmentation backbones have.
-        drop_rate: Dropout before the classifier.
-        output_stride: Only the network's own stride, for libraries that pass it.
+        feature_norms: The norms of ``feature_norm``, one per stage.
+        drop_rate: Dropout rate before the classifier.
+        output_stride: Accepted for libraries that pass it; only the network's own stride is allowed.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: If ``output_stride`` is another one, or ``num_classes`` negative.
+        ValueError: If ``output_stride`` is not the network's own, or ``num_classes`` is negative.
     """
 
     def __init__(
@@ -130,20 +136,20 @@ class Backbone(nn.Module):
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def __prepare_scriptable__(self) -> None:
-        # torch.jit.script calls it first, also for a model inside of another; its own error would be pages long.
+        # torch.jit.script calls this first, also for nested models; its own error would be pages long.
         raise NotImplementedError(
             f"torch.jit.script cannot compile {type(self).__name__}; use torch.export or torch.compile"
         )
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay must spare."""
+        """Return the names of the parameters to exclude from weight decay."""
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in ("A_log", "D", "dt_bias")}
 
     def published_no_weight_decay(self) -> set[str]:
-        """Return the names of all parameters that the published training does not decay.
+        """Return the names of all parameters that the published training excludes from weight decay.
 
         That is what has one dimension in the published layout, or a name that ends in ``.bias``. It decays A and the
-        bias of the step size, which :meth:`no_weight_decay` spares.
+        bias of the step size, which :meth:`no_weight_decay` excludes.
         """
         return {
             name
@@ -175,7 +181,7 @@ class Backbone(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, and the pooling where one is named."""
+        """Replace the classifier, and the pooling if ``global_pool`` is given."""
         _check_num_classes(num_classes)
         self.num_classes = num_classes
         parameter = next(self.parameters())
@@ -185,14 +191,14 @@ class Backbone(nn.Module):
         if global_pool is not None:
             self.global_pool = global_pool
 
-    def normalise_map(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+    def normalize_map(self, x: Tensor, stage: int, norm: bool) -> Tensor:
         """Return a stage's map, (B, H, W, C), as :meth:`forward_intermediates` gives it."""
         if self.feature_norms is not None:
             return self.feature_norms[stage](x)
         return self.norm(x) if norm and stage == len(self.stages) - 1 else x
 
     def run_stages(self, x: Tensor, stages: Iterable[nn.Module]) -> list[Tensor]:
-        """Return the map after each of the stages, from that of the stem."""
+        """Return the map after each of the stages, given the output of the stem."""
         maps = []
         for stage in stages:
             x = stage(x)
@@ -214,7 +220,7 @@ class Backbone(nn.Module):
             x: Images, (B, in_chans, H, W).
             indices: Which stages: the last n, a list, or all.
             norm: Apply the final norm to the last stage's map. With ``feature_norm`` every map has its own.
-            stop_early: Leave out stages after the last one asked for.
+            stop_early: Skip the stages after the last requested one.
             output_fmt: ``"NCHW"`` or ``"NHWC"``.
             intermediates_only: Return the maps alone.
 
@@ -233,7 +239,7 @@ class Backbone(nn.Module):
         maps = []
         for i, y in enumerate(run):
             if i in take:
-                y = self.normalise_map(y, i, norm)
+                y = self.normalize_map(y, i, norm)
                 maps.append(y.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else y)
         if intermediates_only:
             return maps
@@ -259,7 +265,7 @@ class Backbone(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised map of the last stage, (B, H', W', num_features), from (B, in_chans, H, W)."""
+        """Return the normalized map of the last stage, (B, H', W', num_features), from (B, in_chans, H, W)."""
         return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -284,13 +290,13 @@ def stem_strides(stride: int) -> tuple[int, int]:
 
 
 def conv2d(in_dim: int, dim: int, size: int = 3, stride: int = 1, bias: bool = True, **dd: Any) -> nn.Conv2d:
-    """Return a dense convolution of a map whose channels lie last, padded by half of its side."""
+    """Return a dense convolution, padded by half of its kernel size."""
     return nn.Conv2d(in_dim, dim, size, stride=stride, padding=size // 2, bias=bias, **dd)
 
 
 def init_weights(module: nn.Module, name: str) -> None:
-    """Initialise as VMamba does: linear layers truncated normal 0.02, the scan as Mamba, the rest as torch does."""
-    # x_proj keeps torch's default: in the published models it is no Linear, so their initialisation passes it by.
+    """Initialize as VMamba does: linear layers truncated normal 0.02, the scan as Mamba, the rest as torch does."""
+    # x_proj keeps torch's default: in the published models it is not a Linear, so their initialization skips it.
     if isinstance(module, nn.Linear) and not name.endswith("x_proj"):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -305,7 +311,7 @@ def make_cfg(url: str = "", top1: str = "", **more: Any) -> dict[str, Any]:
     Args:
         url: Address at which the authors published weights.
         top1: Published ImageNet accuracy of those weights.
-        **more: Further entries, and others than the usual ones.
+        **more: Further entries, or replacements of the defaults.
     """
     return {
         "url": url,

@@ -7,6 +7,7 @@ Variants follow the published weights. Their S is narrower than the paper's tabl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class ConvBranch(nn.Module):
 
 
 class ChannelGate(nn.Module):
-    """Scale the channels of a map, (B, H, W, C), by two linear layers on the mean of its normalised tokens.
+    """Scale the channels of a map, (B, H, W, C), by two linear layers on the mean of its normalized tokens.
 
     With a LayerNorm it is the gate of EVSS, where the paper has squeeze-and-excitation; without a norm it is that.
     """
@@ -113,7 +114,7 @@ class ChannelGate(nn.Module):
 
 
 class EVSSBlock(nn.Module):
-    """A scan and a convolution of the same normalised map, gated and added; then an MLP where there is one.
+    """A scan and a convolution of the same normalized map, gated and added; then an MLP where there is one.
 
     Source: section 4.2 and figure 3 of the paper. The published model has one gate for both branches, applied to each,
     and one decision of stochastic depth for their sum.
@@ -197,23 +198,13 @@ class EfficientVMamba(Backbone):
 
     The first two stages are of EVSS blocks, all later ones of inverted residuals.
 
+    Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
+
     Args:
-        in_chans: Channels of the image.
-        num_classes: Outputs of the classifier; 0 for none.
-        global_pool: timm's pooling type; ``""`` for none.
-        dims: Channels of each stage.
-        depths: Blocks of each stage.
         stem_stride: Side and stride of the stem's patches: 4 as published, 2 for small images.
         d_state: States per channel.
         ssm_ratio: Inner channels of the scan per channel.
         mlp_ratio: Hidden channels per channel of an MLP in every EVSS block; 0 for none, as published.
-        feature_norm: Give every stage a LayerNorm for ``forward_intermediates`` and ``features_only``, as the published
-            detection backbone has.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Largest stochastic depth rate; it grows linearly over the blocks.
-        output_stride: Only the network's own stride, for libraries that pass it.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an option is out of range.
@@ -280,19 +271,14 @@ def _init_weights(module: nn.Module, name: str) -> None:
         init_weights(module, name)
 
 
-def _cfg(*args: str, **more: Any) -> dict[str, Any]:
-    return make_cfg(
-        *args,
-        **{
-            "license": "apache-2.0",
-            "paper_ids": "arXiv:2403.09977",
-            "paper_name": "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba",
-            "origin_url": "https://github.com/TerryPei/EfficientVMamba",
-            "first_conv": "stem.conv",
-            **more,
-        },
-    )
-
+_cfg = partial(
+    make_cfg,
+    license="apache-2.0",
+    paper_ids="arXiv:2403.09977",
+    paper_name="EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba",
+    origin_url="https://github.com/TerryPei/EfficientVMamba",
+    first_conv="stem.conv",
+)
 
 _RELEASE = "https://huggingface.co/TerryPei/EfficientVMamba-{}/resolve/main/efficient_vmamba_{}.ckpt"
 

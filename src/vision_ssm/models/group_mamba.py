@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,10 @@ __all__ = ["GroupMamba"]
 # reversed rows, columns, reversed columns.
 _PATHS = CROSS_SCAN
 _GROUPS = len(_PATHS)
-# The published model has two: blocks, stages and the class block normalise with this one, all else with torch's 1e-5.
+# The published model has two: blocks, stages and the class block normalize with this one, all else with torch's 1e-5.
 _EPS = 1e-6
 
-torch.fx.wrap("scan_map")  # FX wants to know it in every module that calls it
+torch.fx.wrap("scan_map")  # FX needs this in every module that calls it
 
 
 class Stem(nn.Module):
@@ -77,7 +78,7 @@ class GroupLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim, **dd))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise a map."""
+        """Normalize a map."""
         # Groups of channels of single tokens: GroupNorm computes the same, but slower.
         width = self.weight.shape[0] // _GROUPS
         y = F.layer_norm(x.unflatten(-1, (_GROUPS, width)), (width,)).flatten(-2)
@@ -172,7 +173,7 @@ class GroupMambaBlock(nn.Module):
 class ClassBlock(nn.Module):
     """A mixer and an MLP on the pooled token, (B, C), as on a map of one token.
 
-    Not in the paper. On one token the scan has no state before it and the convolution only its centre, so that
+    Not in the paper. On one token the scan has no state before it and the convolution only its center, so that
     ``A_log`` and the other taps of ``mixer.ss2d`` have no effect and a gradient of zero.
     """
 
@@ -220,7 +221,7 @@ class GroupMambaHead(ClassifierHead):
         return nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
     def reset(self, num_classes: int, pool_type: str | None = None, **options: Any) -> None:
-        """Replace the classifiers, and the pooling where one is named."""
+        """Replace the classifiers, and the pooling if ``pool_type`` is given."""
         super().reset(num_classes, pool_type, **options)
         self._check_pooling()
         if self.fc_dist is not None:
@@ -246,28 +247,22 @@ class GroupMambaHead(ClassifierHead):
 class GroupMamba(Backbone):
     """GroupMamba backbone and classifier, with timm's interface. Images of any height and width.
 
-    The maps of all stages but the last come out normalised, as the next stage reads them. The last norm belongs to the
+    The maps of all stages but the last come out normalized, as the next stage reads them. The last norm belongs to the
     head, where it follows the pooling.
 
+    Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
+
     Args:
-        in_chans: Channels of the image.
-        num_classes: Outputs of each classifier; 0 for none.
-        global_pool: timm's pooling type that keeps the channels; ``""`` for none.
         dims: Channels of each stage, multiples of 4 from 16.
-        depths: Blocks of each stage.
+        global_pool: A pooling type that keeps the number of channels; ``""`` for none.
         mlp_ratios: Hidden channels of each stage's MLPs per channel; the class block takes the last.
         gate_reduction: Channels per hidden unit of the channel gates: 16 as published. Narrow models need less: a gate
             of two or three ReLU units often starts with all of them at zero, and then never learns.
         stem_dim: Channels inside the stem.
         stem_stride: Stride of the stem: 4 as published, 2 or 1 for small images.
         distilled: Whether there is a second classifier, for distillation; see :meth:`set_distilled_training`.
-        feature_norm: Normalise the last stage's map too in ``forward_intermediates`` and ``features_only``, with the
+        feature_norm: Normalize the last stage's map too in ``forward_intermediates`` and ``features_only``, with the
             head's norm, as published detection and segmentation networks on this backbone do.
-        drop_rate: Dropout before the classifiers.
-        drop_path_rate: Largest stochastic depth rate; it grows linearly over the blocks.
-        output_stride: Only the network's own stride, for libraries that pass it.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an option is out of range.
@@ -353,7 +348,7 @@ class GroupMamba(Backbone):
         """Return the final linear layers: a tuple of two, or one without the second classifier."""
         return self.head.fc if self.head.fc_dist is None else (self.head.fc, self.head.fc_dist)
 
-    def normalise_map(self, x: Tensor, stage: int, norm: bool) -> Tensor:
+    def normalize_map(self, x: Tensor, stage: int, norm: bool) -> Tensor:
         """See :class:`Backbone`."""
         return self.head.norm(x) if self.feature_norm and stage == len(self.feature_info) - 1 else x
 
@@ -371,7 +366,7 @@ class GroupMamba(Backbone):
 
 
 def init_weights(module: nn.Module, name: str) -> None:
-    """Initialise as published."""
+    """Initialize as in the published code."""
     if isinstance(module, nn.Linear) or name.endswith(("in_proj", "gate_proj", "out_proj")):
         trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d) and not name.endswith("x_proj"):  # which keeps torch's default
@@ -383,19 +378,14 @@ def init_weights(module: nn.Module, name: str) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _cfg(*args: str, **more: Any) -> dict[str, Any]:
-    return make_cfg(
-        *args,
-        **{
-            "classifier": ("head.fc", "head.fc_dist"),
-            "license": "unclear: MIT in the metadata, non-commercial in the model cards",
-            "paper_ids": "arXiv:2407.13772",
-            "paper_name": "GroupMamba: Efficient Group-Based Visual State Space Model",
-            "origin_url": "https://github.com/Amshaker/GroupMamba",
-            **more,
-        },
-    )
-
+_cfg = partial(
+    make_cfg,
+    classifier=("head.fc", "head.fc_dist"),
+    license="unclear: MIT in the metadata, non-commercial in the model cards",
+    paper_ids="arXiv:2407.13772",
+    paper_name="GroupMamba: Efficient Group-Based Visual State Space Model",
+    origin_url="https://github.com/Amshaker/GroupMamba",
+)
 
 _HUB = "https://huggingface.co/Abdelrahman-shaker/GroupMamba-"
 

@@ -12,6 +12,7 @@ are chosen to meet its parameter counts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from vision_ssm.layers import (
 )
 from vision_ssm.layers.patches import PatchEmbed, PatchMerging
 from vision_ssm.models.backbone import ATTO, Backbone, check_options, make_cfg
-from vision_ssm.scan import Path
+from vision_ssm.scan import ScanPath
 
 __all__ = ["MambaMixer"]
 
@@ -41,7 +42,7 @@ class MixerStage(nn.Module):
     Args:
         dim: Channels.
         blocks: Token mixers, which return a map and a balance term, and channel mixers, which return a map.
-        downsample: What the stage begins with; in the first stage nothing.
+        downsample: First module of the stage; ``None`` in the first stage.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
@@ -87,12 +88,10 @@ class MambaMixer(Backbone):
 
     Training is random: token mixers draw scan paths, see :class:`vision_ssm.layers.SwitchOfScans`.
 
+    Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
+
     Args:
-        in_chans: Channels of the image.
-        num_classes: Outputs of the classifier; 0 for none.
-        global_pool: timm's pooling type; ``""`` for none.
-        dims: Channels of each stage.
-        depths: Units of each stage.
+        depths: Units of each stage; the stochastic depth rate grows over their mixers.
         stem_stride: Side of the stem's patches: 4 as published, less for small images.
         qs_mixer: QSMixer blocks: token mixers with one decay rate per head, channel mixers without a gate.
         d_state: States of every scan.
@@ -102,12 +101,6 @@ class MambaMixer(Backbone):
         scans: How many of them an image takes.
         aligned: The aligned form of the quasi-separable scan instead of the shift form.
         aux_loss_weight: Factor in ``aux_loss``.
-        feature_norm: Give every stage a LayerNorm for ``forward_intermediates`` and ``features_only``.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Largest stochastic depth rate; it grows linearly over the mixers.
-        output_stride: Only the network's own stride, for libraries that pass it.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an option is out of range.
@@ -125,7 +118,7 @@ class MambaMixer(Backbone):
         d_state: int = 16,
         expand: float = 2.0,
         channel_expand: float = 1.0,
-        paths: Sequence[Path] = SCAN_POOL,
+        paths: Sequence[ScanPath] = SCAN_POOL,
         scans: int = 2,
         aligned: bool = False,
         aux_loss_weight: float = 0.01,
@@ -183,9 +176,9 @@ class MambaMixer(Backbone):
         named_apply(_init_weights, self)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay must spare."""
-        spared = ("scalars", "level_weight", "bc_bias")
-        more = {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in spared}
+        """Return the names of the parameters to exclude from weight decay."""
+        excluded = ("scalars", "level_weight", "bc_bias")
+        more = {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in excluded}
         return super().no_weight_decay() | more
 
     def run_stages(self, x: Tensor, stages: Iterable[nn.Module]) -> list[Tensor]:
@@ -199,17 +192,17 @@ class MambaMixer(Backbone):
             maps.append(x)
             terms += balance
         aux_loss = self.aux_loss_weight * torch.stack(terms).mean() if terms else None
-        # The proxies of an FX trace must not stay behind, nor an exported graph change the module.
+        # Do not keep the proxies of an FX trace, and do not let an exported graph change the module.
         keep = isinstance(aux_loss, Tensor) and not torch.compiler.is_exporting()
         self.aux_loss = aux_loss if keep else None
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the normalised map of the last stage, (B, H', W', num_features), from (B, in_chans, H, W)."""
+        """Return the normalized map of the last stage, (B, H', W', num_features), from (B, in_chans, H, W)."""
         return self.norm(self.run_stages(self.stem(x), self.stages)[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out ``aux_loss``, whose graph can be neither copied nor stored."""
+        """Leave out ``aux_loss``, whose graph cannot be copied or pickled."""
         return self.__dict__ | {"aux_loss": None}
 
 
@@ -222,18 +215,14 @@ def _init_weights(module: nn.Module, name: str) -> None:
         module.reset_parameters()  # after its linear layer
 
 
-def _cfg(**more: Any) -> dict[str, Any]:
-    return make_cfg(
-        **{
-            "first_conv": "stem.proj",
-            "license": "apache-2.0",
-            "paper_ids": "arXiv:2403.19888",
-            "paper_name": "MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection",
-            "origin_url": "https://github.com/MambaMixer/M2",
-            **more,
-        }
-    )
-
+_cfg = partial(
+    make_cfg,
+    first_conv="stem.proj",
+    license="apache-2.0",
+    paper_ids="arXiv:2403.19888",
+    paper_name="MambaMixer: Efficient Selective State Space Models with Dual Token and Channel Selection",
+    origin_url="https://github.com/MambaMixer/M2",
+)
 
 # Neither the authors nor we have published weights.
 default_cfgs = generate_default_cfgs(

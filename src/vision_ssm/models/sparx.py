@@ -21,7 +21,7 @@ from vision_ssm.checkpoints.sparx import convert_sparx
 from vision_ssm.layers import DMCA, SS2D, Connections, GroupNorm1, ResidualConv, sparx_connections
 from vision_ssm.layers.patches import channels_last
 from vision_ssm.models.backbone import ATTO, Backbone, Stage, check_options, conv2d, make_cfg, stem_strides
-from vision_ssm.scan import CROSS_SCAN, Path
+from vision_ssm.scan import CROSS_SCAN, ScanPath
 
 __all__ = ["SparXMamba"]
 
@@ -130,7 +130,7 @@ class SparXBlock(nn.Module):
         mlp_ratio: float = 4.0,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
-        paths: Sequence[Path] = CROSS_SCAN,
+        paths: Sequence[ScanPath] = CROSS_SCAN,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -187,7 +187,7 @@ class ConnectedStage(Stage):
     Args:
         blocks: The blocks; a ganglion layer takes a list of maps as its second argument.
         connections: Which block reads which maps.
-        downsample: What the stage begins with; in the first stage nothing.
+        downsample: First module of the stage; ``None`` in the first stage.
     """
 
     def __init__(
@@ -209,12 +209,10 @@ class SparXMamba(Backbone):
 
     An option that takes one value or a sequence can have one value per stage.
 
+    Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
+
     Args:
-        in_chans: Channels of the image.
-        num_classes: Outputs of the classifier; 0 for none.
-        global_pool: timm's pooling type; ``""`` for none.
         dims: Channels of each stage; divisible by 4 where there are ganglion layers.
-        depths: Blocks of each stage.
         stem_stride: Stride of the stem: 4 as published, 2 or 1 for small images.
         stem_convs: Convolutions of the stem, 2 or 3.
         steps: Distance of the ganglion layers in each stage, S in the paper.
@@ -229,13 +227,6 @@ class SparXMamba(Backbone):
         mlp_ratio: Hidden channels of the MLP per channel.
         layer_scale: First value of the scales on the identity paths; ``None`` for no scales.
         paths: Routes of every scan.
-        feature_norm: Give every stage a LayerNorm for ``forward_intermediates`` and ``features_only``, as the published
-            detection and segmentation backbones have.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Largest stochastic depth rate; it grows linearly over the blocks.
-        output_stride: Only the network's own stride, for libraries that pass it.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an option is out of range.
@@ -261,7 +252,7 @@ class SparXMamba(Backbone):
         ssm_ratio: float | Sequence[float] = 2.0,
         mlp_ratio: float | Sequence[float] = 4.0,
         layer_scale: float | Sequence[float | None] | None = (None, None, 1.0, 1.0),
-        paths: Sequence[Path] = CROSS_SCAN,
+        paths: Sequence[ScanPath] = CROSS_SCAN,
         feature_norm: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -316,12 +307,12 @@ class SparXMamba(Backbone):
         named_apply(_init_weights, self)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay must spare."""
+        """Return the names of the parameters to exclude from weight decay."""
         scales = {name for name, _ in self.named_parameters() if name.endswith("attention.scale")}
         return super().no_weight_decay() | scales
 
     def published_no_weight_decay(self) -> set[str]:
-        """Return the names of all parameters that the published training does not decay.
+        """Return the names of all parameters that the published training excludes from weight decay.
 
         That is what has one dimension in the published layout, or a name that ends in ``.bias``. The published layer
         scales have four dimensions.
@@ -333,7 +324,7 @@ class SparXMamba(Backbone):
 def per_stage(
     depths: Sequence[int], name: str, value: Any, least: int | None = None, optional: bool = False
 ) -> list[Any]:
-    """Return an option's value in every stage; one that is no sequence holds for all.
+    """Return an option's value in every stage; a single value applies to all.
 
     Args:
         depths: Blocks of each stage.
@@ -383,8 +374,8 @@ def stage_connections(
 
 
 def _init_weights(module: nn.Module, name: str) -> None:
-    """Initialise as published: linear layers and convolutions truncated normal 0.02, the scan as Mamba."""
-    # x_proj keeps torch's default: in the published model it is no Linear, so their initialisation passes it by.
+    """Initialize as in the published code: linear layers and convolutions truncated normal 0.02, the scan as Mamba."""
+    # x_proj keeps torch's default: in the published model it is not a Linear, so their initialization skips it.
     if isinstance(module, nn.Linear | nn.Conv2d) and not name.endswith("x_proj"):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -393,19 +384,14 @@ def _init_weights(module: nn.Module, name: str) -> None:
         module.reset_scan_parameters()
 
 
-def _cfg(*args: str, **more: Any) -> dict[str, Any]:
-    return make_cfg(
-        *args,
-        **{
-            "license": "unknown",
-            "paper_ids": "arXiv:2409.09649",
-            "paper_name": "SparX: A Sparse Cross-Layer Connection Mechanism for Hierarchical Vision Mamba and "
-            "Transformer Networks",
-            "origin_url": "https://github.com/LMMMEng/SparX",
-            **more,
-        },
-    )
-
+_cfg = partial(
+    make_cfg,
+    license="unknown",
+    paper_ids="arXiv:2409.09649",
+    paper_name="SparX: A Sparse Cross-Layer Connection Mechanism for Hierarchical Vision Mamba and "
+    "Transformer Networks",
+    origin_url="https://github.com/LMMMEng/SparX",
+)
 
 _RELEASE = "https://github.com/LMMMEng/SparX/releases/download/v1/"
 

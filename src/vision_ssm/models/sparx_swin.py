@@ -9,6 +9,7 @@ ganglion layers and windows of the variants here are our choice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def _position_bias(table: Tensor, size: int, h: int, w: int) -> Tensor:
 
 
 def _regions(place: Tensor, length: int, side: int, shift: int | torch.SymInt) -> Tensor:
-    """Return which places along a rolled axis were neighbours before: 0 and 1 were, 2 came from the other border."""
+    """Return which places along a rolled axis were neighbors before: 0 and 1 were, 2 came from the other border."""
     return (place >= length - side).int() + (place >= length - shift).int()
 
 
@@ -121,7 +122,7 @@ def _attend_by_index(qkv: Tensor, table: Tensor, height: int, width: int, size: 
     """
     rows, columns = (height + size - 1) // size, (width + size - 1) // size
     heads, area = table.shape[1], size * size
-    # shifted along an axis where there are several windows
+    # shifted along an axis only if it has several windows
     down, right = size // 2 * (1 - 1 // rows), size // 2 * (1 - 1 // columns)
     if not shifted:
         down = right = 0
@@ -258,10 +259,9 @@ class SparXSwin(Backbone):
     Without ganglion layers (``starts=None``) and with Swin's widths it is Swin. An option that takes one value or a
     sequence can have one value per stage.
 
+    Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
+
     Args:
-        in_chans: Channels of the image.
-        num_classes: Outputs of the classifier; 0 for none.
-        global_pool: timm's pooling type; ``""`` for none.
         dims: Channels of each stage; divisible by 4 where there are ganglion layers.
         depths: Blocks of each stage; every other one shifts its windows.
         num_heads: Heads of each stage.
@@ -272,13 +272,6 @@ class SparXSwin(Backbone):
         windows: Number of earlier ganglion layers that one reads, M in the paper; ``None`` for all.
         reductions: Factor by which the aggregator's queries and keys are smaller than the map.
         mlp_ratio: Hidden channels of the MLP per channel.
-        feature_norm: Give every stage a LayerNorm for ``forward_intermediates`` and ``features_only``, as Swin's
-            detection and segmentation backbones have.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Largest stochastic depth rate; it grows linearly over the blocks.
-        output_stride: Only the network's own stride, for libraries that pass it.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an option is out of range.
@@ -346,38 +339,34 @@ class SparXSwin(Backbone):
         named_apply(_init_weights, self)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters that weight decay must spare: the position biases, as in Swin."""
+        """Return the names of the parameters to exclude from weight decay: the position biases, as in Swin."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
     def published_no_weight_decay(self) -> set[str]:
-        """Return the names of all parameters that the published training of Swin does not decay."""
+        """Return the names of all parameters that the published training of Swin excludes from weight decay."""
         return super().published_no_weight_decay() | self.no_weight_decay()
 
 
 def _init_weights(module: nn.Module, name: str) -> None:
-    """Initialise as published: Swin's linear layers, and all of SparX's aggregator, truncated normal 0.02."""
+    """Initialize as published: Swin's linear layers, and all of SparX's aggregator, truncated normal 0.02."""
     if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and ".dmca." in name):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-def _cfg(**more: Any) -> dict[str, Any]:
-    return make_cfg(
-        **{
-            "license": "apache-2.0",
-            "paper_ids": "arXiv:2409.09649",
-            "paper_name": "SparX: A Sparse Cross-Layer Connection Mechanism for Hierarchical Vision Mamba and "
-            "Transformer Networks",
-            "origin_url": "https://github.com/LMMMEng/SparX",
-            "crop_pct": 0.9,
-            "first_conv": "stem.proj",
-            **more,
-        },
-    )
+_cfg = partial(
+    make_cfg,
+    license="apache-2.0",
+    paper_ids="arXiv:2409.09649",
+    paper_name="SparX: A Sparse Cross-Layer Connection Mechanism for Hierarchical Vision Mamba and "
+    "Transformer Networks",
+    origin_url="https://github.com/LMMMEng/SparX",
+    crop_pct=0.9,
+    first_conv="stem.proj",
+)
 
-
-# No weights were published; ours have the licence of this package.
+# No weights were published; ours have the license of this package.
 default_cfgs = generate_default_cfgs(
     {
         "sparx_swin_tiny.untrained": _cfg(),

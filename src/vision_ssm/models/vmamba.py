@@ -7,6 +7,7 @@ Variants follow the published final models (no gate, one state per channel).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from vision_ssm.models.backbone import (
     make_cfg,
     stem_strides,
 )
-from vision_ssm.scan import CROSS_SCAN, Path
+from vision_ssm.scan import CROSS_SCAN, ScanPath
 
 __all__ = ["VMamba"]
 
@@ -70,24 +71,14 @@ class Downsample(nn.Module):
 class VMamba(Backbone):
     """VMamba backbone and classifier, with timm's interface. Images of any height and width.
 
+    Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
+
     Args:
-        in_chans: Channels of the image.
-        num_classes: Outputs of the classifier; 0 for none.
-        global_pool: timm's pooling type; ``""`` for none.
-        dims: Channels of each stage.
-        depths: Blocks of each stage.
         stem_stride: Stride of the stem: 4 as published, 2 or 1 for small images.
         d_state: States per channel.
         ssm_ratio: Inner channels of SS2D per channel.
         mlp_ratio: Hidden channels of the MLP per channel.
         paths: Routes of every scan.
-        feature_norm: Give every stage a LayerNorm for ``forward_intermediates`` and ``features_only``, as the published
-            detection and segmentation backbones have.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Largest stochastic depth rate; it grows linearly over the blocks.
-        output_stride: Only the network's own stride, for libraries that pass it.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an option is out of range.
@@ -104,7 +95,7 @@ class VMamba(Backbone):
         d_state: int = 1,
         ssm_ratio: float = 1.0,
         mlp_ratio: float = 4.0,
-        paths: Sequence[Path] = CROSS_SCAN,
+        paths: Sequence[ScanPath] = CROSS_SCAN,
         feature_norm: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -140,18 +131,13 @@ class VMamba(Backbone):
         named_apply(init_weights, self)
 
 
-def _cfg(*args: str, **more: Any) -> dict[str, Any]:
-    return make_cfg(
-        *args,
-        **{
-            "license": "mit",
-            "paper_ids": "arXiv:2401.10166",
-            "paper_name": "VMamba: Visual State Space Model",
-            "origin_url": "https://github.com/MzeroMiko/VMamba",
-            **more,
-        },
-    )
-
+_cfg = partial(
+    make_cfg,
+    license="mit",
+    paper_ids="arXiv:2401.10166",
+    paper_name="VMamba: Visual State Space Model",
+    origin_url="https://github.com/MzeroMiko/VMamba",
+)
 
 _RELEASE = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/"
 

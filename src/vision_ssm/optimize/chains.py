@@ -1,4 +1,4 @@
-"""Which norm and which activation follow a layer, found by tracing what modules do with their children."""
+"""Find the batch norm and the activation that follow each layer, by tracing modules with their children as leaves."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vision_ssm.optimize.packed import activation_of, can_be_packed, own_forward
 
 _logger = logging.getLogger(__name__)
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
-# Whose modules are known to do in their forward passes what tracing them shows.
+# Libraries whose modules do in their forward passes what a trace shows.
 _KNOWN = ("torch", "timm", "torchvision", "vision_ssm")
 _METHODS = ("forward", "forward_features", "forward_intermediates")
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Names of a layer, and of the batch norm and the activation that take its output, and nothing else does."""
+    """Names of a layer, and of the batch norm and the activation that are the only users of its output."""
 
     layer: str
     norm: str | None
@@ -41,18 +41,18 @@ def find_chains(model: nn.Module) -> list[Chain]:
     """Return all chains of a model in evaluation mode.
 
     A module counts only if it has one name, is called once in all, and has no hooks. A chain counts only in modules
-    of well-known libraries, ``nn.Sequential`` among them, and below parents that are such too or can be traced: what
-    any other code calls is not known.
+    of known libraries, including ``nn.Sequential``, whose parents are also of these libraries or can be traced:
+    other code may call them in unknown ways.
     """
     if hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks:
         return []
-    # Tracing runs anybody's code with values that it may keep: in a copy that is thrown away, with the same weights.
+    # Tracing runs arbitrary code with proxies that it may keep: use a temporary copy that shares the weights.
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, shared)
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     graphs: list[tuple[str, fx.Graph]] = []
     further: list[tuple[str, fx.Graph]] = []
-    closed: list[str] = []  # below these nothing is known
+    closed: list[str] = []  # nothing below these modules is used
     apart: set[str] = set()  # in these, another method than the forward pass could not be traced
     for name, module in model.named_modules():
         if not any(True for _ in module.children()):
@@ -106,7 +106,7 @@ def _below(name: str, closed: list[str]) -> bool:
 
 
 def _outline(module: nn.Module, method: str) -> fx.Graph | None:
-    """Return what a module does with its children; ``None`` where that depends on more than their outputs."""
+    """Return the graph of a module over its children; ``None`` if it cannot be traced."""
     if not own_forward(module):
         return None
     tracer = _ChildrenAreLeaves()
@@ -115,7 +115,7 @@ def _outline(module: nn.Module, method: str) -> fx.Graph | None:
         parameters = inspect.signature(getattr(module, method)).parameters.values()
         given = {p.name: p.default for p in parameters if p.default is not p.empty}
         return tracer.trace(module, concrete_args=given)
-    except Exception as error:  # whatever the module's code makes of values that it does not expect
+    except Exception as error:  # the module's code may fail in any way on proxies
         _logger.debug("not traced: %s.%s: %s", type(module).__name__, method, error)
         return None
 

@@ -25,8 +25,8 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module
     have any size and any floating-point dtype, and autocast changes nothing.
 
     The copy keeps the model's class and attributes, so that ``forward_features`` or a ``features_only`` wrapper work on
-    it. It cannot be trained, loaded into or moved. It needs at most twice the memory of the weights: packed ones
-    stand beside the others, from which they are made again after ``copy.deepcopy`` or unpickling. Under
+    it. It cannot be trained, loaded into or moved. It needs at most twice the memory of the weights: the packed ones
+    are kept beside the others, from which they are packed again after ``copy.deepcopy`` or unpickling. Under
     ``torch.compile``, ``torch.export`` and FLOP counters its layers are torch's operators.
 
     Args:
@@ -37,8 +37,8 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module
         The copy, in evaluation mode, without gradients.
 
     Raises:
-        TypeError: If ``model`` is no module, or ``dtype`` none of the two.
-        ValueError: If a parameter or buffer is not on a CPU, or the model is an optimized copy already.
+        TypeError: If ``model`` is not a module, or ``dtype`` is not one of these.
+        ValueError: If a parameter or buffer is not on a CPU, or the model is already an optimized copy.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -47,7 +47,7 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module
     if dtype not in (None, *DTYPES):
         raise TypeError(f"dtype must be {' or '.join(map(str, DTYPES))} or None, got {dtype}")
     if any(isinstance(module, Frozen) for module in model.modules()):
-        raise ValueError("the model is an optimized copy already; optimize the model that it was made of")
+        raise ValueError("the model is already an optimized copy; optimize the original model instead")
     elsewhere = {str(t.device) for t in (*model.parameters(), *model.buffers()) if t.device.type != "cpu"}
     if elsewhere:
         raise ValueError(f"the model must be on a CPU, got parameters or buffers on {', '.join(sorted(elsewhere))}")
@@ -68,14 +68,14 @@ def optimize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module
         pack(layer, activation_of(act) or ("none", "none"))
         if name:
             _replace(copied, name)
-    if not isinstance(copied, Frozen | torch.fx.GraphModule):  # each of the latter has a class of its own
+    if not isinstance(copied, Frozen | torch.fx.GraphModule):  # every GraphModule has its own class
         kind: Any = type(copied)
         copied.__class__ = frozen(kind)
     return copied
 
 
 class _Known:
-    """What a method without arguments returned, to be returned again."""
+    """Replaces a method without arguments by its result."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -89,7 +89,7 @@ def _fix_scan_parameters(model: nn.Module, dtype: torch.dtype | None) -> None:
     modules: list[Any] = [module for module in model.modules() if isinstance(module, scanning)]
     for module in modules:
         found = module.scan_parameters()
-        of_model = dtype or module.D.dtype  # D keeps it, and tells by it under autocast which dtype the norms take
+        of_model = dtype or module.D.dtype  # D keeps it: under autocast it decides the dtype of the norms
         if isinstance(found, dict):
             fixed = {name: _fixed(value) for name, value in found.items()}
             module.scan_parameters = _Known(fixed | {"D": fixed["D"].to(of_model)})

@@ -1,7 +1,7 @@
 """Linear layers and convolutions on oneDNN's fused products, with weights packed for them.
 
-torch has these products for its compiler; they know no gradient. A packed layer keeps its weight, from which the packed
-form can be made again, and stands under the same name and in the same place as the layer that it was made of.
+torch has these products for its compiler; they have no gradient. A packed layer keeps its weight, from which the packed
+form can be made again, and replaces the original layer under the same name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def serves(dtype: torch.dtype) -> bool:
 
 
 def own_forward(module: nn.Module) -> bool:
-    """Return whether nobody has put another ``forward`` in place of the class's."""
+    """Return whether ``forward`` is the one of the class, not replaced on the instance."""
     return "forward" not in module.__dict__
 
 
@@ -43,10 +43,10 @@ def activation_of(module: nn.Module | None) -> tuple[str, str] | None:
 
 
 class Frozen(nn.Module):
-    """What all of an optimized copy have in common: no training, no other weights, device or dtype."""
+    """Base of an optimized copy and its layers: no training, no change of weights, device or dtype."""
 
     def __init_subclass__(cls) -> None:
-        """Let classes that keep a register of their subclasses not know of frozen ones."""
+        """Skip the hooks of base classes, which may register their subclasses."""
 
     def train(self, mode: bool = True) -> Frozen:
         """Stay in evaluation mode.
@@ -80,7 +80,7 @@ class Frozen(nn.Module):
         for tensor in {(t.device, t.dtype): t for t in (*self.parameters(), *self.buffers())}.values():
             try:
                 moved = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
-            except (RuntimeError, AssertionError):  # a device that is not there
+            except (RuntimeError, AssertionError):  # a device that does not exist here
                 raise _refusal("move to another device") from None
             if (moved.device, moved.dtype) != (tensor.device, tensor.dtype):
                 to = moved.device if moved.device != tensor.device else moved.dtype
@@ -97,7 +97,7 @@ def _refusal(what: str) -> RuntimeError:
 
 @cache
 def frozen(kind: Any) -> Any:
-    """Return a subclass with what :class:`Frozen` adds, which pickles by the class it is made of."""
+    """Return a subclass that adds :class:`Frozen`; its instances pickle by the original class."""
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         return _empty, (kind,), super(made, self).__reduce_ex__(2)[2]
@@ -133,15 +133,15 @@ class _Packed(Frozen):
         source = self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
         if self.packed is None or source != self.packed_from:
             packed = self._pack(self.weight.detach().contiguous(), x)
-            # Padded to whole blocks, a narrow layer's could take more memory than it saves time.
+            # Padded to whole blocks, the weight of a narrow layer could take too much memory for what it saves.
             self.packed = packed if torch.ops.mkldnn._nbytes(packed) <= self.weight.nbytes else self.weight.detach()
             self.packed_from = source
         name, variant = self.activation
         try:
-            # oneDNN's own ReLU makes a zero of NaN.
+            # oneDNN's own ReLU turns NaN into zero.
             y = self._run(x, self.packed, "none" if name == "relu" else name, variant)
         except RuntimeError:
-            self._plain(x)  # says in torch's words what does not fit
+            self._plain(x)  # raises torch's own error for what does not fit
             raise
         return y.relu_() if name == "relu" else y
 
@@ -169,12 +169,12 @@ class _Packed(Frozen):
         return f"{tuple(self.weight.shape)}, activation={self.activation[0]}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is packed: it is made again where it is needed."""
+        """Leave out the packed weight, which is made again when needed."""
         return {**self.__dict__, "packed": None}
 
 
 def _eager(x: Tensor) -> bool:
-    """Return whether no tracer, dispatch mode (such as a FLOP counter), function transform or subclass is watching."""
+    """Return whether no tracer, dispatch mode (such as a FLOP counter), transform or subclass observes the call."""
     return (
         type(x) is Tensor and _get_current_dispatch_mode() is None and not transformed() and not torch.jit.is_tracing()
     )
@@ -210,13 +210,13 @@ class PackedConv2d(_Packed):
         return torch.ops.mkldnn._reorder_convolution_weight(weight, *self.sizes, x.shape)
 
     def _run(self, x: Tensor, weight: Tensor, act: str, variant: str) -> Tensor:
-        # Channels last is the layout that these products are fastest in.
+        # These products are fastest in channels-last layout.
         x = x.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.sizes, act, [], variant)
 
 
 def can_be_packed(layer: nn.Module) -> bool:
-    """Return whether a module is exactly a linear layer or 2-D convolution of torch, whose weight oneDNN serves."""
+    """Return whether a module is exactly torch's linear layer or 2-D convolution, with a weight oneDNN supports."""
     if (
         type(layer) not in (nn.Linear, nn.Conv2d, DilatedConv)
         or type(layer.weight) is not nn.Parameter

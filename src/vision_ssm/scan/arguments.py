@@ -89,10 +89,10 @@ _checked: set[tuple[Any, ...]] = set()
 
 
 def check_arguments(args: ScanArguments) -> None:
-    """Check everything that shapes, dtypes and devices tell.
+    """Check shapes, dtypes and devices.
 
     Raises:
-        TypeError: If a tensor has a dtype the operator does not take.
+        TypeError: If a tensor has a dtype that is not allowed.
         ValueError: If a shape does not fit, naming the argument, what it is and what is allowed.
     """
     if type(args.x) is not Tensor or torch.compiler.is_compiling():  # sizes may be symbolic
@@ -161,7 +161,7 @@ def _check_arguments(args: ScanArguments) -> None:
 
 
 def check_values(args: ScanArguments) -> None:
-    """Check what only the values of ``route_index`` tell (never on a GPU: it would synchronise).
+    """Check the values of ``route_index`` (not on a GPU: it would synchronize).
 
     Raises:
         ValueError: If a route is out of range.

@@ -1,4 +1,4 @@
-"""Which implementation runs: chosen by device, overridable, and told afterwards."""
+"""The implementations of the operator; the device chooses one, unless it is overridden."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Backend:
 
     ``forward`` returns the outputs in the dtype asked for, (B, L, C), and the last state, (B, K', Dk, N).
     ``backward`` takes the gradients of both (the state's may be ``None``) and returns those of all
-    differentiable arguments by name. ``image_group`` tells how many images to process at once, ``available``
-    whether this machine runs it. ``compiled`` tells for a type of device whether it runs there, on float32, bfloat16
-    and float16; a backend without it is made of torch's operators, which take any device and dtype.
+    differentiable arguments by name. ``image_group`` returns how many images to process at once, ``available``
+    whether this machine can run it. ``compiled`` returns whether it runs on a type of device, with float32, bfloat16
+    and float16; a backend without it consists of torch's operators, which take any device and dtype.
     """
 
     name: str
@@ -109,11 +109,11 @@ def available_backends() -> tuple[str, ...]:
 def backend_for(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """Return the name of the backend that a call on ``device`` with tokens of ``dtype`` would use now.
 
-    A backend that does not take the device or dtype gives way to ``"portable"``, and so does one not made of torch's
-    operators inside a function transform or a level of forward-mode differentiation.
+    A backend that does not take the device or dtype is replaced by ``"portable"``, and so is a compiled one inside a
+    function transform or a level of forward-mode differentiation.
 
     Raises:
-        ValueError: If the environment variable ``VISION_SSM_BACKEND`` names no backend of this machine.
+        ValueError: If the environment variable ``VISION_SSM_BACKEND`` is not a backend available here.
     """
     chosen = _override.get()
     if chosen is None and (chosen := os.environ.get(ENVIRONMENT_VARIABLE) or None):
@@ -135,7 +135,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every scan of this thread (or asynchronous task) with one backend.
 
     Raises:
-        ValueError: If ``name`` is no backend of this machine.
+        ValueError: If ``name`` is not a backend available here.
     """
     _check(name, "name")
     token = _override.set(name)

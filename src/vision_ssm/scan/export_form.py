@@ -24,7 +24,7 @@ def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
     """
     from torch._higher_order_ops.scan import scan_op
 
-    if torch.onnx.is_in_onnx_export():  # torch would look for the scan's gradient, and fail for an example of one image
+    if torch.onnx.is_in_onnx_export():  # torch would trace the scan's gradient, and fail for an example of one image
         given = {name: getattr(args, name) for name in (*args.PER_IMAGE, *args.SHARED)}
         args = replace(args, **{name: value.detach() for name, value in given.items() if value is not None})
     batch, tokens = args.x.shape[:2]
@@ -62,7 +62,7 @@ def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
         delta = per_step(pick(args.delta))
     else:
         assert weight is not None
-        # Repeated, not broadcast: a product that broadcasts asks whether there is one image, and bakes the answer in.
+        # Repeated, not broadcast: broadcasting would specialize the graph to one image, or to several.
         weight = weight if args.route_index is not None else weight.repeat(batch, 1, 1, 1)
         delta = per_step(low_rank @ weight)
     if bias is not None:

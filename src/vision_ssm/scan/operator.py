@@ -107,7 +107,7 @@ def route_scan(
         if transformed() or backend_for(x.device, x.dtype) == "reference":
             y, state = _run_plain(args, float_output, return_last_state)
             return (y, state) if return_last_state else y
-        # Spares 0.1 ms in torch's dispatcher, where a profiler would want to see it.
+        # Saves 0.1 ms in torch's dispatcher; a profiler has to see the operator.
         if x.device.type == "cpu" and unobserved(x) and not torch.autograd._profiler_enabled():
             y, state = _run(args, float_output, return_last_state)
             return (y, state) if return_last_state else y
@@ -152,7 +152,7 @@ def _transformed_backward(*values: Any) -> tuple[Tensor, ...]:
 
 
 def _refuse_tangents(values: list[Any]) -> None:
-    # Here, below autograd, a tangent would be lost without a word.
+    # Here, below autograd, a tangent would be dropped silently.
     if forward_mode() and any(isinstance(value, Tensor) and has_tangent(value) for value in values):
         raise NotImplementedError(
             "the operators torch.ops.vision_ssm.* have no forward-mode derivative; call vision_ssm.scan.route_scan, "
@@ -260,7 +260,7 @@ def scan_flops(batch: int, routes: int, steps: int, width: int, states: int, ran
 
 def scan_sizes(*shapes: Any) -> dict[str, Any]:
     """Return the arguments of :func:`scan_flops` from the shapes of the operator's arguments."""
-    of = dict(zip(_NAMES, shapes, strict=False))  # its last two arguments are no tensors
+    of = dict(zip(_NAMES, shapes, strict=False))  # its last two arguments are not tensors
     return dict(
         batch=of["x"][0],
         routes=of["read"][0] if of["route_index"] is None else of["route_index"][1],

@@ -145,7 +145,7 @@ def _unroll(args: ScanArguments) -> _Steps:
     if args.dt_bias is not None:
         raw = raw + _per_step(_of_route(args.dt_bias, route, dtype))
     delta = F.softplus(raw) if args.softplus else raw
-    # Finite, because the step size of padding may be 0, and 0 times infinity is no number.
+    # Finite, because the step size of padding may be 0, and 0 times infinity is NaN.
     A = args.A.clamp(min=-3e38)
     decay = torch.exp(delta.unsqueeze(-1) * _per_step(_of_route(A, route, dtype)))
     drive = (delta * x).unsqueeze(-1) * B.unsqueeze(-2)

@@ -1,7 +1,7 @@
 """Routes through a map of tokens, as data.
 
 A route is a list of token indices: step ``t`` reads token ``read[t]`` and adds its
-output to token ``write[t]``. :class:`Path` describes the order of a route for any
+output to token ``write[t]``. :class:`ScanPath` describes the order of a route for any
 height and width; :class:`Routes` holds the indices of several routes for one size.
 """
 
@@ -29,7 +29,7 @@ def _check_integers(**fields: Any) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class ScanPath:
     """The order in which a route visits the tokens of a (height, width) map.
 
     A path is a value: it compares, hashes and pickles by its class and attributes, dataclass or not. Tokens are
@@ -40,18 +40,18 @@ class Path:
     complete: ClassVar[bool] = False
     """Whether every token of any map is read and written, each once. Backends then need not clear outputs.
 
-    Believed while tracing, where values are not seen; a subclass has to say so itself.
+    Trusted while tracing, where indices have no values to check; not inherited, so a subclass declares it itself.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Let no subclass inherit what it may not keep."""
+        """Reset what a subclass must not inherit: ``complete``, and equality and hash of a dataclass."""
         super().__init_subclass__(**options)
         if "complete" not in cls.__dict__:
             cls.complete = False
         # Inherited from a dataclass or made for one, these would see its fields alone.
         for name in ("__eq__", "__hash__"):
             if cls.__module__ != __name__ and name not in cls.__dict__:
-                setattr(cls, name, getattr(Path, name))
+                setattr(cls, name, getattr(ScanPath, name))
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and _state(self) == _state(other)
@@ -73,54 +73,54 @@ class Path:
 
 
 @dataclass(frozen=True)
-class Rows(Path):
+class Rows(ScanPath):
     """Row by row from the top left, each from left to right."""
 
     complete = True
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        """See :meth:`Path.tokens`."""
+        """See :meth:`ScanPath.tokens`."""
         return torch.arange(height * width, device=device)
 
 
 @dataclass(frozen=True)
-class Snake(Path):
-    """Row by row, every other row backwards, so that neighbouring steps are neighbouring tokens."""
+class Snake(ScanPath):
+    """Row by row, every other row backwards, so that neighboring steps are neighboring tokens."""
 
     complete = True
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        """See :meth:`Path.tokens`."""
+        """See :meth:`ScanPath.tokens`."""
         row, column = _grid(height, width, device)
         return row * width + torch.where(row % 2 == 0, column, width - 1 - column)
 
 
 @dataclass(frozen=True)
-class Diagonal(Path):
+class Diagonal(ScanPath):
     """Diagonals from the top right corner to the bottom left one, each downwards to the right."""
 
     complete = True
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        """See :meth:`Path.tokens`."""
+        """See :meth:`ScanPath.tokens`."""
         row, column = _grid(height, width, device)
         return _sorted_by((row - column + width - 1) * height + row)
 
 
 @dataclass(frozen=True)
-class AntiDiagonal(Path):
+class AntiDiagonal(ScanPath):
     """Anti-diagonals from the top left corner to the bottom right one, each downwards to the left."""
 
     complete = True
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        """See :meth:`Path.tokens`."""
+        """See :meth:`ScanPath.tokens`."""
         row, column = _grid(height, width, device)
         return _sorted_by((row + column) * height + row)
 
 
 @dataclass(frozen=True)
-class Windowed(Path):
+class Windowed(ScanPath):
     """Window by window in row order, row by row inside each window (LocalMamba's local scan).
 
     Windows at the right and bottom border are cut, never padded.
@@ -141,7 +141,7 @@ class Windowed(Path):
             raise ValueError(f"size must be at least 1, got {self.size}")
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        """See :meth:`Path.tokens`."""
+        """See :meth:`ScanPath.tokens`."""
         row, column = _grid(height, width, device)
         size = self.size
         window = (row // size) * ((width + size - 1) // size) + column // size
@@ -149,7 +149,7 @@ class Windowed(Path):
 
 
 @dataclass(frozen=True)
-class SkipSampled(Path):
+class SkipSampled(ScanPath):
     """Every ``step``-th token of every ``step``-th row (EfficientVMamba's atrous scan).
 
     The map counts as padded at the bottom and the right to a multiple of ``step``. Padding tokens
@@ -177,7 +177,7 @@ class SkipSampled(Path):
                 raise ValueError(f"{name} must lie in 0..{self.step - 1} (step - 1), got {value}")
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        """See :meth:`Path.tokens`."""
+        """See :meth:`ScanPath.tokens`."""
         step = self.step
         row, column = _grid((height + step - 1) // step, (width + step - 1) // step, device)
         row, column = row * step + self.row, column * step + self.column
@@ -185,54 +185,54 @@ class SkipSampled(Path):
 
 
 @dataclass(frozen=True)
-class Transposed(Path):
+class Transposed(ScanPath):
     """A path with rows and columns exchanged: ``Transposed(Rows())`` goes column by column."""
 
-    path: Path
+    path: ScanPath
 
     @property
     def complete(self) -> bool:  # type: ignore[override]
-        """See :attr:`Path.complete`."""
+        """See :attr:`ScanPath.complete`."""
         return self.path.complete
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        """See :meth:`Path.tokens`."""
+        """See :meth:`ScanPath.tokens`."""
         tokens = self.path.tokens(width, height, device)
         column = torch.div(tokens, height, rounding_mode="floor")
         return torch.where(tokens >= 0, (tokens - column * height) * width + column, -1)
 
 
 @dataclass(frozen=True)
-class Reversed(Path):
+class Reversed(ScanPath):
     """A path walked from its end to its beginning."""
 
-    path: Path
+    path: ScanPath
 
     @property
     def complete(self) -> bool:  # type: ignore[override]
-        """See :attr:`Path.complete`."""
+        """See :attr:`ScanPath.complete`."""
         return self.path.complete
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        """See :meth:`Path.tokens`."""
+        """See :meth:`ScanPath.tokens`."""
         return self.path.tokens(height, width, device).flip(0)
 
 
 @dataclass(frozen=True)
-class Shifted(Path):
-    """A path whose outputs land one step later: the shift form of a quasi-separable scan.
+class Shifted(ScanPath):
+    """A path whose outputs are written one step later: the shift form of a quasi-separable scan.
 
     Step ``t`` writes to the token that step ``t + 1`` reads; the last output is dropped.
     """
 
-    path: Path
+    path: ScanPath
 
     def tokens(self, height: int, width: int, device: torch.device | None = None) -> Tensor:
-        """See :meth:`Path.tokens`."""
+        """See :meth:`ScanPath.tokens`."""
         return self.path.tokens(height, width, device)
 
     def steps(self, height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """See :meth:`Path.steps`."""
+        """See :meth:`ScanPath.steps`."""
         tokens = self.tokens(height, width, device)
         return tokens, torch.cat([tokens[1:], tokens.new_full((1,), -1)])
 
@@ -240,10 +240,10 @@ class Shifted(Path):
 ROWS = Rows()
 COLUMNS = Transposed(ROWS)
 
-CROSS_SCAN: tuple[Path, ...] = (ROWS, COLUMNS, Reversed(ROWS), Reversed(COLUMNS))
+CROSS_SCAN: tuple[ScanPath, ...] = (ROWS, COLUMNS, Reversed(ROWS), Reversed(COLUMNS))
 """VMamba's four routes, in its order."""
 
-ATROUS_SCAN: tuple[Path, ...] = (
+ATROUS_SCAN: tuple[ScanPath, ...] = (
     SkipSampled(0, 0),
     Transposed(SkipSampled(0, 1)),
     SkipSampled(0, 1),
@@ -261,8 +261,8 @@ class Routes:
             token: its input is zero and the state decays.
         write: Token to which each step's output is added, (K, T); -1 drops the output. ``None``: as ``read``.
         tokens: Number of tokens the indices refer to.
-        complete: Whether every route reads and writes every token, for tracing, where values are not seen;
-            otherwise it is found out.
+        complete: Whether every route reads and writes every token. Used only while tracing, where indices have no
+            values; otherwise it is computed from them.
 
     Raises:
         TypeError: If an index tensor is not an integer tensor.
@@ -318,31 +318,33 @@ class Routes:
         return moved
 
 
-def as_paths(paths: Sequence[Path]) -> tuple[Path, ...]:
+def as_paths(paths: Sequence[ScanPath]) -> tuple[ScanPath, ...]:
     """Return ``paths`` as a tuple.
 
     Raises:
-        TypeError: If it is no sequence of paths.
-        ValueError: If it is empty.
+        TypeError: If ``paths`` is not a sequence of paths.
+        ValueError: If ``paths`` is empty.
     """
     if not isinstance(paths, Sequence):
         raise TypeError(f"paths must be a sequence of paths such as (ROWS, COLUMNS), got {paths!r}")
     for i, path in enumerate(paths):
-        if not isinstance(path, Path):
+        if not isinstance(path, ScanPath):
             raise TypeError(f"paths[{i}] must be a path such as ROWS or Windowed(7), got {path!r}")
     if not paths:
         raise ValueError("paths must name at least one route, got none")
     return tuple(paths)
 
 
-def build_routes(paths: Sequence[Path], height: int, width: int, device: torch.device | str | None = None) -> Routes:
+def build_routes(
+    paths: Sequence[ScanPath], height: int, width: int, device: torch.device | str | None = None
+) -> Routes:
     """Return the indices of ``paths`` on a (height, width) map.
 
-    Results are cached by value, those of latest use, except while tracing (torch.compile, torch.export, fake tensors),
-    where the arithmetic becomes part of the graph and sizes may be symbolic.
+    The most recently used results are cached by value, except while tracing (torch.compile, torch.export, fake
+    tensors), where the arithmetic becomes part of the graph and sizes may be symbolic.
 
     Raises:
-        TypeError: If ``paths`` is no sequence of paths, or a size no integer.
+        TypeError: If ``paths`` is not a sequence of paths, or a size is not an integer.
         ValueError: If the paths differ in their number of steps, or the map is empty.
     """
     device = torch.device(device) if device is not None else torch.device("cpu")
@@ -358,7 +360,7 @@ def build_routes(paths: Sequence[Path], height: int, width: int, device: torch.d
     key = (tuple(paths) if isinstance(paths, Sequence) else paths, height, width, device)
     try:
         found, fixed = _cache.get(key), True
-    except TypeError:  # attributes that may change: built anew each time
+    except TypeError:  # attributes that may change: built again at each call
         found, fixed = None, False
     if found is not None:
         return found
@@ -377,7 +379,7 @@ def _size(name: str, value: Any) -> Any:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
-def _state(path: Path, fixed: bool = False) -> tuple[Any, ...]:
+def _state(path: ScanPath, fixed: bool = False) -> tuple[Any, ...]:
     """Return all attributes, in slots too, as pickle finds them; if ``fixed``, none that could change or hide another.
 
     Raises:
@@ -385,14 +387,14 @@ def _state(path: Path, fixed: bool = False) -> tuple[Any, ...]:
     """
     slots = copyreg._slotnames(type(path))  # type: ignore[attr-defined]
     found = vars(path) | {name: getattr(path, name) for name in slots if hasattr(path, name)}
-    if fixed and not all(issubclass(base, Path) or base is object for base in type(path).__mro__):
+    if fixed and not all(issubclass(base, ScanPath) or base is object for base in type(path).__mro__):
         raise TypeError(f"unhashable path: {type(path).__name__} has other base classes than paths")
     return tuple((name, _typed(name, found[name], fixed)) for name in sorted(found))
 
 
 def _typed(name: str, value: Any, fixed: bool) -> Any:
     """Return a value with its type: 1, 1.0 and True are equal, but not as sizes."""
-    if isinstance(value, Path):
+    if isinstance(value, ScanPath):
         return value
     if type(value) is tuple:
         return tuple([_typed(name, part, fixed) for part in value])
@@ -402,14 +404,14 @@ def _typed(name: str, value: Any, fixed: bool) -> Any:
 
 
 class _Cache:
-    """Routes by their keys, those of latest use in at most ``limit`` bytes; for any number of threads."""
+    """A thread-safe cache of the most recently used routes, at most ``limit`` bytes of them."""
 
-    OVERHEAD = 4096  # more than an entry takes besides its indices
+    OVERHEAD = 4096  # bytes, more than an entry takes beside its indices
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
         self._routes: OrderedDict[Hashable, Routes] = OrderedDict()
-        self._lock = RLock()  # a path's own comparison may ask for routes
+        self._lock = RLock()  # a path's own comparison may build routes
 
     def get(self, key: Hashable) -> Routes | None:
         with self._lock:
@@ -418,7 +420,7 @@ class _Cache:
             return found
 
     def put(self, key: Hashable, routes: Routes) -> Routes:
-        """Keep routes unless they alone are too large; return them, or those that another thread has put there."""
+        """Store routes unless they alone exceed the limit; return them, or those another thread stored first."""
         if (size := self._size(routes)) > self.limit:
             return routes
         with self._lock:
@@ -437,7 +439,7 @@ class _Cache:
 _cache = _Cache(64 * 2**20)
 
 
-def _build(paths: Sequence[Path], height: int, width: int, device: torch.device) -> Routes:
+def _build(paths: Sequence[ScanPath], height: int, width: int, device: torch.device) -> Routes:
     if type(height) is int and type(width) is int and (height < 1 or width < 1):
         raise ValueError(f"height and width must be at least 1, got {height} and {width}")
     steps = [path.steps(height, width, device) for path in paths]

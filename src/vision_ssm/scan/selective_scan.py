@@ -27,14 +27,14 @@ def selective_scan_fn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run Mamba's selective scan over a sequence.
 
-    Sizes: B batch, D channels, L steps, N states, G groups of D / G neighbouring channels.
+    Sizes: B batch, D channels, L steps, N states, G groups of D / G neighboring channels.
 
     Args:
         u: Input, (B, D, L).
         delta: Step sizes, (B, D, L).
         A: Decay rates, (D, N), real.
         B: (B, N, L), (B, G, N, L) with G dividing D, or constant over time (D, N).
-        C: As ``B``; its number of groups may be another.
+        C: Like ``B``; its number of groups may differ.
         D: Skip connection, (D,).
         z: Gate, (B, D, L): the output is multiplied by ``SiLU(z)``.
         delta_bias: Added to the step sizes, (D,).
@@ -46,7 +46,7 @@ def selective_scan_fn(
         A constant ``B`` or ``C`` always runs on the portable backend.
 
     Raises:
-        TypeError: If an argument is no tensor, or complex, or not floating-point.
+        TypeError: If an argument is not a real floating-point tensor.
         ValueError: If shapes or devices do not fit.
     """
     given = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)

@@ -1,4 +1,4 @@
-"""What of torch watches a call: function transforms, forward-mode levels, gradients, tracing, dispatch modes."""
+"""Detect what observes a call: function transforms, forward-mode levels, gradients, tracing, dispatch modes."""
 
 from __future__ import annotations
 

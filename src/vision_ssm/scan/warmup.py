@@ -1,4 +1,4 @@
-"""Compile what a model will need before it is needed."""
+"""Compile the kernels of a model, and build its routes, ahead of its first use."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def warmup(
 ) -> None:
     """Run a model on blank images, so that its kernels are compiled (or found in Triton's cache) and its routes built.
 
-    A kernel is compiled for dtypes, channels, states and ranks, and anew for a batch so small that a scan is split
-    differently; so give the batch that will be used. Run it inside the autocast context that will be used. Weights,
-    gradients, statistics of normalisations and the mode of the model stay as they are.
+    Kernels are compiled per dtype, number of channels, states and rank, and again for a batch so small that a scan is
+    split differently, so pass the batch size that will be used, inside the autocast context that will be used. The
+    weights, gradients, running statistics and training mode of the model do not change.
 
     Args:
         model: The model, on its device and in its dtype.
-        sizes: Of the images, in pixels: a number for square ones, or several sizes, each a number or height and width
-            (``[(32, 64)]``).
-        batch: Images at once.
+        sizes: Image sizes in pixels: a number for square images, or several sizes, each a number or a pair of height
+            and width (``[(32, 64)]``).
+        batch: Batch size.
         training: Also compile the backward pass.
-        tune: Also time the few ways to run each kind of scan on this GPU, which takes seconds for each, and use the
-            fastest from now on, in later processes too: Triton's cache keeps the choice. Results may differ in their
-            rounding from those without. The times are logged, at level ``INFO``. Other devices have nothing to tune.
+        tune: Also time the candidate tile sizes for each kind of scan on this GPU, which takes seconds per kind, and
+            use the fastest from now on, in later processes too: Triton's cache keeps the choice. Results may differ
+            in rounding from untuned ones. The times are logged at level ``INFO``. No effect on other devices.
 
     Raises:
-        ValueError: If a size or the batch is no positive integer, or there is no size, or the model has no parameters.
+        ValueError: If a size or the batch size is not a positive integer, or there are no sizes or no parameters.
     """
     given = list(sizes) if isinstance(sizes, Iterable) else [sizes]
     pairs = [_pair(size) for size in given]
@@ -48,7 +48,7 @@ def warmup(
         raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
     parameter = next(model.parameters(), None)
     if parameter is None:
-        raise ValueError("the model has no parameters, which would tell its device and dtype")
+        raise ValueError("the model has no parameters; it needs at least one, whose device and dtype the images get")
     leaves = [p for p in model.parameters() if p.requires_grad]
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -77,7 +77,7 @@ def _is_count(n: Any) -> bool:
 
 
 def _pair(size: Any) -> tuple[int, int] | None:
-    """Return height and width, ``None`` if it is neither a positive number nor two."""
+    """Return height and width; ``None`` if the size is neither a positive number nor a pair of them."""
     both = (size, size) if _is_count(size) else size
     if isinstance(both, tuple | list) and len(both) == 2 and all(map(_is_count, both)):
         return int(both[0]), int(both[1])

@@ -123,7 +123,7 @@ def backward(
 
 def _loaded() -> Library:
     found = load_library()
-    assert found is not None  # the choice of the backend has asked `available`
+    assert found is not None  # `available` was checked when the backend was chosen
     return found
 
 
@@ -205,7 +205,7 @@ def _forward_plan(width: int, images: int, routes: int, threads: int) -> tuple[i
     """
     most = math.ceil(width / _VECTOR)
     wanted = math.ceil(most / _FORWARD_BLOCK)
-    if images * wanted < 4 * threads:  # few units: let them share out evenly
+    if images * wanted < 4 * threads:  # few units: divide them evenly among the threads
         wanted = next((n for n in range(wanted, most) if images * n % threads == 0), most)
     blocks, size = _blocks(width, wanted)
     return blocks, size, routes if images * blocks < threads else 1

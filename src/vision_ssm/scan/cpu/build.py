@@ -1,6 +1,6 @@
 """Compile the C++ scan into a shared library beside its sources.
 
-Uses the standard library only: the package's build runs this file by its path, before torch is there. To build
+Uses the standard library only: the package's build runs this file by its path, before torch is installed. To build
 again after a change of the sources: ``python -m vision_ssm.scan.cpu``.
 """
 
@@ -34,11 +34,11 @@ _TARGETS = {
 
 
 class BuildError(Exception):
-    """No compiler, or it failed; the message says what happened."""
+    """There is no compiler, or it failed."""
 
 
 def source_hash() -> str:
-    """Return a hash of the sources, by which a library is recognised as built from them."""
+    """Return a hash of the sources, which identifies a library built from them."""
     digest = hashlib.sha256()
     for path in sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp"), SOURCES / "build.py")):
         digest.update(path.read_bytes())
@@ -64,12 +64,12 @@ def find_compiler() -> list[str]:
     )
 
 
-def build(folder: Path = SOURCES, optimise: Sequence[str] = ("-O3",), link: Sequence[str] = ()) -> Path:
+def build(folder: Path = SOURCES, optimize: Sequence[str] = ("-O3",), link: Sequence[str] = ()) -> Path:
     """Compile the library into ``folder``; return its path.
 
     Args:
         folder: Where the library goes.
-        optimise: Compiler flags besides those the code needs.
+        optimize: Compiler flags besides those the code needs.
         link: Flags for the linker.
 
     Raises:
@@ -80,7 +80,7 @@ def build(folder: Path = SOURCES, optimise: Sequence[str] = ("-O3",), link: Sequ
     with tempfile.TemporaryDirectory() as temporary:
         commands, objects = [], []
         for source in ("scan", *(_TARGETS if x86 else ("baseline",))):
-            flags = [*_FLAGS, *optimise, *_TARGETS.get(source, "").split(), f'-DSOURCE="{source_hash()}"']
+            flags = [*_FLAGS, *optimize, *_TARGETS.get(source, "").split(), f'-DSOURCE="{source_hash()}"']
             objects.append(f"{temporary}/{source}.o")
             commands.append([*compiler, *flags, "-c", str(SOURCES / f"{source}.cpp"), "-o", objects[-1]])
         with ThreadPoolExecutor() as side_by_side:

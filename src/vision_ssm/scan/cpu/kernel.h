@@ -1,7 +1,7 @@
 // The scan over one block of channels, forward and backward. Compiled once per target; see vector.h.
 //
 // A route is walked in tiles of 16 steps: gather the tile's projections, compute the step sizes of all 16 (one load of
-// a weight serves 16 tokens), run the recurrence from there. A vector holds neighbouring channels.
+// a weight serves 16 tokens), run the recurrence from there. A vector holds neighboring channels.
 #pragma once
 #include <stdint.h>
 #include <string.h>

@@ -1,4 +1,4 @@
-"""The compiled library: found, checked, told about torch's thread pool, and called."""
+"""Find, check and call the compiled library; it runs on torch's thread pool."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ class Library:
         if result == 2:
             raise ValueError(f"route_index must lie in 0..{problem.routes - 1}; an index is out of range")
         if result == 3:
-            raise MemoryError("no memory for the scan's working space")
+            raise MemoryError("not enough memory for the scan's workspace")
 
     def _use_torch_threads(self) -> str:
-        """Hand the entry points of torch's OpenMP library to ours; return its kind."""
+        """Pass the entry points of torch's OpenMP library to ours; return its kind."""
         set_pool = self._library.vision_ssm_set_pool
         set_pool.argtypes, set_pool.restype = [ctypes.c_int64, *[ctypes.c_void_p] * 3], None
         for kind, names in (
@@ -111,7 +111,7 @@ def load_library() -> Library | None:
 
 @lru_cache(maxsize=1)
 def _torch_libraries() -> list[ctypes.CDLL]:
-    # A handle of torch's own library also searches what that is linked with: the pool that torch uses itself.
+    # A handle of torch's library also searches the libraries it is linked with, and so finds the pool torch uses.
     suffix = {"Darwin": "dylib", "Windows": "dll"}.get(platform.system(), "so")
     found = []
     for path in (Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}", None):

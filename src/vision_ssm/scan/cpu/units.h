@@ -13,7 +13,7 @@ inline Block block_of(const Problem &p, int64_t index) {
 }
 
 // Float32 sums over routes, in memory of the thread's own: in the result itself, hardware that prefetches beyond a row
-// takes cache lines away from the thread that writes the neighbouring block.
+// takes cache lines away from the thread that writes the neighboring block.
 struct Sums {
   const Problem &p;
   float *const rows;

@@ -35,8 +35,8 @@ class Plan:
         return self.groups * self.parts * self.chunks * self.blocks
 
 
-# Newer Tritons do not fuse multiply-adds by themselves. NVIDIA's assembler spills registers now and then to use fewer,
-# unless told how many there are.
+# Newer versions of Triton fuse multiply-adds only on request. NVIDIA's assembler sometimes spills registers to use
+# fewer, unless their maximum is set.
 _OPTIONS: dict[str, Any] = dict(enable_fp_fusion=True) | ({} if torch.version.hip else dict(maxnreg=255))
 
 
@@ -68,10 +68,10 @@ def takes(device: str) -> bool:
 
 @lru_cache(maxsize=1)
 def warn_of_fallback() -> None:
-    """Say once why scans on a GPU do not use these kernels."""
+    """Warn once that scans on a GPU do not use these kernels, and why."""
     warnings.warn(
         "vision_ssm runs its scans on the slower 'portable' backend: Triton is not installed. PyTorch's wheels for "
-        "CUDA on Linux bring it; elsewhere `pip install triton` (Linux) or triton-windows (Windows).",
+        "CUDA on Linux include it; elsewhere `pip install triton` (Linux) or triton-windows (Windows).",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -124,7 +124,7 @@ def backward(
     _chain(through, reverse_starts, reverse=True)
 
     taken, width, states, rank = args.routes_per_image, args.channels_per_route, args.state_size, args.rank
-    # Where several routes of an image add to one place, each part has one of its own.
+    # Where several routes of an image add to one place, each part has its own sums.
     x_once = args.side_by_side or taken == 1
     dbc_once, delta_once = (
         taken == 1 or (tensor is not None and tensor.shape[2] > 1 and args.route_index is None)
@@ -196,7 +196,7 @@ def make_plan(args: ScanArguments, tile: Tile) -> Plan:
 
 
 def _complete(args: ScanArguments) -> bool:
-    """Return whether every route of every image surely writes all tokens."""
+    """Return whether every route of every image is known to write all tokens."""
     return args.complete and args.route_index is None  # whose values may be out of range
 
 
@@ -266,7 +266,7 @@ def _launch(
     name: str, programs: int, tile: Tile, args: ScanArguments, *values: Any, given: str, **options: Any
 ) -> None:
     kernels = load_kernels()
-    assert kernels is not None  # the choice of the backend has asked `available`
+    assert kernels is not None  # `available` was checked when the backend was chosen
     with _on(args.x.device):
         getattr(kernels, name)[(programs,)](*_given(args, given), *values, **options, num_warps=tile.warps, **_OPTIONS)
 

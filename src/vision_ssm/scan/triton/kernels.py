@@ -1,7 +1,7 @@
 """Selective scans along routes in Triton: forward, summaries of chunks, and backward.
 
 A program carries a block of channels along one route (or several, one after the other) in tiles. A tile's steps lie in
-a (Q, S) grid, step ``s * Q + q`` at ``[q, s]``: Q neighbouring steps are a segment, scanned in the registers of one
+a (Q, S) grid, step ``s * Q + q`` at ``[q, s]``: Q neighboring steps are a segment, scanned in the registers of one
 thread where the layout allows; the ends of the S segments are then scanned across threads.
 
 Several images may follow each other in one sequence: step v is step ``v % steps`` of image ``v // steps``, and the
@@ -17,14 +17,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 # Up to this rank, step sizes are multiply-adds: the way to the tensor cores and back would take longer. The backward
-# pass has fewer registers to spare.
+# pass has fewer free registers.
 FEW_FORWARD = tl.constexpr(16)
 FEW_BACKWARD = tl.constexpr(8)
 
-# So many neighbouring channels are a thread's, whatever the dtype: tensors of several dtypes then lie alike.
-NEIGHBOURS = tl.constexpr(4)
+# Neighboring channels per thread, whatever the dtype, so that tensors of different dtypes have one layout.
+NEIGHBORS = tl.constexpr(4)
 
-# Sizes that change from call to call and on whose divisors no vector load depends: no kernel of their own for each.
+# Sizes that change from call to call and whose divisors no vector load depends on: not specialized.
 _ANY = ("batch", "tokens", "steps", "routes", "taken", "images", "tiles", "chunks", "parts")
 
 
@@ -102,7 +102,7 @@ def _program(width, chunks, parts, C: tl.constexpr):
 @triton.jit
 def _channels(block, C: tl.constexpr):
     """Return the channels of a block, (C,)."""
-    return tl.max_contiguous(block * C + tl.arange(0, C), NEIGHBOURS)
+    return tl.max_contiguous(block * C + tl.arange(0, C), NEIGHBORS)
 
 
 @triton.jit
@@ -110,9 +110,9 @@ def _at(first, c):
     """Return where a block's channels lie, from the first number of each step's row on, (Q, S, C).
 
     The hint's 2 is not true: it makes the compiler spread segments over threads rather than the steps of a segment.
-    Loads and stores are as wide as the last axis tells, whose hint holds.
+    The width of loads and stores follows from the last axis, whose hint is true.
     """
-    return tl.max_contiguous(first[:, :, None] + c[None, None, :], [1, 2, NEIGHBOURS])
+    return tl.max_contiguous(first[:, :, None] + c[None, None, :], [1, 2, NEIGHBORS])
 
 
 @triton.jit

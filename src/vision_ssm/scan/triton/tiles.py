@@ -1,6 +1,6 @@
-"""How much a program of the Triton kernels computes at once: constants, unless this GPU was asked what is fastest.
+"""How much a program of the Triton kernels computes at once: constants, unless they were tuned on this GPU.
 
-``vision_ssm.warmup(..., tune=True)`` asks. The answers lie beside the kernels that Triton has compiled.
+``vision_ssm.warmup(..., tune=True)`` tunes them. The results are kept in Triton's cache, beside the compiled kernels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Tile:
 
 
 # Of those that spill nothing on any target (benchmarks/triton_resources.py), the ones with the fewest instructions.
-# Programs of one warp wait for nobody.
+# A program of one warp never waits for other warps.
 FORWARD = Tile(Q=4, S=8, C=16, warps=1)
 BACKWARD = Tile(Q=2, S=8, C=16, warps=1)
 BACKWARD_LARGE = Tile(Q=2, S=8, C=16, warps=2)  # for many states and a large rank
@@ -58,10 +58,10 @@ CANDIDATES = {
 
 @contextlib.contextmanager
 def tuning() -> Iterator[None]:
-    """Time the candidates at every scan of a kind that this GPU has not been asked about."""
+    """Time the candidates at every kind of scan that was not tuned on this GPU yet."""
     token = _tuning.set(True)
     try:
-        with torch.autograd.set_multithreading_enabled(False):  # other threads would not know that this is being done
+        with torch.autograd.set_multithreading_enabled(False):  # other threads do not see the context variable
             yield
     finally:
         _tuning.reset(token)
@@ -72,8 +72,8 @@ def choose(kind: str, args: ScanArguments, default: Tile, run: Callable[[Tile], 
 
     Args:
         kind: A key of ``CANDIDATES``.
-        args: The call; of its sizes, the batch counts to the next power of two.
-        default: The tile of GPUs that were not asked.
+        args: The call; its batch size is rounded up to a power of two.
+        default: The tile to use without tuning.
         run: The call with a given tile, to be timed.
     """
     device = args.x.device
@@ -134,7 +134,7 @@ def _milliseconds(step: Callable[[], Any], device: torch.device) -> float:
 
 @lru_cache(maxsize=16)
 def _gpu(device: torch.device) -> str:
-    """Return a key of what the answers depend on: the kind of GPU, Triton and the kernels."""
+    """Return a key for all that the fastest tiles depend on: the kind of GPU, Triton and the kernels."""
     import triton
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted"
@@ -144,7 +144,7 @@ def _gpu(device: torch.device) -> str:
 
 @lru_cache(maxsize=16)
 def _known(gpu: str) -> dict[str, Tile]:
-    """Return what is known of a GPU; kept for the process, and added to by :func:`choose`."""
+    """Return the tuned tiles of a GPU; kept for the process, and extended by :func:`choose`."""
     return _read(gpu)
 
 
@@ -162,7 +162,7 @@ def _write(gpu: str, table: dict[str, Tile]) -> None:
     try:
         _cache(gpu).put(json.dumps({call: astuple(tile) for call, tile in table.items()}, indent=1), "tiles.json")
     except OSError as error:
-        _log.warning("the fastest tiles are known to this process alone: %s", error)
+        _log.warning("cannot cache the tuned tiles, only this process uses them: %s", error)
 
 
 def _cache(gpu: str) -> Any:
