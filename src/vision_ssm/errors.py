@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+
+
 class InputError(Exception):
     """What the user gave cannot be used.
 
@@ -9,3 +12,9 @@ class InputError(Exception):
     def line(self) -> str:
         """The message on one line, without the traceback a data-loader worker wraps around it."""
         return " ".join(str(self).rsplit("InputError: ", 1)[-1].split())
+
+
+def shorten(names: Sequence[str], most: int = 8, separator: str = ", ") -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more

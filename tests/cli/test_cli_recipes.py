@@ -20,7 +20,9 @@ def test_list_and_full_recipe(capsys):
     assert main(["recipes", "vmamba-base-in1k"]) == 0
     shown = capsys.readouterr().out
     assert "MzeroMiko/VMamba@" in shown
-    assert "--warmup-lr" in shown
+    assert "--warmup-lr                5e-07" in shown
+    assert "--mixup-prob               1\n" in shown
+    assert "--warmup-prefix\n" in shown
     assert main(["recipes", "vmamba-base-in1k", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["lr"] == 1e-3

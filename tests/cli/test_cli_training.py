@@ -154,7 +154,9 @@ def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
         pytest.param("digits --crop-pct 1.5", "--crop-pct must be above 0 and at most 1, got 1.5", id="crop"),
         pytest.param("digits --warmup-lr 1", "--warmup-lr must be at most --lr", id="warmup-rate"),
         pytest.param("digits --betas 0.9 1.5", "--betas must be at least 0 and below 1, got 0.9 1.5", id="betas"),
-        pytest.param("digits --optimizer sgd --eps 1e-8", "sgd has no epsilon", id="eps-of-none"),
+        pytest.param(
+            "digits --optimizer sgd --eps 1e-8", "cannot make the optimizer sgd --eps 1e-08: ", id="eps-of-none"
+        ),
         pytest.param("digits --cooldown-epochs -1", "--cooldown-epochs must be at least 0", id="cooldown"),
         pytest.param(
             "digits --model test_vit --model-args img_size=16 --published-decay",

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from vision_ssm.data import EpochSampler, TrainingSamples, load_digits, seeded
+from vision_ssm.data import EpochSampler, load_digits, seeded
 from vision_ssm.data.module import ImageData
+from vision_ssm.data.sampling import TrainingSamples
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import digits
 from vision_ssm.recipes.config import AugmentConfig

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vision_ssm.data import Strings, load_digits, load_splits, read_folder
+from vision_ssm.data import load_digits, load_splits
+from vision_ssm.data.dataset import Strings
+from vision_ssm.data.sources import read_folder
 from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import DataConfig
 

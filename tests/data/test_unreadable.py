@@ -13,7 +13,8 @@ from rich.console import Console
 import vision_ssm.engine.fit as engine
 from short_runs import SHORT, interrupt
 from vision_ssm.cli import main
-from vision_ssm.data import ImageDataset, TrainingSamples, find_unreadable, load_splits
+from vision_ssm.data import ImageDataset, load_splits
+from vision_ssm.data.sampling import TrainingSamples, find_unreadable
 from vision_ssm.engine.module import TrainingModule
 from vision_ssm.engine.recorder import RunRecorder, Stopped
 from vision_ssm.engine.run_folder import RunFolder

@@ -10,7 +10,8 @@ from timm.models._hub import download_cached_file
 from torch import nn
 
 from vision_ssm.checkpoints.reader import CheckpointError, read_checkpoint
-from vision_ssm.checkpoints.rules import State, shorten
+from vision_ssm.checkpoints.rules import State
+from vision_ssm.errors import shorten
 
 Model = TypeVar("Model", bound=nn.Module)
 Converter = Callable[[State], State]

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vision_ssm.checkpoints.reader import CheckpointError
+from vision_ssm.errors import shorten
 
 State = dict[str, Tensor]
 
@@ -81,13 +82,10 @@ def apply_rules(rules: Rules, state: Mapping[str, Tensor]) -> dict[str, tuple[Te
         else:
             ours[key] = state[key], [key]
     if problems:
-        raise CheckpointError(f"groups of tensors that are joined do not fit together: {shorten(problems, '; ')}")
+        raise CheckpointError(
+            f"groups of tensors that are joined do not fit together: {shorten(problems, separator='; ')}"
+        )
     return ours
-
-
-def shorten(names: Sequence[str], separator: str = ", ") -> str:
-    """List the first eight names, and how many more there are."""
-    return separator.join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _target(to: str | To) -> To:

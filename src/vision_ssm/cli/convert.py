@@ -10,8 +10,8 @@ import tyro
 from tyro.conf import Positional
 
 from vision_ssm.cli.options import parse_options
-from vision_ssm.cli.output import make_table
-from vision_ssm.errors import InputError
+from vision_ssm.engine.output import make_table
+from vision_ssm.errors import InputError, shorten
 
 State = dict[str, Any]  # tensors; torch takes seconds to import, so only the functions that need it do
 _PARTS = ("stem.", "stages.", "norm.", "head.", "feature_norms.")  # of every model that has a conversion
@@ -56,7 +56,6 @@ def convert(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from vision_ssm.checkpoints import convert_official
-    from vision_ssm.checkpoints.rules import shorten
     from vision_ssm.data import open_image
     from vision_ssm.engine.files import atomic_write
 

@@ -1,7 +1,5 @@
-import csv
 import dataclasses
 import fnmatch
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +10,10 @@ import tyro
 from tyro.conf import Positional
 
 from vision_ssm.cli.options import parse_options
-from vision_ssm.cli.output import make_table, print_json
+from vision_ssm.engine.output import make_table, print_json
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision
+from vision_ssm.recipes.config import Config, limited
 
 _Size = Annotated[
     tuple[int, ...], tyro.conf.arg(metavar="HEIGHT [WIDTH]", help_behavior_hint="(default: the model's own)")
@@ -32,28 +31,28 @@ class ModelsOptions:
 
 
 @dataclass(frozen=True)
-class InfoOptions:
+class InfoOptions(Config):
     """Show what a model costs and the maps it gives."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Any timm name, ours included."""
-    size: _Size = ()
+    size: _Size = limited((), least=1)  # noqa: RUF009
     """Height and width of the input in pixels, or one number for both."""
-    num_classes: int | None = None
+    num_classes: int | None = limited(None, least=0)
     """Outputs of the classifier."""
     json: bool = False
     """Print JSON instead of tables."""
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(Config):
     """Time models, and print every setting that matters."""
 
     models: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL...", help_behavior_hint="(required)")]
     """timm names, ours included; several are measured in one run."""
-    size: _Size = ()
+    size: _Size = limited((), least=1)  # noqa: RUF009
     """Height and width of the input in pixels, or one number for both."""
-    batch: tuple[int, ...] = (1, 8)
+    batch: tuple[int, ...] = limited((1, 8), least=1)
     """Images per step; one row each."""
     train: bool = False
     """Time forward and backward instead of forward alone."""
@@ -66,9 +65,9 @@ class BenchOptions:
     --train or --compile is given."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
-    threads: int | None = None
+    threads: int | None = limited(None, least=1)
     """Threads on a CPU; torch's own choice otherwise."""
-    seconds: float = 2.0
+    seconds: float = limited(2.0, above=0)
     """Measure every row for at least this long."""
     csv: Path | None = None
     """Also write the rows to this file."""
@@ -128,34 +127,33 @@ def published(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
-    """Print a table per paper and licence; models without published weights stand in the first one of their paper."""
+    """Print a table per paper and license; models without published weights stand in the first one of their paper."""
     papers: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in sorted(rows, key=lambda row: row["weights_by"] is None):
         paper = ", ".join(filter(None, (row["paper"], row["paper_id"]))) or "no paper"
-        licences = papers.setdefault(paper, {})
-        own = (row["weights_license"] or "not stated") if row["weights_by"] else next(iter(licences), "")
-        licences.setdefault(own, []).append(row)
+        licenses = papers.setdefault(paper, {})
+        own = (row["weights_license"] or "not stated") if row["weights_by"] else next(iter(licenses), "")
+        licenses.setdefault(own, []).append(row)
     width = max(len(row["model"]) for row in rows)
     for paper in sorted(papers):
-        for licence, group in papers[paper].items():
+        for license, group in papers[paper].items():
             authors = ", ".join(sorted({row["weights_by"] for row in group if row["weights_by"]}))
             console.print(f"[bold]{paper}[/]", highlight=False)
-            console.print(f"weights: {authors}; licence: {licence}" if authors else "no weights", highlight=False)
+            console.print(f"weights: {authors}; license: {license}" if authors else "no weights", highlight=False)
             table = make_table("model", ">params", ">MACs", ">paper ops", ">at", ">top-1", "weights")
             for column, least in zip(table.columns, (width, 8, 7, 9, 3, 5), strict=False):
                 column.min_width = least  # the tables' columns stand below one another
             for row in sorted(group, key=lambda row: row["model"]):
                 way = "pretrained" if row["pretrained"] else "convert" if row["convertible"] else "-"
                 file = f" {row['weights_file'] or ''}" if console.width >= 118 else ""
-                table.add_row(
-                    row["model"],
+                counts = (
                     f"{row['parameters'] / 1e6:.2f} M",
                     f"{row['macs'] / 1e9:.2f} G",
                     f"{row['paper_ops'] / 1e9:.2f} G",
-                    "x".join(map(str, dict.fromkeys(row["input_size"][1:]))),
-                    f"{row['published_top1']:.1f}" if row["published_top1"] else "-",
-                    way + file,
                 )
+                size = "x".join(map(str, dict.fromkeys(row["input_size"][1:])))
+                top1 = f"{row['published_top1']:.1f}" if row["published_top1"] else "-"
+                table.add_row(row["model"], *counts, size, top1, way + file)
             console.print(table)
             console.print()
     legend = [
@@ -188,25 +186,13 @@ def info(words: Sequence[str]) -> int:
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"{options.model} cannot take images of {size[1]}x{size[2]}: {error}") from None
     described = getattr(model, "feature_info", [])
+    strides = [entry["reduction"] for entry in described] if len(described) == len(shapes) else [None] * len(shapes)
     stages: list[dict[str, Any]] = [
-        {
-            "stage": i,
-            "blocks": _blocks(model, i),
-            "channels": c,
-            "height": h,
-            "width": w,
-            "stride": described[i]["reduction"] if len(described) == len(shapes) else None,
-        }
-        for i, (c, h, w) in enumerate(shapes)
+        {"stage": i, "blocks": _blocks(model, i), "channels": c, "height": h, "width": w, "stride": stride}
+        for i, ((c, h, w), stride) in enumerate(zip(shapes, strides, strict=True))
     ]
-    values = {
-        "model": options.model,
-        "input_size": list(size),
-        **dataclasses.asdict(cost),
-        "stages": stages,
-        "weights": cfg.get("url") or cfg.get("hf_hub_id") or None,
-        "torch": torch.__version__,
-    }
+    values = {"model": options.model, "input_size": list(size), **dataclasses.asdict(cost), "stages": stages}
+    values |= {"weights": cfg.get("url") or cfg.get("hf_hub_id") or None, "torch": torch.__version__}
     if options.json:
         print_json(values)
         return 0
@@ -219,7 +205,7 @@ def info(words: Sequence[str]) -> int:
     table.add_row("papers' ops", f"{cost.paper_ops:,}", "MACs but attention's, norms, pooling, 9 L D N + L D per scan")
     table.add_row("FLOPs", f"{cost.flops:,}", "torch's FlopCounterMode, 2 per MAC")
     console.print(table)
-    console.print(f"published weights: {values['weights'] or 'none'}", highlight=False, soft_wrap=True)
+    console.out(f"published weights: {values['weights'] or 'none'}", highlight=False)
     if stages:
         console.print()
         table = make_table(">stage", ">blocks", ">channels", ">height", ">width", ">stride")
@@ -234,22 +220,17 @@ def bench(words: Sequence[str]) -> int:
     options = parse_options(BenchOptions, words, "bench")
     if not options.models:
         raise InputError("name at least one model, such as vmamba_tiny")
-    for name, values in (
-        ("--batch", options.batch),
-        ("--threads", (1 if options.threads is None else options.threads,)),
-    ):
-        if not values or min(values) < 1:
-            raise InputError(f"{name} must be at least 1, got {' '.join(map(str, values)) or 'nothing'}")
+    if not options.batch:
+        raise InputError("--batch takes at least one batch size")
     if options.csv is not None and not options.csv.parent.is_dir():
         raise InputError(f"no such folder: {options.csv.parent}")
-    if not options.seconds > 0:
-        raise InputError(f"--seconds must be positive, got {options.seconds}")
     import torch
     from rich.console import Console
     from rich.progress import Progress
 
     from vision_ssm.analysis import machine_settings, measure_speed
     from vision_ssm.engine.devices import find_device
+    from vision_ssm.engine.files import write_csv
     from vision_ssm.models.create import create_model
     from vision_ssm.optimize import optimize
 
@@ -272,15 +253,8 @@ def bench(words: Sequence[str]) -> int:
             for batch in options.batch:
                 progress.update(task, description=f"{name}, batch {batch}")
                 try:
-                    speed = measure_speed(
-                        runner,  # type: ignore[arg-type]
-                        batch,
-                        height,
-                        width,
-                        training=options.train,
-                        autocast=autocast,
-                        seconds=options.seconds,
-                    )
+                    how: dict[str, Any] = dict(training=options.train, autocast=autocast, seconds=options.seconds)
+                    speed = measure_speed(runner, batch, height, width, **how)  # type: ignore[arg-type]
                 except (RuntimeError, AssertionError) as error:
                     reason = str(error).splitlines()[0]
                     raise InputError(f"{name} fails on {batch} images of {height}x{width}: {reason}") from None
@@ -298,7 +272,7 @@ def bench(words: Sequence[str]) -> int:
         "scan backend": ", ".join(sorted({row["backend"] for row in rows if row["backend"]})) or "none",
     }
     if options.csv is not None:
-        _write_csv(options.csv, [{**row, **settings} for row in rows])
+        write_csv(options.csv, [{**row, **settings} for row in rows])
     if options.json:
         print_json({"settings": settings, "rows": rows})
         return 0
@@ -322,8 +296,8 @@ def bench(words: Sequence[str]) -> int:
 
 
 def _size(given: tuple[int, ...], cfg: Mapping[str, Any]) -> tuple[int, int]:
-    if len(given) > 2 or any(n < 1 for n in given):
-        raise InputError(f"--size takes one or two positive numbers, got {' '.join(map(str, given))}")
+    if len(given) > 2:
+        raise InputError(f"--size takes one or two numbers, got {' '.join(map(str, given))}")
     if not given:
         return cfg["input_size"][1], cfg["input_size"][2]
     return given[0], given[-1]
@@ -334,13 +308,3 @@ def _blocks(model: Any, stage: int) -> int | None:
         return len(model.stages[stage].blocks)
     except (AttributeError, IndexError, TypeError):
         return None
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    from vision_ssm.engine.files import write_text
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())

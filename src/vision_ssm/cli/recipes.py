@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from vision_ssm import recipes as library
 from vision_ssm.cli.options import parse_options
-from vision_ssm.cli.output import make_table, print_json
+from vision_ssm.engine.output import make_table, print_json
 from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import DataConfig, RunConfig, option
 from vision_ssm.recipes.recipe import OURS
@@ -74,43 +74,33 @@ def _show(recipe: library.Recipe, *, json: bool) -> int:
         for name, value in recipe.fields().items()
         if name not in left_out and (name != "data" or value)
     }
+    row = _row(recipe)
     if json:
-        print_json({**_row(recipe), "notes": recipe.notes, "values": values})
+        print_json({**row, "notes": recipe.notes, "values": values})
         return 0
     from rich.console import Console
 
-    console, row = Console(), _row(recipe)
-    console.print(f"[bold]{recipe.name}[/]: {recipe.text}", highlight=False)
-    console.print(f"{row['batch']} images per step, highest learning rate {row['lr']:g} at that batch", highlight=False)
+    console = Console(markup=False, highlight=False)
+    console.print(f"{recipe.name}: {recipe.text}", style="bold")
+    console.print(f"{row['batch']} images per step, highest learning rate {row['lr']:g} at that batch")
     for note in recipe.notes:
-        console.print(note, highlight=False)
-    console.print()
-    groups: dict[str, list[tuple[str, Any]]] = {}
-    for name, entry in values.items():
-        groups.setdefault(entry["source"] or OURS, []).append((name, entry["value"]))
-    for source, pairs in groups.items():
-        console.print(f"[bold]{source}[/]", highlight=False)
-        table = make_table("option", "value", header=False)
-        table.columns[0].min_width = 25
-        for name, value in pairs:
-            table.add_row(*_option(name, value))
-        console.print(table)
-        console.print()
+        console.print(note)
+    for source in dict.fromkeys(entry["source"] for entry in values.values()):
+        console.print(f"\n{source or OURS}", style="bold")
+        for name, entry in values.items():
+            if entry["source"] == source:
+                console.print(_words(name, entry["value"]))
     return 0
 
 
-def _option(name: str, value: Any) -> tuple[str, str]:
+def _words(name: str, value: Any) -> str:
     """An option and its value, as one would type them."""
     if isinstance(value, bool) and name != "pretrained":
-        return option(name if value else f"no_{name}"), ""
-    return option(name), "" if value is True else _shown(value)
-
-
-def _shown(value: Any) -> str:
+        return option(name if value else f"no_{name}")
     if isinstance(value, dict):
-        return " ".join(f"{k}={v}" for k, v in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(_shown, value))
+        value = [f"{k}={v}" for k, v in value.items()] or "none"
     if isinstance(value, bool):
-        return "off"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        value = "" if value else "off"
+    values = value if isinstance(value, (list, tuple)) else [value]
+    shown = " ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in values)
+    return f"{option(name):<26} {shown}".rstrip()

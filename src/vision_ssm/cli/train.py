@@ -75,20 +75,15 @@ def _parse(
     words: Sequence[str], command: str, default: recipes.TrainConfig, run: RunOptions, text: str
 ) -> tuple[recipes.TrainConfig, RunOptions]:
     """Parse a configuration whose fields `--help` shows in the groups that they come from."""
-    groups = {kind.__name__.removesuffix("Config").lower(): kind for kind in default.groups}
-    defaults = {
-        name: kind(**{item.name: getattr(default, item.name) for item in dataclasses.fields(kind)})
-        for name, kind in groups.items()
-    }
+    groups = {kind: [item.name for item in dataclasses.fields(kind)] for kind in default.groups}
     fields: list[Any] = [("run_folder", RunOptions, field(default=run))]
-    fields += [(name, kind, field(default=defaults[name])) for name, kind in groups.items()]
+    for kind, names in groups.items():
+        part = kind(**{name: getattr(default, name) for name in names})
+        fields += [(kind.__name__.removesuffix("Config").lower(), kind, field(default=part))]
     parsed = parse_options(make_dataclass("Options", fields), words, command, pairs=True, description=text)
-    values = {
-        item.name: getattr(getattr(parsed, name), item.name)
-        for name, kind in groups.items()
-        for item in dataclasses.fields(kind)
-    }
-    return type(default)(**values), parsed.run_folder
+    run = parsed.run_folder
+    values = {name: value for part in vars(parsed).values() if part is not run for name, value in vars(part).items()}
+    return type(default)(**values), run
 
 
 def _run(config: recipes.TrainConfig, run: RunOptions) -> int:

@@ -9,10 +9,11 @@ from tyro.conf import Positional
 
 from vision_ssm.cli import fail
 from vision_ssm.cli.options import parse_options
-from vision_ssm.cli.output import make_table, print_json
+from vision_ssm.engine.output import make_table, print_json
 from vision_ssm.engine.run_folder import RunFolder, weights_file
-from vision_ssm.errors import InputError
+from vision_ssm.errors import InputError, shorten
 from vision_ssm.recipes import Precision
+from vision_ssm.recipes.config import Config, limited
 
 if TYPE_CHECKING:
     from vision_ssm.data import Images
@@ -22,10 +23,10 @@ _PUBLISHED_ON = "the 50,000 validation images of ImageNet-1K"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeOptions:
+class ComputeOptions(Config):
     """How to compute."""
 
-    batch_size: int = 64
+    batch_size: int = limited(64, least=1)
     """Batch size."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
@@ -33,20 +34,10 @@ class ComputeOptions:
     """Number format of the computation."""
     optimize: bool = True
     """Do without `vision_ssm.optimize`, which 32-true and bf16-true use on a CPU."""
-    num_workers: int | None = None
+    num_workers: int | None = limited(None, least=0)
     """Processes that load images."""
     json: bool = False
     """Print JSON instead of tables."""
-
-    def prepare(self, task: "Task") -> "Task":
-        """A task on the device and in the precision asked for.
-
-        Raises:
-            InputError: There is no such device.
-        """
-        from vision_ssm.engine.devices import find_device
-
-        return task.ready(find_device(self.device), self.precision, optimized=self.optimize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +67,7 @@ class PredictOptions(ComputeOptions):
     """Image files, or folders of them."""
     weights: Literal["best", "last"] = "best"
     """Which weights of the run to use."""
-    top: int = 5
+    top: int = limited(5, least=1)
     """How many classes to name per image."""
 
 
@@ -85,12 +76,14 @@ def evaluate(words: Sequence[str]) -> int:
     options: EvalOptions = parse_options(EvalOptions, words, "eval")
     from rich.console import Console
 
+    from vision_ssm.engine.devices import find_device
     from vision_ssm.engine.evaluate import evaluate as measure
 
     task, images, source = _run_and_images(options) if Path(options.model).exists() else _model_and_images(options)
     console = Console(stderr=options.json)
     start = time.monotonic()
-    evaluation: Any = measure(options.prepare(task), images, options.batch_size, options.num_workers, console)
+    task = task.ready(find_device(options.device), options.precision, optimized=options.optimize)
+    evaluation: Any = measure(task, images, options.batch_size, options.num_workers, console)
     speed = evaluation.images / (time.monotonic() - start)
     _name_absent(evaluation, console)
     if options.plots is not None:
@@ -111,7 +104,7 @@ def evaluate(words: Sequence[str]) -> int:
         f"{spec.model}, {spec.img_size}×{spec.img_size} of {spec.crop_pct:g} of the side, {spec.interpolation}; "
         f"{speed:,.1f} images/s with loading"
     ]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.out("\n".join(lines), highlight=False)
     return 0
 
 
@@ -142,7 +135,8 @@ def _model_and_images(options: EvalOptions) -> Subject:
     import dataclasses
 
     from vision_ssm.cli.models import published
-    from vision_ssm.data import assign_outputs, read_images
+    from vision_ssm.data import read_images
+    from vision_ssm.data.outputs import assign_outputs
     from vision_ssm.models.create import default_cfg
     from vision_ssm.tasks.classification import Classification
 
@@ -166,25 +160,16 @@ def _model_and_images(options: EvalOptions) -> Subject:
 
 
 def _name_absent(evaluation: Any, console: Any) -> None:
-    from vision_ssm.data import shorten
-
-    classes = evaluation.classes
-    present = [name for name, count in zip(classes, evaluation.confusion.sum(1), strict=True) if count]
-    if len(present) < len(classes):
-        console.print(
-            f"{len(classes) - len(present)} of {len(classes)} classes have no images here; the metrics leave them out "
-            f"and are for {shorten(present)}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+    names = evaluation.classes
+    present = [name for name, count in zip(names, evaluation.confusion.sum(1), strict=True) if count]
+    if absent := len(names) - len(present):
+        line = f"{absent} of {len(names)} classes have no images here; the metrics leave them out and are for "
+        console.out(line + shorten(present), highlight=False)
 
 
 def predict(words: Sequence[str]) -> int:
     """Predict for images; `words` follow `vision-ssm predict`."""
     options: PredictOptions = parse_options(PredictOptions, words, "predict")
-    if options.top < 1:
-        raise InputError(f"--top must be at least 1, got {options.top}")
     if not options.images:
         raise InputError("name at least one image, or a folder of images")
     path = weights_file(options.run, options.weights)
@@ -216,7 +201,8 @@ def predict(words: Sequence[str]) -> int:
 
 
 def _readable(images: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    from vision_ssm.data import ImageDataset, find_unreadable
+    from vision_ssm.data import ImageDataset
+    from vision_ssm.data.sampling import find_unreadable
 
     paths = list(images)
     broken = find_unreadable(ImageDataset(paths.__getitem__, list(map(str, paths)), {}, ()))

@@ -4,8 +4,7 @@ import numpy as np
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from vision_ssm.data.dataset import ImageDataset
-from vision_ssm.data.sources import shorten
-from vision_ssm.errors import InputError
+from vision_ssm.errors import InputError, shorten
 
 
 def assign_outputs(images: ImageDataset, outputs: int) -> ImageDataset:

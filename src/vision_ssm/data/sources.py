@@ -13,7 +13,7 @@ from vision_ssm.data.shards import read_shards
 from vision_ssm.data.streams import ImageStream
 from vision_ssm.data.tables import read_table
 from vision_ssm.data.tars import TarReader, list_members
-from vision_ssm.errors import InputError
+from vision_ssm.errors import InputError, shorten
 from vision_ssm.recipes.config import DataConfig
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -36,7 +36,7 @@ def load_splits(config: DataConfig, seed: int = 0) -> Splits:
     kind = find_format(config.data) if config.data_format == "auto" else config.data_format
     if kind == "digits":
         return load_digits()
-    train, val = _load(_FORMATS[kind], config)
+    train, val = _load(kind, config)
     if len(train.classes) < 2:
         raise InputError(f"the training images have one class only ({train.classes[0]}); at least two are needed")
     if isinstance(train, ImageStream):
@@ -54,21 +54,22 @@ def load_splits(config: DataConfig, seed: int = 0) -> Splits:
     return Splits(train, val)
 
 
-def _load(source: "Format", config: DataConfig) -> tuple[Images, Images | None]:
+def _load(kind: str, config: DataConfig) -> tuple[Images, Images | None]:
+    find, read = _FORMATS[kind]
     names: Names = (config.train_split,) if config.train_split else _TRAIN
-    place = source.find(config.data, names)
+    place = find(config.data, names)
     if place is None and config.train_split:
         raise InputError(f"{config.data} has no split {config.train_split}")
     classes = _class_names(config)
-    train = source.read(config.data if place is None else place, config, classes)
+    train = read(config.data if place is None else place, config, classes)
     names = (config.val_split,) if config.val_split else _VAL
     if config.val_data is not None:
-        found = source.find(config.val_data, names)
-        return train, source.read(config.val_data if found is None else found, config, train.classes)
-    found = None if config.val_fraction or place is None else source.find(config.data, names)
-    if found is None and config.val_split and not config.val_fraction:
-        raise InputError(f"{config.data} has no split {config.val_split}")
-    return train, None if found is None else source.read(found, config, train.classes if classes is None else classes)
+        found = find(config.val_data, names) or config.val_data
+    else:
+        found = None if config.val_fraction or place is None else find(config.data, names)
+        if found is None and config.val_split and not config.val_fraction:
+            raise InputError(f"{config.data} has no split {config.val_split}")
+    return train, None if found is None else read(found, config, classes or train.classes)
 
 
 def read_images(path: Path, classes: Names | None = None) -> ImageDataset:
@@ -189,12 +190,6 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return images
 
 
-def shorten(names: Sequence[str], most: int = 5) -> str:
-    """`names` with commas, the first `most` of them and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 @dataclass(frozen=True)
 class _Files:
     """The paths of the files in a folder, by their numbers."""
@@ -282,23 +277,16 @@ def _read_shards(shards: Any, config: DataConfig, classes: Names | None) -> Imag
     return read_shards(shards, config, classes)
 
 
-@dataclass(frozen=True)
-class Format:
-    """How images of a format are found and read.
-
-    Args:
-        find: Where a split lies, by its possible names, in what `--data` names; None if it has no splits.
-        read: The images of such a place.
-    """
-
-    find: Callable[[str, Names], Any]
-    read: Callable[[Any, DataConfig, Names | None], Images]
+def _find_split(data: str, names: Names) -> str:
+    return "validation" if names == _VAL else names[0]
 
 
-_FORMATS = {
-    "folder": Format(_find_place, lambda place, config, classes: read_folder(Path(place), classes)),
-    "tar": Format(_find_place, lambda place, config, classes: read_tars(Path(place), classes)),
-    "wds": Format(_find_shards, _read_shards),
-    "hfds": Format(lambda data, names: "validation" if names == _VAL else names[0], read_table),
-    "hfids": Format(lambda data, names: "validation" if names == _VAL else names[0], read_table),
+# How images of a format are found and read: the place of a split, by its possible names, in what --data names, or None
+# if it has no splits; and the images of such a place.
+_FORMATS: dict[str, tuple[Callable[[str, Names], Any], Callable[[Any, DataConfig, Names | None], Images]]] = {
+    "folder": (_find_place, lambda place, config, classes: read_folder(Path(place), classes)),
+    "tar": (_find_place, lambda place, config, classes: read_tars(Path(place), classes)),
+    "wds": (_find_shards, _read_shards),
+    "hfds": (_find_split, read_table),
+    "hfids": (_find_split, read_table),
 }

@@ -1,7 +1,9 @@
 from rich.console import Console
 from rich.progress import Progress
 
-from vision_ssm.data import Images, ImageStream, find_unreadable, how_many
+from vision_ssm.data import Images, ImageStream
+from vision_ssm.data.dataset import how_many
+from vision_ssm.data.sampling import find_unreadable
 from vision_ssm.engine.devices import loader_workers
 from vision_ssm.engine.task import Evaluation, Task
 from vision_ssm.errors import InputError

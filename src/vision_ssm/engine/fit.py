@@ -11,7 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from timm.layers import convert_sync_batchnorm
 
-from vision_ssm.data import ImageStream, Splits, how_many
+from vision_ssm.data import ImageStream, Splits
+from vision_ssm.data.dataset import how_many
 from vision_ssm.data.module import ImageData
 from vision_ssm.engine.devices import find_device, loader_workers
 from vision_ssm.engine.evaluate import check_readable, evaluate
@@ -103,7 +104,11 @@ def fit(
     optim = config.scaled(config.images_per_step)
     make_optimizer(task.model, optim)  # Lightning makes another one, but only once the folder has been cleared
     task.describe(splits, console)
-    _describe(config, optim.lr, splits, folder, device, console, resume=resume)
+    steps = len(splits.train) // config.images_per_step
+    rate = f"highest learning rate {optim.lr:g}"
+    lines = [f"Steps  {steps:,} per epoch of {config.images_per_step} images on {device}; {rate}"]
+    for line in lines + _notes(config, steps, complete=resume and folder.results.is_file()):
+        console.out(line, highlight=False)
     if not resume:
         if isinstance(splits.train, ImageStream):
             splits.train.check_ends()
@@ -176,32 +181,24 @@ def _check_batch(config: TrainConfig, splits: Splits) -> None:
         )
 
 
-def _describe(
-    config: TrainConfig,
-    lr: float,
-    splits: Splits,
-    folder: RunFolder,
-    device: torch.device,
-    console: Console,
-    *,
-    resume: bool,
-) -> None:
-    steps, epochs = len(splits.train) // config.images_per_step, config.epochs
-    lines = [f"Steps  {steps:,} per epoch of {config.images_per_step} images on {device}; highest learning rate {lr:g}"]
-    if resume and folder.results.is_file():
+def _notes(config: TrainConfig, steps: int, *, complete: bool) -> list[str]:
+    """What a user should know before the run; `steps` are those of an epoch."""
+    epochs, steps = config.epochs, steps * config.epochs
+    lines = []
+    if complete:
         lines += [f"Note   this run was complete: {epochs} of {epochs} epochs trained"]
     elif config.warmup_epochs >= epochs:
         lines += [
             f"Note   --warmup-epochs {config.warmup_epochs} must be below --epochs {epochs}; taken as {epochs - 1}"
         ]
-    # over 5 % of the first weights
-    if config.ema_decay and not config.ema_warmup and steps * epochs * (1 - config.ema_decay) < 3:
+    if (
+        config.ema_decay and not config.ema_warmup and steps * (1 - config.ema_decay) < 3
+    ):  # over 5 % of the first weights
         lines += [
-            f"Note   {steps * epochs} steps are few for --ema-decay {config.ema_decay}: the average keeps much of the "
-            "first weights; add --ema-warmup, or --ema-decay None"
+            f"Note   {steps} steps are few for --ema-decay {config.ema_decay}: the average keeps much of the first "
+            "weights; add --ema-warmup, or --ema-decay None"
         ]
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return lines
 
 
 def _finish(
@@ -219,7 +216,7 @@ def _finish(
     evaluation.report(console, title=f"Best epoch, {best['epoch']} of {last['epoch']}")
     console.print(f"Last epoch: {monitor} {last[f'val_{monitor}']:.2%}", highlight=False)
     for what, path in {**plots, "Weights": folder.best}.items():
-        console.print(f"{what:<12} {path}", highlight=False, markup=False, soft_wrap=True)
+        console.out(f"{what:<12} {path}", highlight=False)
 
 
 @contextmanager

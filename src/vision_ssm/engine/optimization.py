@@ -3,13 +3,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from vision_ssm.errors import InputError
-from vision_ssm.recipes.config import OptimConfig
+from vision_ssm.recipes.config import OptimConfig, option
 
 
 class LearningRate:
@@ -57,24 +57,14 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
         near = difflib.get_close_matches(optim.optimizer, list_optimizers())
         hint = f"did you mean {' or '.join(near)}?" if near else "sgd, adamw, lamb and lion are some"
         raise InputError(f"unknown --optimizer {optim.optimizer}; {hint} (timm.optim.list_optimizers() lists all)")
-    known = get_optimizer_info(optim.optimizer)
-    if optim.eps is not None and not known.has_eps:
-        raise InputError(f"{optim.optimizer} has no epsilon; use --eps None")
-    if optim.betas is not None and not (known.has_betas and known.num_betas == 2):
-        raise InputError(f"{optim.optimizer} does not take two betas; use --betas None")
-    options: dict[str, Any] = dict(betas=optim.betas, eps=optim.eps)
+    options: dict[str, Any] = dict(betas=optim.betas, eps=optim.eps, layer_decay=optim.layer_decay)
+    options = {name: value for name, value in options.items() if value is not None}
     parameters = _published_groups(model, optim.weight_decay) if optim.published_decay else model
     try:
-        return create_optimizer_v2(
-            parameters,
-            opt=optim.optimizer,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            layer_decay=optim.layer_decay,
-            **{name: value for name, value in options.items() if value is not None},
-        )
+        return create_optimizer_v2(parameters, optim.optimizer, optim.lr, optim.weight_decay, **options)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise InputError(f"cannot make the optimizer {optim.optimizer}: {error}") from error
+        given = " ".join(f"{option(name)} {value}" for name, value in options.items())
+        raise InputError(f"cannot make the optimizer {optim.optimizer} {given}: {error}") from error
 
 
 def _published_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -27,9 +27,6 @@ class TrainingProgress(Callback):
         self._validation = ""
         self._named = self._counted = 0
 
-    def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Show the bar."""
         total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
@@ -53,7 +50,7 @@ class TrainingProgress(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the bar."""
         for line in list(trainer.datamodule.unreadable.values())[self._named :]:
-            self._print(f"{line}; another image takes its place")
+            self.console.out(f"{line}; another image takes its place", highlight=False)
         self._named = len(trainer.datamodule.unreadable)
         if self.bar is None:
             return
@@ -75,14 +72,17 @@ class TrainingProgress(Callback):
         width = int(math.log10(trainer.max_epochs or 1)) + 1
         skipped = f"  {pl_module.skipped} steps skipped, not finite" if pl_module.skipped else ""
         self._validation = f"  val {_shown(values, (pl_module.task.monitor,))}"
-        self._print(
+        self.console.out(
             f"{trainer.current_epoch + 1:>{width}}/{trainer.max_epochs}"
-            f"  train {_shown(pl_module.epoch_means(), names)}  val {_shown(values, names)}  {self._speed()}{skipped}"
+            f"  train {_shown(pl_module.epoch_means(), names)}  val {_shown(values, names)}  {self._speed()}{skipped}",
+            highlight=False,
         )
         unreadable, images = len(trainer.datamodule.unreadable), len(trainer.datamodule.splits.train)
         if unreadable > self._counted:
             where = self.recorder.folder.unreadable
-            self._print(f"{unreadable:,} of {images:,} training images cannot be read, see {where}")
+            self.console.out(
+                f"{unreadable:,} of {images:,} training images cannot be read, see {where}", highlight=False
+            )
         self._counted = unreadable
 
     def _speed(self) -> str:

@@ -1,5 +1,3 @@
-import csv
-import io
 import pickle
 import signal
 import threading
@@ -15,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from vision_ssm.data.module import ImageData
-from vision_ssm.engine.files import atomic_write, write_text
+from vision_ssm.engine.files import atomic_write, write_csv, write_text
 from vision_ssm.engine.module import TrainingModule
 from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.engine.weights import save_weights
@@ -178,11 +176,7 @@ class RunRecorder(Checkpoint):
     def write_metrics(self) -> None:
         """Write the table of metrics as CSV."""
         if self.history:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, list(self.history[-1]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.history)
-            write_text(self.folder.metrics, text.getvalue())
+            write_csv(self.folder.metrics, self.history)
 
     def _write_unreadable(self, data: ImageData) -> None:
         if data.unreadable:

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from vision_ssm.data import ImageDataset, Images, ImageStream, Sample, Samples, Splits, Transform, load_splits
+from vision_ssm.data import ImageDataset, Images, ImageStream, Sample, Splits, Transform, load_splits
+from vision_ssm.data.sampling import Samples
 from vision_ssm.engine.devices import find_device, loader_workers
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
 from vision_ssm.errors import InputError

@@ -257,7 +257,7 @@ class RunConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ModelConfig, DataConfig, OptimConfig, RunConfig):
+class TrainConfig(RunConfig, OptimConfig, DataConfig, ModelConfig):
     """What the training of every task has in common."""
 
     task: ClassVar[str]
@@ -289,7 +289,7 @@ class LossConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationConfig(AugmentConfig, LossConfig, TrainConfig):
+class ClassificationConfig(LossConfig, AugmentConfig, TrainConfig):
     """Training of an image classifier."""
 
     task: ClassVar[str] = "classification"

@@ -253,7 +253,7 @@ class Classification(Task):
         size = f"{self.spec.img_size}×{self.spec.img_size}"
         teacher = "" if self.teacher is None else f", learns from {self.config.teacher}"
         line = f"Model  {self.spec.model}, {parameters / 1e6:.2f} M parameters, {size} input{teacher}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.out(line, highlight=False)
 
     def metrics(self, **options: Any) -> "MetricCollection":
         from torchmetrics import MeanMetric, MetricCollection

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vision_ssm.data import Images, ImageStream, Splits, how_many
+from vision_ssm.data import Images, ImageStream, Splits
+from vision_ssm.data.dataset import how_many
+from vision_ssm.engine.output import make_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,7 +102,6 @@ class ClassificationResults:
     def report(self, console: "Console", *, title: str | None = None, details: bool = False) -> None:
         """Print the metrics, with `details` a row for each class; of many, those with the lowest recall."""
         from rich.markup import escape
-        from rich.table import Table
 
         if details:
             rows = self.details()["per_class"]
@@ -108,16 +109,16 @@ class ClassificationResults:
             if len(rows) > _MANY:
                 rows = sorted((row for row in rows if row["images"]), key=lambda row: row["recall"])
                 rows, hidden = rows[:_MANY], max(0, len(rows) - _MANY)
-            table = Table("class", box=None, padding=(0, 2, 0, 0), header_style="dim")
-            for name in ("images", "recall", "precision"):
-                table.add_column(name, justify="right")
+            table = make_table("class", ">images", ">recall", ">precision")
             for row in rows:
                 shares = ["–" if row[k] is None else f"{row[k]:.1%}" for k in ("recall", "precision")]
                 table.add_row(escape(row["class"]), f"{row['images']:,}", *shares)
             console.print(table)
             if hidden:
                 console.print(f"and {hidden:,} classes with at least this recall; --json lists all", highlight=False)
-        table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 2, 0, 0))
+        if title:
+            console.print(title, style="italic", highlight=False)
+        table = make_table("metric", "value", header=False)
         table.add_row("images", f"{self.images:,}")
         for name, value in self.metrics().items():
             label = name.replace("_", " ").replace("top5", "top-5")
@@ -143,13 +144,10 @@ def is_uneven(images: Images) -> bool:
 def describe_data(splits: Splits, console: "Console") -> None:
     """Print how many images there are, and how many of each class where that is known."""
     from rich.markup import escape
-    from rich.table import Table
 
     train, val = splits.train, splits.val
-    console.print(
-        f"Data   {how_many(train)} training and {how_many(val)} validation images in {len(train.classes)} classes",
-        highlight=False,
-    )
+    counted = f"{how_many(train)} training and {how_many(val)} validation images"
+    console.print(f"Data   {counted} in {len(train.classes)} classes", highlight=False)
     for images, what in ((train, "training"), (val, "validation")):
         if isinstance(images, ImageStream):
             console.print(f"       {what} images are read as a stream, shards: {len(images.shards):,}", highlight=False)
@@ -160,9 +158,7 @@ def describe_data(splits: Splits, console: "Console") -> None:
         few, many = min(counts), max(counts)
         console.print(f"       {few:,} to {many:,} training images per class", highlight=False)
         return
-    table = Table("class", box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("training", justify="right")
-    table.add_column("validation", justify="right")
+    table = make_table("class", ">training", ">validation")
     for name, a, b in zip(train.classes, counts, val_counts, strict=True):
         table.add_row(escape(name), f"{a:,}", f"{b:,}")
     console.print(table)
