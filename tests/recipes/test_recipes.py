@@ -11,17 +11,17 @@ from vision_ssm.checkpoints.group_mamba import convert_group_mamba
 from vision_ssm.engine.optimization import LearningRate, make_optimizer
 from vision_ssm.errors import InputError
 from vision_ssm.models.registry import registered_models
-from vision_ssm.recipes import RECIPES, ClassificationConfig, Recipe, find, from_dict, to_dict
+from vision_ssm.recipes import RECIPES, ClassificationConfig, find, from_dict, to_dict
 from vision_ssm.recipes.config import OptimConfig
 from vision_ssm.recipes.published import PUBLISHED
 
-DEFAULTS = Recipe("", "", {}).fields()
+DEFAULTS = to_dict(ClassificationConfig())
 published = pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda recipe: recipe.name)
 
 
 @published
 def test_every_value_has_a_source(recipe):
-    values = recipe.fields()
+    values = to_dict(recipe())
     assert recipe.sources.keys() <= values.keys()
     assert {name for name in values if values[name] != DEFAULTS[name]} <= recipe.sources.keys()
 

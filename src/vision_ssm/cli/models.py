@@ -157,14 +157,10 @@ def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
             console.print(table)
             console.print()
     legend = [
-        "MACs: multiply-accumulates; paper ops: these but attention's, 5 per element normed, 9 L D N + L D per scan."
+        "MACs: multiply-accumulates; paper ops: these but attention's, 5 per element normed, 9 L D N + L D per scan.",
+        "top-1: on ImageNet-1K in %, of the published weights named above, not of this package's training.",
+        "weights: pretrained=True fetches them, or vision-ssm convert takes a file that you have.",
     ]
-    if any(row["published_top1"] for row in rows):
-        legend += ["top-1: on ImageNet-1K in %, of the published weights named above, not of this package's training."]
-    if any(row["pretrained"] for row in rows):
-        legend += ["weights: pretrained=True fetches them."]
-    if any(row["convertible"] and not row["pretrained"] for row in rows):
-        legend += ["convert: vision-ssm convert takes a file that you have."]
     console.print("\n".join(legend), style="dim", highlight=False)
 
 

@@ -71,7 +71,7 @@ def _show(recipe: library.Recipe, *, json: bool) -> int:
     left_out = where - {"data", "seed", "precision"} | {"max_skipped"}
     values = {
         name: {"value": value, "source": recipe.sources.get(name)}
-        for name, value in recipe.fields().items()
+        for name, value in library.to_dict(recipe()).items()
         if name not in left_out and (name != "data" or value)
     }
     row = _row(recipe)

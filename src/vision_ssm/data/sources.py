@@ -1,8 +1,8 @@
+import functools
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -138,7 +138,7 @@ def read_folder(root: Path, classes: Names | None = None) -> ImageDataset:
     if empty and classes is None:
         raise InputError(f"no images in {root} for {shorten(empty)}; remove the folder or fill it")
     ids = Strings(files)
-    return ImageDataset(_Files(root, ids), ids, {"label": np.array(labels)}, tuple(index))
+    return ImageDataset(functools.partial(_path, root, ids), ids, {"label": np.array(labels)}, tuple(index))
 
 
 def read_tars(root: Path, classes: Names | None = None) -> ImageDataset:
@@ -190,15 +190,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return images
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The paths of the files in a folder, by their numbers."""
-
-    root: Path
-    names: Strings
-
-    def __call__(self, number: int) -> Path:
-        return self.root / self.names[number]
+def _path(root: Path, names: Strings, number: int) -> Path:
+    return root / names[number]
 
 
 def _walk(folder: Path) -> Iterator[str]:

@@ -1,3 +1,4 @@
+import functools
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,17 +40,6 @@ class TableShard:
                 image = row[self.image] or {}
                 name = f"{self.name} image {i}" + (f" ({Path(image['path']).name})" if image.get("path") else "")
                 yield name, _label(row[self.target], self.labels, name), _content(image)
-
-
-@dataclass(frozen=True)
-class TableReader:
-    """Opens the images of a Hugging Face dataset by their numbers."""
-
-    table: Any
-    image: str
-
-    def __call__(self, number: int) -> BinaryIO:
-        return io.BytesIO(_content(self.table[number][self.image] or {}))
 
 
 def read_table(split: str, config: DataConfig, named: tuple[str, ...] | None) -> ImageDataset | ImageStream:
@@ -96,7 +86,9 @@ def read_table(split: str, config: DataConfig, named: tuple[str, ...] | None) ->
         values = [_label(value, labels, name) for value, name in zip(table[target], ids, strict=True)]
         if wrong := sorted(set(values) - set(range(len(classes)))):
             raise InputError(f"{split} of {config.data} has label {wrong[0]}, but there are {len(classes)} classes")
-        return ImageDataset(TableReader(table, image), Strings(ids), {"label": np.array(values, np.int64)}, classes)
+        return ImageDataset(
+            functools.partial(_open, table, image), Strings(ids), {"label": np.array(values, np.int64)}, classes
+        )
 
 
 def _labels(classes: tuple[str, ...], names: list[str] | None) -> dict[Any, int]:
@@ -109,6 +101,10 @@ def _label(value: Any, labels: Mapping[Any, int] | None, name: str) -> int:
     if labels is not None and value not in labels:
         raise InputError(f"{name} has class {value}, which is not in --class-map")
     return int(value) if labels is None else labels[value]
+
+
+def _open(table: Any, image: str, number: int) -> BinaryIO:
+    return io.BytesIO(_content(table[number][image] or {}))
 
 
 def _content(image: Mapping[str, Any]) -> bytes:

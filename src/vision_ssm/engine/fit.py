@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from timm.layers import convert_sync_batchnorm
 
@@ -21,7 +22,7 @@ from vision_ssm.engine.loggers import check_logger, make_loggers
 from vision_ssm.engine.module import TrainingModule
 from vision_ssm.engine.optimization import make_optimizer
 from vision_ssm.engine.plots import draw_curves
-from vision_ssm.engine.processes import lost_another, process_rank, strategy_for
+from vision_ssm.engine.processes import lost_another, process_rank
 from vision_ssm.engine.progress import TrainingProgress
 from vision_ssm.engine.recorder import RunRecorder, SafeCheckpointIO, rank, stop_on_signals
 from vision_ssm.engine.run_folder import RunFolder
@@ -86,7 +87,11 @@ def fit(
     if device.type == "cpu" and config.sync_batchnorm:
         raise InputError("--sync-batchnorm needs GPUs")
     splits = task_type.load_data(config)
-    _check_batch(config, splits)
+    if config.images_per_step > len(splits.train) and config.processes > 1:
+        factors = f"--batch-size {config.batch_size} times --grad-accum {config.grad_accum}"
+        raise InputError(
+            f"{config.processes} processes times {factors} is larger than the {len(splits.train)} training images"
+        )
     task = task_type.from_config(config, splits, resume=resume)
     if config.sync_batchnorm:
         task.model = convert_sync_batchnorm(task.model)
@@ -120,7 +125,7 @@ def fit(
         trainer = make_trainer(config, device, folder, [recorder, TrainingProgress(console, recorder)])
         if not resume and rank_here == 0:
             folder.clear()
-            folder.write_config(config)
+            write_json(folder.config, {"task": config.task, **to_dict(config)})
             write_json(folder.model, {"task": task.name, **to_dict(task.spec)})
         trainer.loggers = make_loggers(config.logger, folder) if rank_here == 0 else []
         try:
@@ -155,7 +160,8 @@ def make_trainer(
             accelerator={"cuda": "gpu"}.get(device.type, device.type),
             devices=config.devices if device.index is None or device.type == "cpu" else [device.index],
             num_nodes=config.num_nodes,
-            strategy=strategy_for(config),
+            # Buffers differ between processes during an epoch (see `TrainingModule.on_validation_start`).
+            strategy=DDPStrategy(broadcast_buffers=False) if config.processes > 1 else "auto",
             precision=config.precision,
             max_epochs=config.epochs,
             gradient_clip_val=config.clip_grad,
@@ -171,14 +177,6 @@ def make_trainer(
         )
     except (ValueError, MisconfigurationException) as error:
         raise InputError(f"cannot train on {device} in {config.precision}: {error}") from error
-
-
-def _check_batch(config: TrainConfig, splits: Splits) -> None:
-    if config.images_per_step > len(splits.train) and config.processes > 1:
-        raise InputError(
-            f"{config.processes} processes times --batch-size {config.batch_size} times --grad-accum "
-            f"{config.grad_accum} is larger than the {len(splits.train)} training images"
-        )
 
 
 def _notes(config: TrainConfig, steps: int, *, complete: bool) -> list[str]:

@@ -25,7 +25,7 @@ class TrainingModule(lightning.LightningModule):
     are. With a loss scale (16-mixed) that holds for the loss alone, because the scale finds its way by gradients that
     overflow. `skipped` counts these steps of the epoch.
 
-    Logged once per epoch: the means of the task's losses and metrics under `train/`, its evaluation under `val/`.
+    The metrics of the task's evaluation are logged under `val/`; `epoch_means` has those of training.
 
     Args:
         task: What to train.
@@ -174,10 +174,6 @@ class TrainingModule(lightning.LightningModule):
         evaluation = self.task.evaluation(self.val_metrics.compute(), [])
         self.log_dict({f"val/{name}": value for name, value in evaluation.metrics().items()}, logger=False)
         self.val_metrics.reset()
-
-    def on_train_epoch_end(self) -> None:
-        """Log the means of the epoch."""
-        self.log_dict({f"train/{name}": value for name, value in self.epoch_means().items()}, logger=False)
 
     def configure_optimizers(self) -> Any:
         """Timm's optimizer and its schedule, which is set at every step."""

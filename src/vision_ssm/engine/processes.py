@@ -3,7 +3,6 @@ import time
 
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import RunConfig
@@ -27,12 +26,6 @@ def process_rank(config: RunConfig) -> int:
             return environment.global_rank()
     environment = LightningEnvironment()
     return environment.node_rank() * config.devices + environment.local_rank() if config.processes > 1 else 0
-
-
-def strategy_for(config: RunConfig) -> Strategy | str:
-    """How the processes of a run work together: each has all weights, and gradients are averaged."""
-    # Buffers differ between processes during an epoch (see `TrainingModule.on_validation_start`).
-    return DDPStrategy(broadcast_buffers=False) if config.processes > 1 else "auto"
 
 
 def lost_another(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vision_ssm.engine.files import temporary, write_json
+from vision_ssm.engine.files import temporary
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import CONFIGS, TrainConfig, from_dict, to_dict
 from vision_ssm.recipes.config import FREE_ON_RESUME, option
@@ -61,10 +61,6 @@ class RunFolder:
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
-
-    def write_config(self, config: TrainConfig) -> None:
-        """Write `config.json`."""
-        write_json(self.config, {"task": config.task, **to_dict(config)})
 
     def read_config(self) -> TrainConfig:
         """The configuration the run was started with.

@@ -1,4 +1,4 @@
-import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -219,7 +219,7 @@ class Task(ABC):
             InputError: An image cannot be read; names it.
         """
         ids = [str(item) if isinstance(item, (str, Path)) else f"image {i}" for i, item in enumerate(images)]
-        data = ImageDataset(_Given(images), ids, {}, ())
+        data = ImageDataset(functools.partial(_given, images), ids, {}, ())
         predictions: list[Any] = []
         for batch in self._batches(data, batch_size, workers):
             with self._autocast():
@@ -232,8 +232,6 @@ class Task(ABC):
         return nullcontext() if plain else torch.autocast(self.device.type, self.autocast)
 
     def _batches(self, images: Images, batch_size: int, workers: int | None) -> Iterable[Batch]:
-        if batch_size < 1:
-            raise InputError(f"--batch-size must be at least 1, got {batch_size}")
         # Starting processes takes longer than loading a few images.
         few = not isinstance(images, ImageStream) and len(images) <= 4 * batch_size
         count = 0 if few and workers is None else loader_workers(workers)
@@ -243,14 +241,8 @@ class Task(ABC):
             yield {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """The images that `Task.predict` is given, by their numbers."""
-
-    images: Sequence[Picture]
-
-    def __call__(self, number: int) -> Path | Image.Image:
-        item = self.images[number]
-        if isinstance(item, np.ndarray):
-            return Image.fromarray(item).convert("RGB")
-        return item.convert("RGB") if isinstance(item, Image.Image) else Path(item)
+def _given(images: Sequence[Picture], number: int) -> Path | Image.Image:
+    item = images[number]
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item).convert("RGB")
+    return item.convert("RGB") if isinstance(item, Image.Image) else Path(item)

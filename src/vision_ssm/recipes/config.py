@@ -261,7 +261,7 @@ class TrainConfig(RunConfig, OptimConfig, DataConfig, ModelConfig):
     """What the training of every task has in common."""
 
     task: ClassVar[str]
-    groups: ClassVar[tuple[type[Config], ...]] = (ModelConfig, DataConfig, OptimConfig, RunConfig)
+    groups: ClassVar[tuple[type[Config], ...]]
     """The groups of options, as `--help` shows them."""
 
     @property

@@ -2,7 +2,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vision_ssm.recipes.config import ClassificationConfig, to_dict
+from vision_ssm.recipes.config import ClassificationConfig
 
 OURS = "this package's choice"
 """The source of values that nobody published."""
@@ -40,10 +40,6 @@ class Recipe:
     def sources(self) -> dict[str, str]:
         """The source of each field; fields that are not listed are the package's choice."""
         return {name: source for source, values in self.values.items() for name in values if source != OURS}
-
-    def fields(self) -> dict[str, Any]:
-        """All fields of the configuration as plain values."""
-        return to_dict(self())
 
 
 def recipe(make: Callable[[], Sourced]) -> Recipe:

@@ -65,16 +65,9 @@ class ClassifierSpec:
             args.setdefault("drop_path_rate", config.drop_path_rate)
         if known.fixed_input_size and size != known.input_size[-1]:
             args.setdefault("img_size", size)
-        return cls(
-            model=config.model,
-            model_args=args,
-            classes=classes,
-            img_size=size,
-            mean=tuple(known.mean),
-            std=tuple(known.std),
-            interpolation=known.interpolation,
-            crop_pct=config.crop_pct or (1.0 if size < 128 else known.crop_pct),
-        )
+        crop_pct = config.crop_pct or (1.0 if size < 128 else known.crop_pct)
+        how: dict[str, Any] = dict(mean=tuple(known.mean), std=tuple(known.std), interpolation=known.interpolation)
+        return cls(model=config.model, model_args=args, classes=classes, img_size=size, crop_pct=crop_pct, **how)
 
     @classmethod
     def from_timm(cls, name: str, model: Any) -> "ClassifierSpec":
@@ -88,16 +81,9 @@ class ClassifierSpec:
         channels, height, width = settings["input_size"]
         if channels != 3 or height != width:
             raise InputError(f"{name} takes images of {channels}x{height}x{width}; only square RGB images can be used")
-        return cls(
-            model=name,
-            classes=tuple(map(str, range(model.num_classes))),
-            img_size=height,
-            mean=tuple(settings["mean"]),
-            std=tuple(settings["std"]),
-            interpolation=settings["interpolation"],
-            crop_pct=settings["crop_pct"],
-            crop_mode=settings["crop_mode"],
-        )
+        names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        classes = tuple(map(str, range(model.num_classes)))
+        return cls(model=name, classes=classes, img_size=height, **{name: settings[name] for name in names})
 
     def eval_transform(self) -> Callable[[Any], Tensor]:
         """From an image to a normalized (3, img_size, img_size) tensor."""

@@ -24,23 +24,18 @@ class Teacher:
 
     def __init__(self, model: nn.Module, name: str, own: Statistics, student: Statistics) -> None:
         self.model, self.name = model.eval().requires_grad_(False), name
-        self._scale = self._shift = None
-        if own != student:
-            (own_mean, own_std), (mean, std) = (torch.tensor(values)[..., None, None] for values in (own, student))
-            self._scale, self._shift = std / own_std, (mean - own_mean) / own_std
+        (own_mean, own_std), (mean, std) = (torch.tensor(values)[..., None, None] for values in (own, student))
+        self._scale, self._shift = std / own_std, (mean - own_mean) / own_std
 
     def to(self, device: torch.device) -> None:
         """Move it."""
         self.model.to(device)
-        if self._scale is not None and self._shift is not None:
-            self._scale, self._shift = self._scale.to(device), self._shift.to(device)
+        self._scale, self._shift = self._scale.to(device), self._shift.to(device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """(batch, classes) logits in float32 of images that are normalized as the student's."""
-        images = images.float()
-        if self._scale is not None and self._shift is not None:
-            images = images * self._scale + self._shift
+        images = images.float() * self._scale + self._shift
         with torch.autocast(images.device.type, enabled=False):
             return self.model(images)
 
