@@ -110,7 +110,7 @@ class Sweep:
         return run if done.returncode else None
 
     def history(self, run: Run) -> list[dict[str, float]]:
-        """The figures of each epoch so far."""
+        """The metrics of each epoch so far."""
         path = self.out / run.name / "metrics.csv"
         if not path.is_file():
             return []

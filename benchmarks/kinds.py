@@ -18,7 +18,7 @@ SCAN, REST, BETWEEN = "scan", "rest", "between operators"
 KINDS = {
     SCAN: ("route_scan",),
     "convolution": ("conv",),
-    "normalisation": ("norm",),
+    "normalization": ("norm",),
     "activation": ("gelu", "silu", "relu", "sigmoid"),
     "linear": ("mm", "linear", "matmul", "einsum"),
     "copies": ("copy", "clone", "contiguous", "aten::to", "aten::cat", "aten::stack", "aten::flip", "index_select"),

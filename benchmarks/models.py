@@ -76,7 +76,7 @@ def inference_step(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def training_step(model: nn.Module, images: torch.Tensor, checkpointing: bool) -> None:
-    """Forward and backward; leaves the gradients behind, as before an optimiser's step."""
+    """Forward and backward; leaves the gradients behind, as before an optimizer's step."""
     model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
     model.zero_grad(set_to_none=True)
     model(images).float().square().mean().backward()

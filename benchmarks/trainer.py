@@ -1,4 +1,4 @@
-"""What the whole trainer costs beside forward pass, backward pass and step of the optimiser, alternating with these.
+"""What the whole trainer costs beside forward pass, backward pass and step of the optimizer, alternating with these.
 
 python benchmarks/trainer.py --csv trainer.csv
 """
@@ -119,7 +119,7 @@ def main() -> int:
     columns += [(">trainer ms", "{trainer_ms:.1f}"), (">overhead", "{overhead:.1%}")]
     notes = [
         f"medians of {options.steps} steps each, in turns. bare: forward, backward, clipping, AdamW. trainer: the same "
-        "and random crops, RandAugment, figures, schedule, callbacks; without the end of the epoch.",
+        "and random crops, RandAugment, metrics, schedule, callbacks; without the end of the epoch.",
     ]
     common.show("The trainer beside the bare step", rows, columns, notes)
     if options.csv:

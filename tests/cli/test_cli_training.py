@@ -148,7 +148,7 @@ def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
         pytest.param("digits --model test_convnext", "cannot take images of 16x16", id="image-too-small"),
         pytest.param("digits --batch-size 2000", "larger than the 1437 training images", id="batch-too-large"),
         pytest.param("digits --mixup 1 --batch-size 7", "need an even --batch-size, got 7", id="odd-mixup"),
-        pytest.param("digits --optimizer adamx", "did you mean", id="unknown-optimiser"),
+        pytest.param("digits --optimizer adamx", "did you mean", id="unknown-optimizer"),
         pytest.param("digits --grad-accum 0", "--grad-accum must be at least 1", id="no-accumulation"),
         pytest.param("digits --grad-accum 40", "--batch-size 64 times --grad-accum 40 is larger", id="step-too-large"),
         pytest.param("digits --crop-pct 1.5", "--crop-pct must be above 0 and at most 1, got 1.5", id="crop"),

@@ -26,7 +26,7 @@ def config(images):
     )
 
 
-def test_tensorboard_shows_the_figures_of_every_epoch_of_a_resumed_run(config, tmp_path, monkeypatch, stop_at):
+def test_tensorboard_shows_the_metrics_of_every_epoch_of_a_resumed_run(config, tmp_path, monkeypatch, stop_at):
     folder = RunFolder(tmp_path / "run")
     stop_at(0, 2)  # after the first epoch
     with pytest.raises(Stopped):

@@ -58,7 +58,7 @@ def config(images, monkeypatch):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """What model, average and optimiser are after each step."""
+    """What model, average and optimizer are after each step."""
     states = []
 
     class Watching(RunRecorder):

@@ -104,7 +104,7 @@ def test_rates_grow_with_the_images_per_step():
     assert (plain.lr, plain.warmup_lr) == (2e-3, 2e-5)
 
 
-# As counted in the optimisers of the published code.
+# As counted in the optimizers of the published code.
 @pytest.mark.parametrize(
     ("name", "spared"), [("group-mamba-tiny-in1k", 119_165), ("efficient-vmamba-tiny-in1k", 45_820)], ids=str
 )

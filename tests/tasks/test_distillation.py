@@ -42,7 +42,7 @@ def config(images):
 
 @pytest.fixture
 def teacher_file(config, tmp_path):
-    """A weights file as a run leaves it, of a model whose inputs are normalised otherwise."""
+    """A weights file as a run leaves it, of a model whose inputs are normalized otherwise."""
     spec = ClassifierSpec.from_config(
         dataclasses.replace(config, model="test_vit", model_args={"img_size": 32}), ("blue", "green", "red")
     )
