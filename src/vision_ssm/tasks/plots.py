@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,28 +8,29 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
+from torch import Tensor
 
 from vision_ssm.data import Images
 from vision_ssm.engine.plots import save_figure
-from vision_ssm.tasks.results import ClassificationResults
 
 _RIGHT, _WRONG = "#2a7f3f", "#c0392b"
 
 
-def draw_confusion(results: ClassificationResults, path: Path) -> None:
+def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
     """Draw the confusion matrix: rows are true classes, shaded by the share of the row.
 
     Cells are numbered up to 20 classes, classes named up to 100.
 
     Args:
-        results: What to show.
+        confusion: (classes, classes) counts.
+        classes: Their names.
         path: The PNG file to write.
     """
-    counts = results.confusion.numpy()
+    counts = confusion.numpy()
     n = len(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = float(np.clip(2.6 + 0.42 * n, 4.2, 15))
-    names = [_elide(name, 24) for name in results.classes]
+    names = [_elide(name, 24) for name in classes]
     margin = 0.075 * max(map(len, names)) if n <= 100 else 0.5
     figure = Figure(figsize=(side + margin + 0.9, side + margin), layout="constrained")
     axes = figure.subplots()
@@ -48,25 +50,28 @@ def draw_confusion(results: ClassificationResults, path: Path) -> None:
         axes.grid(which="minor", color="#dddddd", linewidth=0.6)
         axes.tick_params(which="minor", length=0)
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"{results.accuracy:.2%} of {results.images:,} images right", fontsize=11)
+    axes.set_title(f"{counts.trace() / counts.sum():.2%} of {counts.sum():,} images right", fontsize=11)
     bar = figure.colorbar(picture, ax=axes, shrink=0.7 if n <= 20 else 0.4, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("share of the true class")
     bar.outline.set_visible(False)
     save_figure(figure, path)
 
 
-def draw_predictions(results: ClassificationResults, images: Images, path: Path, *, most: int = 30) -> None:
+def draw_predictions(
+    records: Sequence[tuple[int, float, int]], classes: Sequence[str], images: Images, path: Path, *, most: int = 30
+) -> None:
     """Draw a sheet of images with what the classifier took them for; wrong ones in red with the true class.
 
     Args:
-        results: Predictions for `images`, in the same order.
+        records: Predicted class, its probability and true class of each of `images`, in the same order.
+        classes: Names of the classes.
         images: The images.
         path: The PNG file to write.
         most: Number of images; up to half are wrong ones, the rest right ones, chosen at random.
     """
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(results.records), generator=generator)
-    predicted, _, labels = torch.tensor(results.records).T
+    order = torch.randperm(len(records), generator=generator)
+    predicted, _, labels = torch.tensor(records).T
     hits = (predicted == labels)[order]
     wrong = order[~hits]
     right = order[hits][: most - min(len(wrong), most // 2)]
@@ -81,15 +86,15 @@ def draw_predictions(results: ClassificationResults, images: Images, path: Path,
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, index, sample in zip(figure.axes, chosen, images.pick(chosen), strict=False):
-        guess, confidence, target = results.records[index]
+        guess, confidence, target = records[index]
         color = _RIGHT if target == guess else _WRONG
         axes.axis("on")
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=2.5)
         axes.imshow(_thumbnail(sample["image"]))
-        title = f"{_elide(results.classes[guess], 16)} ({confidence:.0%})"
-        below = "" if target == guess else f"is {_elide(results.classes[target], 18)}"
+        title = f"{_elide(classes[guess], 16)} ({confidence:.0%})"
+        below = "" if target == guess else f"is {_elide(classes[target], 18)}"
         axes.set_title(title, fontsize=9, color=color, pad=4)
         axes.set_xlabel(below, fontsize=9, color=color, labelpad=3)
     save_figure(figure, path)

@@ -130,8 +130,8 @@ class ClassificationResults:
         from vision_ssm.tasks.plots import draw_confusion, draw_predictions  # seconds, for matplotlib
 
         confusion, predictions = folder / "confusion.png", folder / "predictions.png"
-        draw_confusion(self, confusion)
-        draw_predictions(self, images, predictions)
+        draw_confusion(self.confusion, self.classes, confusion)
+        draw_predictions(self.records, self.classes, images, predictions)
         return {"Confusion": confusion, "Predictions": predictions}
 
 
