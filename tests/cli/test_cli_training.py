@@ -143,7 +143,7 @@ def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
         pytest.param("digits --model test_convnext --model-args colour=red", "colour=red", id="unknown-argument"),
         pytest.param("digits --pretrained", "no published weights", id="no-published-weights"),
         pytest.param("digits --pretrained nowhere.pth", "no such checkpoint file", id="no-checkpoint"),
-        pytest.param("digits --lr -0.1", "--lr must be above 0 and finite, got -0.1", id="negative-rate"),
+        pytest.param("digits --lr -0.1", "--lr must be above 0, got -0.1", id="negative-rate"),
         pytest.param("digits --epochs 0", "--epochs must be at least 1", id="no-epochs"),
         pytest.param("digits --model test_convnext", "cannot take images of 16x16", id="image-too-small"),
         pytest.param("digits --batch-size 2000", "larger than the 1437 training images", id="batch-too-large"),
@@ -154,9 +154,7 @@ def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
         pytest.param("digits --crop-pct 1.5", "--crop-pct must be above 0 and at most 1, got 1.5", id="crop"),
         pytest.param("digits --warmup-lr 1", "--warmup-lr must be at most --lr", id="warmup-rate"),
         pytest.param("digits --betas 0.9 1.5", "--betas must be at least 0 and below 1, got 0.9 1.5", id="betas"),
-        pytest.param(
-            "digits --optimizer sgd --eps 1e-8", "cannot make the optimizer sgd --eps 1e-08: ", id="eps-of-none"
-        ),
+        pytest.param("digits --optimizer sgd --eps 1e-8", "sgd does not take --eps", id="eps-of-none"),
         pytest.param("digits --cooldown-epochs -1", "--cooldown-epochs must be at least 0", id="cooldown"),
         pytest.param(
             "digits --model test_vit --model-args img_size=16 --published-decay",
@@ -164,7 +162,7 @@ def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
             id="no-published-decay",
         ),
         pytest.param("digits --distill-alpha 1.5", "--distill-alpha must be at least 0 and at most 1", id="alpha"),
-        pytest.param("digits --distill-tau 0", "--distill-tau must be above 0 and finite, got 0", id="tau"),
+        pytest.param("digits --distill-tau 0", "--distill-tau must be above 0, got 0", id="tau"),
         pytest.param("digits --teacher runs/x", "--teacher: unknown model runs/x", id="no-teacher"),
         pytest.param("digits --teacher resnet18", "resnet18 has 1000 classes", id="teacher-of-others"),
         pytest.param("digits --device cuda:77", "no device cuda:77", id="no-device"),

@@ -84,7 +84,7 @@ def test_worst_classes_first_where_there_are_many(tmp_path, capsys):
     lines = out.splitlines()
     assert lines[1].split() == ["class", "00", "1", "0.0%", "–"]
     assert not any(line.startswith("class 29") for line in lines)
-    assert "and 10 classes with a recall at least as high" in out
+    assert "and 10 classes with at least this recall" in out
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_models_fit_the_terminal(capsys, monkeypatch, columns):
     assert lines[0] == ["vmamba_atto", "0.90", "M", "0.02", "G", "0.02", "G", "32", "-", "-"]
     assert lines[1][:9] == ["vmamba_tiny", "30.25", "M", "4.81", "G", "4.91", "G", "224", "82.6"]
     assert lines[1][9:] == ["pretrained", "vssm1_tiny_0230s_ckpt_epoch_264.pth"][: 1 if columns == 80 else 2]
-    assert "weights: MzeroMiko/VMamba; licence: mit" in out
+    assert "weights: MzeroMiko/VMamba; license: mit" in out
 
 
 def test_models_that_do_not_exist(capsys):
@@ -84,11 +84,11 @@ def test_bench(capsys, tmp_path):
     ("words", "message"),
     [
         (("info", "vmamba_tinny"), "unknown model vmamba_tinny; did you mean vmamba_tiny"),
-        (("info", "vmamba_tiny", "--size", "0"), "--size takes one or two positive numbers, got 0"),
+        (("info", "vmamba_tiny", "--size", "0"), "--size must be at least 1, got 0"),
         (("info", "vmamba_tiny", "--size", "1", "2", "3"), "got 1 2 3"),
         (("bench",), "name at least one model"),
         (("bench", "vmamba_atto", "--batch", "0"), "--batch must be at least 1, got 0"),
-        (("bench", "vmamba_atto", "--seconds", "-1"), "--seconds must be positive"),
+        (("bench", "vmamba_atto", "--seconds", "-1"), "--seconds must be above 0, got -1.0"),
         (("bench", "vmamba_atto", "--device", "cuda:77"), "no device cuda:77"),
         (("frobnicate",), "no command frobnicate; there are train"),
     ],

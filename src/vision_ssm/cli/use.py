@@ -1,6 +1,6 @@
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -132,8 +132,6 @@ def _run_and_images(options: EvalOptions) -> Subject:
 
 
 def _model_and_images(options: EvalOptions) -> Subject:
-    import dataclasses
-
     from vision_ssm.cli.models import published
     from vision_ssm.data import read_images
     from vision_ssm.data.outputs import assign_outputs
@@ -152,7 +150,7 @@ def _model_and_images(options: EvalOptions) -> Subject:
     images = read_images(options.data)
     task = Classification.from_timm(name, file)
     images = assign_outputs(images, len(task.spec.classes))
-    task.spec = dataclasses.replace(task.spec, classes=images.classes)
+    task.spec = replace(task.spec, classes=images.classes)
     source = {"model": name, "weights": "published" if file is None else str(file)}
     top1 = published(name, cfg.to_dict())["published_top1"]
     known = {"published_top1": top1, "published_on": _PUBLISHED_ON} if file is None and top1 is not None else {}

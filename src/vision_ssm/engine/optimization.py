@@ -3,7 +3,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -57,14 +57,17 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
         near = difflib.get_close_matches(optim.optimizer, list_optimizers())
         hint = f"did you mean {' or '.join(near)}?" if near else "sgd, adamw, lamb and lion are some"
         raise InputError(f"unknown --optimizer {optim.optimizer}; {hint} (timm.optim.list_optimizers() lists all)")
+    known = get_optimizer_info(optim.optimizer)  # timm ignores what an optimizer does not take
+    for name, takes in (("eps", known.has_eps), ("betas", known.has_betas and known.num_betas == 2)):
+        if getattr(optim, name) is not None and not takes:
+            raise InputError(f"{optim.optimizer} does not take {option(name)}; use {option(name)} None")
     options: dict[str, Any] = dict(betas=optim.betas, eps=optim.eps, layer_decay=optim.layer_decay)
     options = {name: value for name, value in options.items() if value is not None}
     parameters = _published_groups(model, optim.weight_decay) if optim.published_decay else model
     try:
         return create_optimizer_v2(parameters, optim.optimizer, optim.lr, optim.weight_decay, **options)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        given = " ".join(f"{option(name)} {value}" for name, value in options.items())
-        raise InputError(f"cannot make the optimizer {optim.optimizer} {given}: {error}") from error
+        raise InputError(f"cannot make the optimizer {optim.optimizer}: {error}") from error
 
 
 def _published_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -76,7 +79,5 @@ def _published_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[name in exempt].append(parameter)
-    return [
-        {"params": groups[True], "weight_decay": 0.0},
-        {"params": groups[False], "weight_decay": weight_decay},
-    ]
+    decays = ((True, 0.0), (False, weight_decay))
+    return [{"params": groups[exempted], "weight_decay": decay} for exempted, decay in decays]

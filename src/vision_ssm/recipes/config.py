@@ -50,13 +50,13 @@ class Config:
 
 
 def _check_limits(name: str, value: Any, least: float, above: float, most: float, below: float) -> None:
+    words = {"at least": least, "above": above, "at most": most, "below": below}
     for number in value if isinstance(value, (tuple, list)) else (value,):
-        if number is None or (least <= number <= most and above < number < below and math.isfinite(number)):
-            continue
-        low = f"at least {least:g}" if math.isfinite(least) else f"above {above:g}" if math.isfinite(above) else ""
-        high = f"at most {most:g}" if math.isfinite(most) else f"below {below:g}" if math.isfinite(below) else "finite"
-        shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
-        raise InputError(f"{option(name)} must be {' and '.join(filter(None, (low, high)))}, got {shown}")
+        if number is not None and not (least <= number <= most and above < number < below and math.isfinite(number)):
+            allowed = [f"{word} {limit:g}" for word, limit in words.items() if math.isfinite(limit)]
+            allowed += [] if math.isfinite(number) else ["finite"]
+            shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else value
+            raise InputError(f"{option(name)} must be {' and '.join(allowed)}, got {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -236,10 +236,9 @@ class Classification(Task):
     def describe(self, splits: Splits, console: "Console") -> None:
         describe_data(splits, console)
         parameters = sum(p.numel() for p in self.model.parameters())
-        size = f"{self.spec.img_size}×{self.spec.img_size}"
         teacher = "" if self.teacher is None else f", learns from {self.config.teacher}"
-        line = f"Model  {self.spec.model}, {parameters / 1e6:.2f} M parameters, {size} input{teacher}"
-        console.out(line, highlight=False)
+        size = f"{parameters / 1e6:.2f} M parameters, {self.spec.img_size}×{self.spec.img_size} input"
+        console.out(f"Model  {self.spec.model}, {size}{teacher}", highlight=False)
 
     def metrics(self, **options: Any) -> "MetricCollection":
         from torchmetrics import MeanMetric, MetricCollection
