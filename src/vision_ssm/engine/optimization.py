@@ -79,5 +79,4 @@ def _published_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[name in exempt].append(parameter)
-    decays = ((True, 0.0), (False, weight_decay))
-    return [{"params": groups[exempted], "weight_decay": decay} for exempted, decay in decays]
+    return [{"params": groups[e], "weight_decay": decay} for e, decay in ((True, 0.0), (False, weight_decay))]
