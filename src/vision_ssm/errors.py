@@ -11,7 +11,12 @@ class InputError(Exception):
     @property
     def line(self) -> str:
         """The message on one line, without the traceback a data-loader worker wraps around it."""
-        return " ".join(str(self).rsplit("InputError: ", 1)[-1].split())
+        return printable(" ".join(str(self).rsplit("InputError: ", 1)[-1].split()))
+
+
+def printable(text: str) -> str:
+    """The text with control characters, line breaks and bytes that are not UTF-8 escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def shorten(names: Sequence[str], most: int = 8, separator: str = ", ") -> str:

@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for anything wrong with options or data, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    modules: list[str] = []
+    while words[:1] == ["--import"] and len(words) > 1:
+        modules, words = [*modules, words[1]], words[2:]
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(_usage())
         return 0 if words else BAD_INPUT
@@ -47,10 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vision_ssm.errors import InputError
 
     try:
+        if modules:
+            sys.path.insert(0, "")  # as python -m does
+        for name in modules:
+            importlib.import_module(name)
         module, function = COMMANDS[words[0]][0].split(":")
         return getattr(importlib.import_module(module), function)(words[1:])
     except InputError as error:
         return fail(error.line)
+    except ModuleNotFoundError as error:
+        needed = f"{words[0]} needs {error.name}, which is not installed"
+        return fail(f"{needed}; pip install 'vision-ssm[train]' installs all that it needs")
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return fail(f"{error.strerror or error}{where}")
@@ -71,6 +81,7 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = "".join(f"  {name:<{width}}  {text}\n" for name, (_, text) in COMMANDS.items())
     return (
-        "usage: vision-ssm COMMAND ...\n\nVision state-space backbones: train them and use them.\n\n"
-        f"commands:\n{lines}\n`vision-ssm COMMAND --help` tells more.\n"
+        "usage: vision-ssm [--import MODULE] COMMAND ...\n\nVision state-space backbones: train them and use them.\n\n"
+        f"commands:\n{lines}\n`vision-ssm COMMAND --help` lists its options.\n"
+        "--import MODULE runs a module first, such as one that registers your own models with timm.\n"
     )

@@ -88,17 +88,19 @@ def _parse(
 
 def _run(config: recipes.TrainConfig, run: RunOptions) -> int:
     # Not before the options are known to be right: these imports take seconds.
-    from rich.console import Console
-
+    from vision_ssm.engine.output import make_console
     from vision_ssm.engine.processes import common_name, process_rank
     from vision_ssm.engine.recorder import Stopped
     from vision_ssm.tasks import train as train_task
 
     config = _absolute(config)
     path = run.resume if isinstance(run.resume, Path) else run.out
+    about = {"recipe": run.recipe, "command": shlex.join(["vision-ssm", *sys.argv[1:]])}
     folder = RunFolder(path or Path("runs") / f"{config.model}-{common_name(config)}")
     try:
-        train_task(config, folder, resume=bool(run.resume), overwrite=run.overwrite, console=Console())
+        train_task(
+            config, folder, resume=bool(run.resume), overwrite=run.overwrite, console=make_console(), about=about
+        )
     except (Stopped, KeyboardInterrupt) as stop:
         if process_rank(config):
             return 0

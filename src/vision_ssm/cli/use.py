@@ -1,3 +1,5 @@
+import itertools
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +11,7 @@ from tyro.conf import Positional
 
 from vision_ssm.cli import fail
 from vision_ssm.cli.options import parse_options
-from vision_ssm.engine.output import make_table, print_json
+from vision_ssm.engine.output import make_console, make_table, print_json
 from vision_ssm.engine.run_folder import RunFolder, weights_file
 from vision_ssm.errors import InputError, shorten
 from vision_ssm.recipes import Precision
@@ -36,6 +38,8 @@ class ComputeOptions(Config):
     """Do without `vision_ssm.optimize`, which 32-true and bf16-true use on a CPU."""
     num_workers: int | None = limited(None, least=0)
     """Processes that load images."""
+    max_pixels: int | None = limited(None, least=1)
+    """Largest number of pixels of an image, if not Pillow's limit of 179 million."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -69,18 +73,28 @@ class PredictOptions(ComputeOptions):
     """Which weights of the run to use."""
     top: int = limited(5, least=1)
     """How many classes to name per image."""
+    threshold: float = limited(0.0, least=0, most=1)
+    """Answer "unsure" if the most probable class is less probable than this."""
+    out: Path | None = None
+    """Folder for predictions.csv and predictions.json instead of a table."""
+    copy: bool = False
+    """Also copy the images into --out, in a folder for each answer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.copy and self.out is None:
+            raise InputError("--copy needs --out DIR")
 
 
 def evaluate(words: Sequence[str]) -> int:
     """Measure a model; `words` follow `vision-ssm eval`."""
     options: EvalOptions = parse_options(EvalOptions, words, "eval")
-    from rich.console import Console
-
     from vision_ssm.engine.devices import find_device
     from vision_ssm.engine.evaluate import evaluate as measure
 
     task, images, source = _run_and_images(options) if Path(options.model).exists() else _model_and_images(options)
-    console = Console(stderr=options.json)
+    console = make_console(stderr=options.json)
+    images.max_pixels = options.max_pixels
     start = time.monotonic()
     task = task.ready(find_device(options.device), options.precision, optimized=options.optimize)
     evaluation: Any = measure(task, images, options.batch_size, options.num_workers, console)
@@ -135,7 +149,9 @@ def _model_and_images(options: EvalOptions) -> Subject:
     from vision_ssm.cli.models import published
     from vision_ssm.data import read_images
     from vision_ssm.data.outputs import assign_outputs
+    from vision_ssm.engine.weights import stored_metadata
     from vision_ssm.models.create import default_cfg
+    from vision_ssm.tasks import load
     from vision_ssm.tasks.classification import Classification
 
     name, file = options.model, options.weights
@@ -147,6 +163,11 @@ def _model_and_images(options: EvalOptions) -> Subject:
         raise InputError(f"which weights of {name}? give either --pretrained or --weights FILE")
     if options.data is None:
         raise InputError(f"which images is {name} to be measured on? give a folder of class folders with --data DIR")
+    if file is not None and (known := stored_metadata(file)) is not None:
+        if known["model"] != name:
+            raise InputError(f"{file} holds weights of {known['model']}, not {name}")
+        task = load(file, "cpu", optimized=False)  # with its classes, image size and arguments
+        return task, read_images(options.data, task.spec.classes), {"model": name, "weights": str(file)}
     images = read_images(options.data)
     task = Classification.from_timm(name, file)
     images = assign_outputs(images, len(task.spec.classes))
@@ -172,36 +193,58 @@ def predict(words: Sequence[str]) -> int:
         raise InputError("name at least one image, or a folder of images")
     path = weights_file(options.run, options.weights)
 
-    from rich.console import Console
     from rich.markup import escape
+    from rich.progress import Progress
 
     from vision_ssm.data import find_images
+    from vision_ssm.errors import printable
     from vision_ssm.tasks import load
 
     images = find_images(options.images)
     task = load(path, options.device, options.precision, optimized=options.optimize)
-    broken: list[str] = []
-    try:
-        predictions = task.predict(images, options.batch_size, options.num_workers)
-    except InputError:  # name every unreadable image, and predict for the others
-        images, broken = _readable(images)
-        if not images:
-            raise InputError("; ".join(broken)) from None
-        predictions = task.predict(images, options.batch_size, options.num_workers)
+    unreadable: dict[str, str] = {}
+    errors = make_console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        bar = progress.add_task("predicting", total=len(images))
+        predictions = task.predict(
+            images,
+            options.batch_size,
+            options.num_workers,
+            unreadable=unreadable,
+            max_pixels=options.max_pixels,
+            on_batch=lambda count: progress.advance(bar, count),
+        )
+    rows = [prediction.row(options.top, options.threshold) for prediction in predictions]
+    if options.out is not None:
+        _write_predictions(rows, options)
     if options.json:
-        print_json([prediction.row(options.top) for prediction in predictions])
-        return max(map(fail, broken), default=0)
-    table = make_table("image", *(f"{rank + 1}." for rank in range(len(predictions[0].top(options.top)))))
-    for prediction in predictions:
-        table.add_row(escape(prediction.id), *(escape(f"{name} {p:.1%}") for name, p in prediction.top(options.top)))
-    Console().print(table)
-    return max(map(fail, broken), default=0)
+        print_json(rows)
+    elif options.out is None and predictions:
+        places = range(len(rows[0]["predictions"]))
+        table = make_table("image", "answer", *(f"{place + 1}." for place in places))
+        for row in rows:
+            named = (f"{each['class']} {each['probability']:.1%}" for each in row["predictions"])
+            table.add_row(*(escape(printable(text)) for text in (row["image"], row["answer"], *named)))
+        make_console().print(table)
+    return max(map(fail, unreadable.values()), default=0)
 
 
-def _readable(images: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    from vision_ssm.data import ImageDataset
-    from vision_ssm.data.sampling import find_unreadable
+def _write_predictions(rows: Sequence[dict[str, Any]], options: PredictOptions) -> None:
+    """Write predictions.csv and .json, and on request copies of the images in a folder for each answer."""
+    from vision_ssm.engine.files import write_csv, write_json
 
-    paths = list(images)
-    broken = find_unreadable(ImageDataset(paths.__getitem__, list(map(str, paths)), {}, ()))
-    return [path for path in paths if str(path) not in broken], list(broken.values())
+    out: Any = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "predictions.json", rows)
+    if rows:
+        best = [{"image": r["image"], "answer": r["answer"], **r["predictions"][0]} for r in rows]
+        write_csv(out / "predictions.csv", best)
+    for row in rows if options.copy else ():
+        source, folder = Path(row["image"]), out / row["answer"].replace("/", "_")
+        folder.mkdir(exist_ok=True)
+        numbers = itertools.count(2)
+        target = folder / source.name
+        while target.exists():
+            target = folder / f"{source.stem}-{next(numbers)}{source.suffix}"
+        shutil.copy2(source, target)
+    make_console().out(f"{len(rows):,} predictions in {out}", highlight=False)

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import hashlib
 import os
@@ -20,6 +21,9 @@ Sample = dict[str, Any]
 
 # Draws in search of a readable image; if all fail, next to nothing can be read.
 _TRIES = 20
+
+# Images up to which equal ones are looked for.
+_MANY = 100_000
 
 
 class Strings(Sequence[str]):
@@ -54,7 +58,16 @@ class ImageDataset:
         targets: What a sample holds besides: an array for each name, such as `label` for the index of the class.
         classes: Names of the classes.
         index: Which of these images to take, in this order; all by default.
+        sizes: Bytes of each image's file, where they are known.
+        notes: What a user should know of how the images were found.
+
+    Attributes:
+        balanced: Whether training draws classes with equal probability, and images with replacement.
+        max_pixels: The largest number of pixels to decode, if not Pillow's limit.
     """
+
+    balanced = False
+    max_pixels: int | None = None
 
     def __init__(
         self,
@@ -63,8 +76,11 @@ class ImageDataset:
         targets: Mapping[str, np.ndarray],
         classes: tuple[str, ...],
         index: np.ndarray | None = None,
+        sizes: np.ndarray | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.read, self.ids, self.targets, self.classes = read, ids, targets, classes
+        self.sizes, self.notes = sizes, notes
         self.index = np.arange(len(ids)) if index is None else index
 
     def __len__(self) -> int:
@@ -79,12 +95,10 @@ class ImageDataset:
         number, name = int(self.index[key]), self.id(key)
         try:
             image = self.read(number)
-        except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
+        except Exception as error:  # readers raise anything
             raise InputError(f"cannot read image {name}: {error or type(error).__name__}") from error
-        if isinstance(image, Path):
-            image = open_image(image)
-        elif not isinstance(image, Image.Image):
-            image = open_image(image, name)
+        if not isinstance(image, Image.Image):
+            image = open_image(image, name, self.max_pixels)
         targets = {what: values[number].item() for what, values in self.targets.items()}
         return {"image": image, "id": name, **targets}
 
@@ -103,7 +117,11 @@ class ImageDataset:
     def order(self, seed: int, epoch: int, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[int]:
         """The training keys of one of several processes, from `start` to `stop`, as a function of (seed, epoch)."""
         with seeded(seed, ORDER, epoch):
-            order = torch.randperm(len(self))
+            if self.balanced:
+                labels = torch.from_numpy(self.labels())
+                order = torch.multinomial(1 / labels.bincount().double()[labels], len(self), replacement=True)
+            else:
+                order = torch.randperm(len(self))
         return iter(order[rank::world][start:stop].tolist())
 
     def in_order(self, rank: int = 0, world: int = 1) -> range:
@@ -124,7 +142,8 @@ class ImageDataset:
 
     def subset(self, keys: Sequence[int]) -> "ImageDataset":
         """The images of these keys, in this order."""
-        return ImageDataset(self.read, self.ids, self.targets, self.classes, self.index[np.asarray(keys, np.int64)])
+        index = self.index[np.asarray(keys, np.int64)]
+        return ImageDataset(self.read, self.ids, self.targets, self.classes, index, self.sizes, self.notes)
 
     def with_labels(self, labels: np.ndarray, classes: tuple[str, ...]) -> "ImageDataset":
         """The same images under other classes.
@@ -134,13 +153,13 @@ class ImageDataset:
             classes: Names of the new classes.
         """
         targets = {**self.targets, "label": labels[self.targets["label"]]}
-        return ImageDataset(self.read, self.ids, targets, classes, self.index)
+        return ImageDataset(self.read, self.ids, targets, classes, self.index, self.sizes, self.notes)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A digest of ids, targets, classes and order, which shows whether the data changed between two runs."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
-        for values in self.targets.values():
+        """A digest of ids, targets, sizes, classes and order, which shows whether the data changed between two runs."""
+        digest = hashlib.sha256(os.fsencode("\n".join(self.classes)))
+        for values in (*self.targets.values(), *(() if self.sizes is None else (self.sizes,))):
             digest.update(values[self.index].tobytes())
         for number in self.index.tolist():
             digest.update(os.fsencode(self.ids[number]) + b"\n")
@@ -162,6 +181,23 @@ class Splits:
 def how_many(images: Images) -> str:
     """How many images there are, for people; of some streams nobody knows."""
     return "an unknown number of" if isinstance(images, ImageStream) and images.length is None else f"{len(images):,}"
+
+
+def equal_images(one: ImageDataset, other: ImageDataset) -> list[tuple[str, str]] | None:
+    """Ids of images of two data sets whose files have equal bytes; None where there are too many to look."""
+    if one.sizes is None or other.sizes is None:
+        return []
+    if len(one) + len(other) > _MANY:
+        return None
+    shared = np.intersect1d(one.sizes[one.index], other.sizes[other.index])
+    digests: list[dict[bytes, str]] = [{}, {}]
+    for images, found in zip((one, other), digests, strict=True):
+        for key in np.flatnonzero(np.isin(images.sizes[images.index], shared)).tolist():  # type: ignore[index]
+            file = images.read(int(images.index[key]))
+            with contextlib.suppress(OSError):
+                content = file.read_bytes() if isinstance(file, Path) else file.read()  # type: ignore[union-attr]
+                found[hashlib.sha256(content).digest()] = images.id(key)
+    return [(digests[0][digest], digests[1][digest]) for digest in digests[0].keys() & digests[1].keys()]
 
 
 def load_digits() -> Splits:

@@ -1,4 +1,5 @@
-import struct
+import contextlib
+import warnings
 from os import PathLike
 from typing import BinaryIO
 
@@ -7,10 +8,10 @@ from PIL import Image, ImageOps
 
 from vision_ssm.errors import InputError
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
-
-def open_image(file: str | PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
+def open_image(
+    file: str | PathLike[str] | BinaryIO, name: str | None = None, max_pixels: int | None = None
+) -> Image.Image:
     """Read an image file as 8-bit RGB.
 
     The EXIF orientation is applied, transparency is laid on white, and samples deeper than 8 bits are scaled by
@@ -19,15 +20,25 @@ def open_image(file: str | PathLike[str] | BinaryIO, name: str | None = None) ->
     Args:
         file: Its path, or its content.
         name: What to call it in messages, if not by its path.
+        max_pixels: The largest number of pixels to decode, if not Pillow's limit.
 
     Raises:
-        InputError: The file is missing, truncated or not an image.
+        InputError: The file is missing, truncated, not an image, or too large.
     """
+    limit = Image.MAX_IMAGE_PIXELS
     try:
-        with Image.open(file) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except _BROKEN as error:
+        if max_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # Pillow refuses images beyond twice its limit
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of images beyond half the limit, and of odd metadata
+            with Image.open(file) as image:
+                image.load()
+                with contextlib.suppress(Exception):  # tags of wrong types
+                    ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"cannot read image {name or file}: {error}; --max-pixels raises the limit") from error
+    except Exception as error:  # decoders raise anything
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         elif isinstance(error, Image.UnidentifiedImageError):
@@ -35,6 +46,8 @@ def open_image(file: str | PathLike[str] | BinaryIO, name: str | None = None) ->
         else:
             reason = str(error) or type(error).__name__
         raise InputError(f"cannot read image {name or file}: {reason}") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -46,10 +59,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _scaled(np.asarray(image, dtype=np.float64), integer=image.mode != "F").convert("RGB")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)  # needs less memory than compositing in RGBA
+        return white
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
 
 def _scaled(values: np.ndarray, *, integer: bool) -> Image.Image:

@@ -1,18 +1,15 @@
 import functools
 import signal
-from collections.abc import Callable
 from typing import Any
 
 import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from vision_ssm.data.dataset import Sample, Splits
-from vision_ssm.data.sampling import EpochSampler, Samples, TrainingSamples, Transform
+from vision_ssm.data.dataset import Splits
+from vision_ssm.data.sampling import Collate, EpochSampler, Samples, TrainingSamples, Transform, collate_readable
 from vision_ssm.data.streams import ImageStream
 from vision_ssm.errors import InputError
-
-Collate = Callable[[list[Sample]], dict[str, Any]]
 
 
 class ImageData(lightning.LightningDataModule):
@@ -33,7 +30,7 @@ class ImageData(lightning.LightningDataModule):
         batch_size: Batch size.
         seed: Decides order and augmentation.
         workers: Number of loading processes.
-        grad_accum: Batches per step. Training leaves out the incomplete last step (other images each epoch).
+        grad_accum: Batches per step. Training leaves out a small incomplete last step (other images each epoch).
         max_unreadable: Largest share of the training images that may be unreadable; one may be, unless it is 0.
         collate: Makes a batch of samples.
 
@@ -65,10 +62,14 @@ class ImageData(lightning.LightningDataModule):
         self._batches_done = 0
 
     @property
+    def images_per_epoch(self) -> int:
+        """Training images per epoch of each process."""
+        return epoch_images(len(self.splits.train), self.batch_size, self.grad_accum, self._place()["world"])
+
+    @property
     def batches_per_epoch(self) -> int:
-        """Training batches in one epoch, of each process; a multiple of those in a step."""
-        images = len(self.splits.train) // self._place()["world"]
-        return images // (self.batch_size * self.grad_accum) * self.grad_accum
+        """Training batches per epoch of each process."""
+        return -(-self.images_per_epoch // self.batch_size)
 
     def _place(self) -> dict[str, int]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -77,11 +78,11 @@ class ImageData(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Training batches, from where the loaded checkpoint stopped."""
         epoch, batch = divmod(self._batches_done, self.batches_per_epoch)
-        start, used = batch * self.batch_size, self.batches_per_epoch * self.batch_size
         images = self.splits.train
+        start, used = batch * self.batch_size, self.images_per_epoch
         sampler = EpochSampler(images, self.seed, epoch, start, used, **self._place())
         data = TrainingSamples(images, self.train_transform, self.seed)
-        return self._loader(data, sampler, functools.partial(_collate_training, self.collate))
+        return self._loader(data, sampler, functools.partial(collate_readable, self.collate))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches, all of them, in order."""
@@ -113,6 +114,10 @@ class ImageData(lightning.LightningDataModule):
     def _shard_lengths(self) -> dict[int, int]:
         return self.splits.train.lengths if isinstance(self.splits.train, ImageStream) else {}
 
+    @property
+    def _fingerprint(self) -> list[str]:
+        return [self.splits.train.fingerprint, self.splits.val.fingerprint]
+
     def _check_unreadable(self, last: str) -> None:
         count, share = len(self.splits.train), self.max_unreadable
         allowed = max(1, int(share * count)) if share else 0
@@ -129,7 +134,7 @@ class ImageData(lightning.LightningDataModule):
         done = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1 if self.trainer else self._batches_done
         return {
             "batches_done": done,
-            "fingerprint": self.splits.train.fingerprint,
+            "fingerprint": self._fingerprint,
             "unreadable": dict(self.unreadable),
             "shard_lengths": dict(self._shard_lengths),
         }
@@ -140,8 +145,8 @@ class ImageData(lightning.LightningDataModule):
         Raises:
             InputError: The training images are not those of the checkpoint.
         """
-        if state_dict["fingerprint"] != self.splits.train.fingerprint:
-            raise InputError("cannot resume: the training images are not those the run was started with")
+        if state_dict["fingerprint"] != self._fingerprint:
+            raise InputError("cannot resume: names, labels or file sizes of the images differ from those of the run")
         self._batches_done = state_dict["batches_done"]
         self.unreadable = dict(state_dict["unreadable"])
         self._shard_lengths.update(state_dict["shard_lengths"])
@@ -155,17 +160,24 @@ class ImageData(lightning.LightningDataModule):
             collate_fn=collate,
             persistent_workers=self.workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_ignore_signals,
             # Otherwise each iterator draws its seed from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
 
-def _collate_training(collate: Collate, samples: list[Sample]) -> dict[str, Any]:
-    unreadable = {name: line for sample in samples for name, line in sample.pop("unreadable").items()}
-    return {**collate(samples), "unreadable": unreadable}
+def epoch_images(images: int, batch_size: int, grad_accum: int, world: int) -> int:
+    """Training images per epoch of each of several processes.
+
+    They make whole steps and, where over 5 % would be left out, a smaller last one; with gradient accumulation whole
+    steps only.
+    """
+    own, step = images // world, batch_size * grad_accum
+    left = own % step // 2 * 2  # an even number, which mixup needs, as batch norms need more than one
+    return own - own % step + (left if grad_accum == 1 and left > 0.05 * own else 0)
 
 
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the trainer ends its workers itself, after saving.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    # They reach the whole process group; the trainer ends its workers itself, after saving.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

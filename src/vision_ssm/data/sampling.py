@@ -14,6 +14,16 @@ Transform = Callable[[Sample], Sample]
 """From a sample with a PIL image to one with a tensor."""
 
 
+Collate = Callable[[list[Sample]], dict[str, Any]]
+
+
+def collate_readable(collate: Collate, samples: list[Sample]) -> dict[str, Any]:
+    """A batch of the samples that have an image, and what could not be read as `unreadable`."""
+    unreadable = {name: line for sample in samples for name, line in sample.pop("unreadable", {}).items()}
+    readable = [sample for sample in samples if sample]
+    return {**(collate(readable) if readable else {"id": []}), "unreadable": unreadable}
+
+
 class EpochSampler(Sampler[tuple[int, Any]]):
     """Yields (epoch, key) in an order that is a function of (seed, epoch) alone.
 
@@ -102,13 +112,24 @@ class TrainingSamples(Dataset[Sample]):
 
 
 class Samples(Dataset[Sample]):
-    """Images under a transform that draws nothing, by their keys."""
+    """Images under a transform that draws nothing, by their keys.
 
-    def __init__(self, images: Images, transform: Transform) -> None:
-        self.images, self.transform = images, transform
+    Args:
+        images: The images.
+        transform: The transform.
+        tolerant: Return a sample with nothing but `unreadable`, id and reason, for an image that cannot be read.
+    """
+
+    def __init__(self, images: Images, transform: Transform, *, tolerant: bool = False) -> None:
+        self.images, self.transform, self.tolerant = images, transform, tolerant
 
     def __getitem__(self, key: Any) -> Sample:
-        return self.transform(self.images.sample(key))
+        try:
+            return self.transform(self.images.sample(key))
+        except InputError as error:
+            if not self.tolerant:
+                raise
+            return {"unreadable": {self.images.id(key): error.line}}
 
 
 def find_unreadable(images: Images, workers: int = 0) -> dict[str, str]:

@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,9 +17,12 @@ from vision_ssm.data.tars import TarReader, list_members
 from vision_ssm.errors import InputError, shorten
 from vision_ssm.recipes.config import DataConfig
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
 _TRAIN = ("train", "training")
-_VAL = ("val", "valid", "validation", "test", "eval", "evaluation")
+_VAL = ("val", "valid", "validation", "test", "testing", "eval", "evaluation")
 
 Names = tuple[str, ...]
 
@@ -34,8 +38,17 @@ def load_splits(config: DataConfig, seed: int = 0) -> Splits:
         InputError: They are missing or cannot be used.
     """
     kind = find_format(config.data) if config.data_format == "auto" else config.data_format
-    if kind == "digits":
-        return load_digits()
+    splits = load_digits() if kind == "digits" else _load_splits(kind, config, seed)
+    for images in (splits.train, splits.val):
+        images.max_pixels = config.max_pixels
+    if config.balanced_sampling:
+        if isinstance(splits.train, ImageStream):
+            raise InputError("--balanced-sampling needs images that can be read in any order, not a stream")
+        splits.train.balanced = True
+    return splits
+
+
+def _load_splits(kind: str, config: DataConfig, seed: int) -> Splits:
     train, val = _load(kind, config)
     if len(train.classes) < 2:
         raise InputError(f"the training images have one class only ({train.classes[0]}); at least two are needed")
@@ -100,7 +113,8 @@ def find_format(data: str) -> str:
         return "wds"
     if not path.exists():
         raise InputError(f"no such file or folder: {path}")
-    places = [path / name for name in ("", *_TRAIN)]
+    split = _find_place(data, _TRAIN)
+    places = [path] if split is None else [path, split]
     tars = [path] if path.is_file() else sorted(tar for place in places for tar in place.glob("*.tar"))
     if not tars:
         return "folder"
@@ -120,25 +134,27 @@ def read_folder(root: Path, classes: Names | None = None) -> ImageDataset:
     """
     if not root.is_dir():
         raise InputError(f"{root} is not a folder" if root.exists() else f"no such folder: {root}")
-    found = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    found = _class_folders(root)
     if not found:
         raise InputError(f"{root} holds no class folders; expected one sub-folder of images per class")
     index = _index(found, classes, root)
     files: list[str] = []
     labels: list[int] = []
-    empty: list[str] = []
+    skipped: Counter[str] = Counter()
     for name in found:
-        inside = sorted(os.path.relpath(path, root) for path in _walk(root / name))
+        inside = sorted(_walk(root / name, skipped))
         files += inside
         labels += [index[name]] * len(inside)
-        if not inside:
-            empty.append(name)
     if not files:
         raise InputError(f"{root} holds no images in its sub-folders (looked for {' '.join(EXTENSIONS)})")
+    empty = [name for name in found if index[name] not in set(labels)]
     if empty and classes is None:
         raise InputError(f"no images in {root} for {shorten(empty)}; remove the folder or fill it")
-    ids = Strings(files)
-    return ImageDataset(functools.partial(_path, root, ids), ids, {"label": np.array(labels)}, tuple(index))
+    ids = Strings(os.path.relpath(file, root) for file in files)
+    sizes = np.array([os.path.getsize(file) if os.path.exists(file) else -1 for file in files])
+    notes = [f"no images, left out: {_counted(skipped)}"] if skipped else []
+    read = functools.partial(_path, root, ids)
+    return ImageDataset(read, ids, {"label": np.array(labels)}, tuple(index), sizes=sizes, notes=notes)
 
 
 def read_tars(root: Path, classes: Names | None = None) -> ImageDataset:
@@ -194,9 +210,28 @@ def _path(root: Path, names: Strings, number: int) -> Path:
     return root / names[number]
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    for place, _, names in os.walk(folder):
-        yield from (os.path.join(place, name) for name in names if name.lower().endswith(EXTENSIONS))
+def _class_folders(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+
+
+def _walk(folder: Path, skipped: Counter[str] | None = None) -> Iterator[str]:
+    """The image files below a folder, links followed; counts others by their extensions."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else [name for name in folders if not name.startswith((".", "__"))]
+        for name in () if real in seen else names:
+            if name.startswith("."):  # hidden, or what macOS leaves: ._image.jpg
+                continue
+            if name.lower().endswith(EXTENSIONS):
+                yield os.path.join(place, name)
+            elif skipped is not None:
+                skipped[os.path.splitext(name)[1].lower() or "no extension"] += 1
+        seen.add(real)
+
+
+def _counted(skipped: Counter[str]) -> str:
+    return shorten([f"{count:,} {extension}" for extension, count in skipped.most_common()])
 
 
 def _index(found: Sequence[str], classes: Names | None, root: Path) -> dict[str, int]:
@@ -206,12 +241,21 @@ def _index(found: Sequence[str], classes: Names | None, root: Path) -> dict[str,
 
 
 def _find_place(data: str, names: Names) -> Path | None:
-    """The folder or tar file of a split."""
+    """The folder or tar file of a split: named as one in any case, and a folder of tar files or class folders."""
     root = Path(data)
     if not root.exists():
         raise InputError(f"no such file or folder: {root}")
-    places = [root / f"{name}{end}" for name in names for end in ("", ".tar")]
-    return next((place for place in places if root.is_dir() and place.exists()), None)
+    places = {place.name.lower(): place for place in sorted(root.iterdir())} if root.is_dir() else {}
+    splits = {name: places[name] for name in _either(_TRAIN + _VAL + names) if name in places}
+    splits = {name: p for name, p in splits.items() if p.is_file() or _class_folders(p) or any(p.glob("*.tar"))}
+    others = [p for name, p in places.items() if name not in splits and p.is_dir() and not name.startswith(".")]
+    if len(splits) == 1 and any(name.lower().endswith(EXTENSIONS) for p in others for name in os.listdir(p)):
+        return None  # these are classes, whatever one of them is called
+    return next((splits[name] for name in _either(names) if name in splits), None)
+
+
+def _either(names: Names) -> Names:
+    return tuple(f"{name.lower()}{end}" for name in names for end in ("", ".tar"))
 
 
 def _find_shards(data: str, names: Names) -> list[str] | None:

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import itertools
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +67,7 @@ class ImageStream:
         self, shards: Sequence[Shard], classes: tuple[str, ...], length: int | None = None, buffer: int = 1
     ) -> None:
         self.shards, self.classes, self.length, self.buffer = shards, classes, length, buffer
+        self.max_pixels: int | None = None
         self.lengths: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -77,7 +79,7 @@ class ImageStream:
     def fingerprint(self) -> str:
         """A digest of classes, shards and length, which shows whether they changed between two runs."""
         names = [*self.classes, *(shard.name for shard in self.shards), str(self.length)]
-        return hashlib.sha256("\n".join(names).encode()).hexdigest()
+        return hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()
 
     def counts(self) -> list[int] | None:
         """None: the number of images of each class is not known."""
@@ -89,7 +91,7 @@ class ImageStream:
         Raises:
             InputError: The image cannot be read.
         """
-        return {"image": open_image(io.BytesIO(key.content), key.id), "id": key.id, "label": key.label}
+        return {"image": open_image(io.BytesIO(key.content), key.id, self.max_pixels), "id": key.id, "label": key.label}
 
     def id(self, key: Encoded) -> str:
         """What to call an image."""

@@ -16,8 +16,9 @@ def find_device(name: str) -> torch.device:
         return torch.device("cpu") if accelerator is None else accelerator
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if torch.empty(1, device=device).cpu().device.type != "cpu":
+            raise RuntimeError
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
         raise InputError(f"no device {name} here; there is {there}") from error
     return device

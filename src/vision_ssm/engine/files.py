@@ -47,7 +47,7 @@ def temporary(path: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file, whole or not at all."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,8 +1,9 @@
+import importlib.metadata
 import logging
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning
@@ -14,7 +15,7 @@ from timm.layers import convert_sync_batchnorm
 
 from vision_ssm.data import ImageStream, Splits
 from vision_ssm.data.dataset import how_many
-from vision_ssm.data.module import ImageData
+from vision_ssm.data.module import ImageData, epoch_images
 from vision_ssm.engine.devices import find_device, loader_workers
 from vision_ssm.engine.evaluate import check_readable, evaluate
 from vision_ssm.engine.files import write_json
@@ -22,7 +23,7 @@ from vision_ssm.engine.loggers import check_logger, make_loggers
 from vision_ssm.engine.module import TrainingModule
 from vision_ssm.engine.optimization import make_optimizer
 from vision_ssm.engine.plots import draw_curves
-from vision_ssm.engine.processes import lost_another, process_rank
+from vision_ssm.engine.processes import environment_of, lost_another, process_rank
 from vision_ssm.engine.progress import TrainingProgress
 from vision_ssm.engine.recorder import RunRecorder, SafeCheckpointIO, rank, stop_on_signals
 from vision_ssm.engine.run_folder import RunFolder
@@ -53,6 +54,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Train and leave a folder with configuration, weights, metrics and plots.
 
@@ -67,6 +69,7 @@ def fit(
         resume: Continue the run in `folder` at the batch where its state was saved.
         overwrite: Replace the run in `folder`.
         console: Where to report progress; nowhere by default.
+        about: What `config.json` holds besides, such as the command.
 
     Returns:
         How the best weights do on the validation images.
@@ -109,7 +112,8 @@ def fit(
     optim = config.scaled(config.images_per_step)
     make_optimizer(task.model, optim)  # Lightning makes another one, but only once the folder has been cleared
     task.describe(splits, console)
-    steps = len(splits.train) // config.images_per_step
+    images = epoch_images(len(splits.train), config.batch_size, config.grad_accum, config.processes)
+    steps = -(-images * config.processes // config.images_per_step)
     rate = f"highest learning rate {optim.lr:g}"
     lines = [f"Steps  {steps:,} per epoch of {config.images_per_step} images on {device}; {rate}"]
     for line in lines + _notes(config, steps, complete=resume and folder.results.is_file()):
@@ -120,18 +124,24 @@ def fit(
         with console.status(f"reading {how_many(splits.val)} validation images once"):
             check_readable(splits.val, config.num_workers)
     module = TrainingModule(task, optim, config.seed)
-    with stop_on_signals() as stop, quiet_lightning():
+    lock = folder.lock() if rank_here == 0 else nullcontext()
+    with lock, stop_on_signals() as stop, quiet_lightning():
         recorder = RunRecorder(folder, stop)
         trainer = make_trainer(config, device, folder, [recorder, TrainingProgress(console, recorder)])
         if not resume and rank_here == 0:
             folder.clear()
-            write_json(folder.config, {"task": config.task, **to_dict(config)})
             write_json(folder.model, {"task": task.name, **to_dict(task.spec)})
+        if rank_here == 0:  # when resumed, too: the data may have moved
+            write_json(folder.config, {"task": config.task, "config": to_dict(config), **(about or {}), **_versions()})
         trainer.loggers = make_loggers(config.logger, folder) if rank_here == 0 else []
         try:
             trainer.fit(module, data, ckpt_path=str(folder.state) if resume else None)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             raise KeyboardInterrupt from None
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):
+                raise InputError(f"--batch-size {config.batch_size} is too small for batch norms") from error
+            raise
         except RuntimeError as error:
             if lost_another(error):
                 raise InputError("another process of this run has ended before; its own message says why") from error
@@ -167,7 +177,7 @@ def make_trainer(
             gradient_clip_val=config.clip_grad,
             accumulate_grad_batches=config.grad_accum,
             callbacks=callbacks,
-            plugins=[SafeCheckpointIO()],
+            plugins=[SafeCheckpointIO(), environment_of(config)],
             default_root_dir=folder.path,
             logger=False,  # added later: some write at once
             enable_progress_bar=False,
@@ -177,6 +187,11 @@ def make_trainer(
         )
     except (ValueError, MisconfigurationException) as error:
         raise InputError(f"cannot train on {device} in {config.precision}: {error}") from error
+
+
+def _versions() -> dict[str, Any]:
+    names = ("vision-ssm", "torch", "timm", "lightning")
+    return {"versions": {name: importlib.metadata.version(name) for name in names}}
 
 
 def _notes(config: TrainConfig, steps: int, *, complete: bool) -> list[str]:

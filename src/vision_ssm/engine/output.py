@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from typing import Any
 
@@ -21,6 +22,14 @@ def make_table(*columns: str, header: bool = True) -> Any:
             no_wrap=column.startswith(">") or column == "model",
         )
     return table
+
+
+def make_console(*, stderr: bool = False) -> Any:
+    """A rich console that does not wrap what is piped."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() or "COLUMNS" in os.environ else 1000)
 
 
 def print_json(values: Any) -> None:

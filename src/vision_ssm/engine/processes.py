@@ -2,6 +2,7 @@ import os
 import time
 
 import torch
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from vision_ssm.errors import InputError
@@ -14,18 +15,26 @@ def process_rank(config: RunConfig) -> int:
     Raises:
         InputError: torchrun or SLURM started another number of processes than the configuration says.
     """
-    for kind, name in ((TorchElasticEnvironment, "torchrun"), (SLURMEnvironment, "SLURM")):
-        # A single process in the allocation of a batch job is nothing that SLURM counts.
-        if kind.detect() and (kind is TorchElasticEnvironment or config.processes > 1):
-            environment = kind()
-            if environment.world_size() != config.processes:
-                raise InputError(
-                    f"{name} started {environment.world_size()} processes, but --devices {config.devices} times "
-                    f"--num-nodes {config.num_nodes} is {config.processes}"
-                )
-            return environment.global_rank()
-    environment = LightningEnvironment()
-    return environment.node_rank() * config.devices + environment.local_rank() if config.processes > 1 else 0
+    found = environment_of(config)
+    if isinstance(found, LightningEnvironment):
+        return found.node_rank() * config.devices + found.local_rank() if config.processes > 1 else 0
+    if found.world_size() != config.processes:
+        name = "SLURM" if isinstance(found, SLURMEnvironment) else "torchrun"
+        raise InputError(
+            f"{name} started {found.world_size()} processes, but --devices {config.devices} times "
+            f"--num-nodes {config.num_nodes} is {config.processes}"
+        )
+    return found.global_rank()
+
+
+def environment_of(config: RunConfig) -> ClusterEnvironment:
+    """What started the processes: torchrun, srun, or Lightning itself."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    # The variables of a job without those of srun: a single process in its allocation.
+    if SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ and config.processes > 1:
+        return SLURMEnvironment()
+    return LightningEnvironment()
 
 
 def lost_another(error: BaseException) -> bool:
@@ -42,6 +51,6 @@ def common_name(config: RunConfig) -> str:
     now = time.strftime("%Y%m%d-%H%M%S")
     if config.processes == 1:
         return now
-    if config.num_nodes > 1 or TorchElasticEnvironment.detect() or SLURMEnvironment.detect():
+    if config.num_nodes > 1 or not isinstance(environment_of(config), LightningEnvironment):
         raise InputError("several machines, torchrun and SLURM need --out DIR: all processes share the run's folder")
     return os.environ.setdefault("VISION_SSM_RUN", now)  # the processes that this one starts inherit it

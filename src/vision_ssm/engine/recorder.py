@@ -2,6 +2,7 @@ import pickle
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,8 +64,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
             InputError: The file is damaged, or holds anything else.
         """
         try:
+            with zipfile.ZipFile(path) as file:  # torch does not compare the checksums that it writes
+                if (damaged := file.testzip()) is not None:
+                    raise ValueError(f"{damaged} is damaged")
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise InputError(f"cannot resume: {path} is damaged or was not written by a run") from error
 
 

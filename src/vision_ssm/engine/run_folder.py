@@ -1,6 +1,7 @@
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,18 @@ from vision_ssm.errors import InputError
 from vision_ssm.recipes import CONFIGS, TrainConfig, from_dict, to_dict
 from vision_ssm.recipes.config import FREE_ON_RESUME, option
 
+try:
+    import fcntl
+except ImportError:  # on Windows, folders are not locked
+    fcntl = None  # type: ignore[assignment]
+
+
+_NAMES = ["confusion.png", "predictions.png"]
+"""Files of a run; those that `RunFolder` names are added."""
+
 
 def _file(name: str, doc: str) -> Any:
+    _NAMES.append(name)
     return property(lambda folder: folder.path / name, doc=doc)
 
 
@@ -53,14 +64,31 @@ class RunFolder:
     def is_unused(self) -> bool:
         """Whether a run was begun here but stopped, or killed, before it saved its state."""
         begun = (self.config, self.model, self.best, self.last, self.logger, self.unreadable)
-        names = {path.name for path in begun} | {temporary(path).name for path in (*begun, self.state)}
+        names = {path.name for path in begun} | {temporary(path).name for path in (*begun, self.state)} | {".lock"}
         return {entry.name for entry in self.path.iterdir()} <= names
 
     def clear(self) -> None:
-        """Make the folder, empty; call `check_free` first."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
+        """Make the folder, without the files of a run but with all others; call `check_free` first."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.logger, ignore_errors=True)
+        for name in (*_NAMES, *(f".{name}.tmp" for name in _NAMES)):
+            (self.path / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing to the folder; the lock ends with the process, however it ends.
+
+        Raises:
+            InputError: Another process writes to it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a") as file:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"another process is writing to {self.path}") from None
+            yield
 
     def read_config(self) -> TrainConfig:
         """The configuration the run was started with.
@@ -74,7 +102,7 @@ class RunFolder:
             raise InputError(f"{self.path} is not a run folder (it has no config.json)")
         try:
             values: dict[str, Any] = json.loads(self.config.read_text())
-            return from_dict(CONFIGS[values.pop("task")], values)
+            return from_dict(CONFIGS[values["task"]], values["config"])
         except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"cannot read {self.config}: {error}") from error
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from vision_ssm.data import ImageDataset, Images, ImageStream, Sample, Splits, Transform, load_splits
-from vision_ssm.data.sampling import Samples
+from vision_ssm.data.sampling import Samples, collate_readable
 from vision_ssm.engine.devices import find_device, loader_workers
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
 from vision_ssm.errors import InputError
@@ -56,7 +56,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     Spec: ClassVar[type]
-    monitor: ClassVar[str] = "accuracy"
+    monitor: str = "accuracy"
     """The metric that decides which epoch is the best one, by its largest value; of equal ones the lowest loss."""
     epoch_metrics: tuple[str, ...] = ("loss", "accuracy")
     """What the line of an epoch shows, as far as it is known."""
@@ -204,13 +204,26 @@ class Task(ABC):
         """A prediction for each image from what the model returns."""
 
     @torch.inference_mode()
-    def predict(self, images: Sequence[Picture], batch_size: int = 64, workers: int | None = None) -> list[Any]:
+    def predict(
+        self,
+        images: Sequence[Picture],
+        batch_size: int = 64,
+        workers: int | None = None,
+        *,
+        unreadable: dict[str, str] | None = None,
+        max_pixels: int | None = None,
+        on_batch: Callable[[int], None] = lambda images: None,
+    ) -> list[Any]:
         """Predict for images.
 
         Args:
             images: Paths, PIL images or (H, W, 3) uint8 arrays.
             batch_size: Batch size.
             workers: Number of loading processes; by default none for a few images.
+            unreadable: Gets the names of images that cannot be read, and why; they are left out. Otherwise they are
+                errors.
+            max_pixels: The largest number of pixels of an image, if not Pillow's limit.
+            on_batch: Called with the number of images of each batch that is done.
 
         Returns:
             A prediction for each image; see the task.
@@ -220,24 +233,32 @@ class Task(ABC):
         """
         ids = [str(item) if isinstance(item, (str, Path)) else f"image {i}" for i, item in enumerate(images)]
         data = ImageDataset(functools.partial(_given, images), ids, {}, ())
+        data.max_pixels = max_pixels
         predictions: list[Any] = []
-        for batch in self._batches(data, batch_size, workers):
-            with self._autocast():
-                outputs = self.model(batch["image"])
-            predictions += self.decode(outputs, batch)
+        for batch in self._batches(data, batch_size, workers, tolerant=unreadable is not None):
+            if unreadable is not None:
+                unreadable |= batch["unreadable"]
+            if batch["id"]:
+                with self._autocast():
+                    outputs = self.model(batch["image"])
+                predictions += self.decode(outputs, batch)
+            on_batch(len(batch["id"]) + len(batch["unreadable"]))
         return predictions
 
     def _autocast(self) -> AbstractContextManager[Any]:
         plain = self.autocast == torch.float32
         return nullcontext() if plain else torch.autocast(self.device.type, self.autocast)
 
-    def _batches(self, images: Images, batch_size: int, workers: int | None) -> Iterable[Batch]:
+    def _batches(
+        self, images: Images, batch_size: int, workers: int | None, *, tolerant: bool = False
+    ) -> Iterable[Batch]:
         # Starting processes takes longer than loading a few images.
         few = not isinstance(images, ImageStream) and len(images) <= 4 * batch_size
         count = 0 if few and workers is None else loader_workers(workers)
         keys: Any = images.in_order()
-        data = Samples(images, self.eval_transform)
-        for batch in DataLoader(data, batch_size, sampler=keys, num_workers=count, collate_fn=self.collate):
+        data = Samples(images, self.eval_transform, tolerant=tolerant)
+        collate = functools.partial(collate_readable, self.collate)
+        for batch in DataLoader(data, batch_size, sampler=keys, num_workers=count, collate_fn=collate):
             yield {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 

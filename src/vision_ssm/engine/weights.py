@@ -36,11 +36,21 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"no such weights file: {path}")
+    if path.suffix == ".ckpt":
+        raise InputError(f"{path} is the state to resume a run from; its weights are in last.safetensors beside it")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {})[_METADATA_KEY])
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} was not written by a vision-ssm run, or is damaged") from error
+
+
+def stored_metadata(path: Path) -> dict[str, Any] | None:
+    """What `read_metadata` returns, or None for the files of somebody else."""
+    try:
+        return read_metadata(path) if path.suffix == ".safetensors" else None
+    except InputError:
+        return None
 
 
 def read_weights(path: Path, model_name: str | None = None) -> dict[str, Tensor]:

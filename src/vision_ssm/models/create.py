@@ -11,6 +11,9 @@ from torch import nn
 import vision_ssm.models  # noqa: F401  (registers them)
 from vision_ssm.errors import InputError
 
+# Arguments of timm's that name files, or where to look for them. They come from files of others too.
+_OPENS_FILES = ("checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+
 
 def create_model(name: str, args: Mapping[str, Any], num_classes: int, *, pretrained: bool = False) -> nn.Module:
     """Timm's `create_model`, with errors that name the bad value and what is allowed.
@@ -19,17 +22,24 @@ def create_model(name: str, args: Mapping[str, Any], num_classes: int, *, pretra
         InputError: The model is unknown, does not take `args`, or has no published weights.
     """
     known = default_cfg(name)
+    if wrong := [key for key in args if key in _OPENS_FILES]:
+        raise InputError(
+            f"{', '.join(wrong)} is no argument of a model here; start from weights with --pretrained FILE"
+        )
     if pretrained and not (known.url or known.hf_hub_id or known.file):
         raise InputError(f"{name} has no published weights; give a file of your own instead")
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args)
-    except (TypeError, ValueError, AssertionError, AttributeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # models raise anything
+        if pretrained and isinstance(error, (OSError, RuntimeError)):
+            where = known.url or known.hf_hub_id or known.file
+            raise InputError(
+                f"cannot fetch the published weights of {name} from {where}: {error}; --pretrained FILE takes a file"
+            ) from error
         given = " ".join(f"{k}={v}" for k, v in args.items() if k != "device") or "no arguments"
         raise InputError(f"cannot make {name} with {given}: {_explain(name, args, error)}") from error
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        raise InputError(f"cannot fetch the published weights of {name}: {error}") from error
 
 
 def default_cfg(name: str) -> Any:
@@ -43,7 +53,10 @@ def default_cfg(name: str) -> Any:
         near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise InputError(f"unknown model {name}{hint or '; vision-ssm models lists ours, timm.list_models() all'}")
-    known = timm.get_pretrained_cfg(name)
+    try:
+        known = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        known = None
     if known is None:
         raise InputError(f"{architecture} has no pretrained tag {name.partition('.')[2]}")
     return known

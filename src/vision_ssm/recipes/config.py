@@ -20,7 +20,7 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 DataFormat = Literal["auto", "digits", "folder", "tar", "wds", "hfds", "hfids"]
 """Where images come from; see `DataConfig.data`."""
 
-FREE_ON_RESUME = ("device", "num_workers", "max_skipped", "logger", "max_unreadable", "cache_dir")
+FREE_ON_RESUME = ("device", "num_workers", "max_skipped", "logger", "max_unreadable", "cache_dir", "data", "val_data")
 """Fields that change neither weights nor metrics."""
 
 
@@ -113,6 +113,10 @@ class DataConfig(Config):
     max_unreadable: float = limited(0.01, least=0, most=1)
     """Largest share of the training images that may be unreadable (at least one image, unless it is 0); others take
     their places."""
+    max_pixels: int | None = limited(None, least=1)
+    """Largest number of pixels of an image, if not Pillow's limit of 179 million."""
+    balanced_sampling: bool = False
+    """Draw training images with replacement so that all classes are equally likely."""
     num_workers: int | None = limited(None, least=0)
     """Processes that load images; by default chosen from the number of cores. Results do not depend on it."""
 
@@ -211,6 +215,9 @@ class OptimConfig(Config):
     """Decay of a moving average of the weights, which is then evaluated and saved."""
     ema_warmup: bool = True
     """Average over fewer steps at the beginning."""
+    monitor: str | None = None
+    """Metric that decides which epoch is the best; by default accuracy, or balanced_accuracy where the largest class
+    has over 1.5 times as many training images as the smallest."""
     max_skipped: int = limited(10, least=1)
     """Stop after this many steps in a row without a finite loss and gradient, each of which is skipped."""
 
@@ -276,6 +283,8 @@ class LossConfig(Config):
 
     label_smoothing: float = limited(0.1, least=0, most=1)
     """Share of the target spread evenly over all classes."""
+    class_weights: bool = False
+    """Weight the loss of each class by the inverse of its number of training images."""
     bce_loss: bool = False
     """Binary cross-entropy of each class instead of softmax cross-entropy."""
     teacher: str | None = None

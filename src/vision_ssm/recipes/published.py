@@ -16,9 +16,8 @@ _ADAMW = dict(optimizer="adamw", betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05
 _SCHEDULE = dict(
     epochs=300, schedule="cosine", warmup_epochs=20, warmup_prefix=False, warmup_by_epoch=False, decay_by_epoch=False
 )
-_COMMON: dict[str, Any] = dict(
-    _AUGMENT, **_ADAMW, **_SCHEDULE, label_smoothing=0.1, ema_decay=0.9999, ema_warmup=False, precision="16-mixed"
-)
+_RUN = dict(label_smoothing=0.1, ema_decay=0.9999, ema_warmup=False, precision="16-mixed", monitor="accuracy")
+_COMMON: dict[str, Any] = dict(_AUGMENT, **_ADAMW, **_SCHEDULE, **_RUN)
 # VMamba's trainer, which GroupMamba and (in an older version) MambaMixer use as well: learning rates for 512 images,
 # changed at every step, and a cosine that begins after the warmup.
 _PER_512 = dict(_COMMON, lr=5e-4, min_lr=5e-6, warmup_lr=5e-7, lr_base_size=512, warmup_prefix=True)

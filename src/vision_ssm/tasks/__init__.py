@@ -1,8 +1,9 @@
 """One file per task, on the engine; `load` gives the task of any weights file."""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vision_ssm.engine.run_folder import RunFolder, weights_file
 from vision_ssm.engine.task import Evaluation, Task
@@ -54,9 +55,10 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     console: "Console | None" = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Train the task of a configuration; see `vision_ssm.engine.fit.fit`."""
     from vision_ssm.engine.fit import fit  # Lightning takes seconds
 
     run = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder))
-    return fit(task_type(config.task), config, run, resume=resume, overwrite=overwrite, console=console)
+    return fit(task_type(config.task), config, run, resume=resume, overwrite=overwrite, console=console, about=about)

@@ -13,13 +13,13 @@ from vision_ssm.checkpoints import classifier_names
 from vision_ssm.data import Sample, Splits, Transform, seeded
 from vision_ssm.engine.run_folder import weights_file
 from vision_ssm.engine.task import Batch, Task
-from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
+from vision_ssm.engine.weights import load_weights, read_metadata, read_weights, stored_metadata
 from vision_ssm.errors import InputError
 from vision_ssm.models.create import check_takes, create_model, default_cfg
 from vision_ssm.recipes import ClassificationConfig
 from vision_ssm.recipes.config import AugmentConfig
 from vision_ssm.tasks.distillation import Teacher, distillation_loss
-from vision_ssm.tasks.results import ClassificationResults, Prediction, describe_data, is_uneven
+from vision_ssm.tasks.results import ClassificationResults, Prediction, describe_data
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,7 +134,7 @@ class Classification(Task):
         config: How to train it, where it is trained; only loss, augmentation and distillation are used here.
         teacher: The teacher to learn from. A model with two classifiers (one that has timm's
             `set_distilled_training`) learns from it with the second, any other with the only one.
-        uneven: The classes differ in size, so show balanced accuracy too.
+        counts: Number of training images of each class; where they are uneven, balanced accuracy is shown too.
     """
 
     name: ClassVar[str] = "classification"
@@ -148,7 +148,7 @@ class Classification(Task):
         config: ClassificationConfig | None = None,
         teacher: Teacher | None = None,
         *,
-        uneven: bool = False,
+        counts: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, spec)
         self.config = config = config or ClassificationConfig()
@@ -162,8 +162,16 @@ class Classification(Task):
             self.mixup = Mixup(
                 config.mixup, config.cutmix, **chances, label_smoothing=0.0, num_classes=len(spec.classes)
             )
-        smoothing = config.label_smoothing
-        self.loss = BinaryCrossEntropy(smoothing) if config.bce_loss else nn.CrossEntropyLoss(label_smoothing=smoothing)
+        smoothing, self.weights = config.label_smoothing, None
+        if config.class_weights and counts is not None:
+            inverse = 1 / torch.tensor(counts).clamp_min(1)
+            self.weights = inverse * len(counts) / inverse.sum()
+        if config.bce_loss:
+            self.loss: nn.Module = BinaryCrossEntropy(smoothing, weight=self.weights)
+        else:
+            self.loss = nn.CrossEntropyLoss(self.weights, label_smoothing=smoothing)
+        uneven = counts is not None and max(counts) > 1.5 * max(min(counts), 1)
+        self.monitor = config.monitor or ("balanced_accuracy" if uneven else "accuracy")
         if uneven:
             self.epoch_metrics = (*self.epoch_metrics, "balanced_accuracy")
 
@@ -174,7 +182,7 @@ class Classification(Task):
         model = first_model(config, spec, resume=resume)
         check_takes(model, spec.model, spec.img_size)
         teacher = load_teacher(config.teacher, spec) if config.teacher else None
-        return cls(model, spec, config, teacher, uneven=is_uneven(splits.train))
+        return cls(model, spec, config, teacher, counts=splits.train.counts())
 
     @classmethod
     def from_timm(cls, name: str, weights: Path | None = None) -> "Classification":
@@ -227,6 +235,7 @@ class Classification(Task):
         return losses, {"accuracy": (logits.argmax(1) == labels).float().mean()}
 
     def start(self, device: torch.device) -> None:
+        self.loss.to(device)
         if self.teacher is not None:
             self.teacher.to(device)
 
@@ -234,7 +243,7 @@ class Classification(Task):
         return {} if self.teacher is None else {"the teacher": self.teacher.fingerprint}
 
     def describe(self, splits: Splits, console: "Console") -> None:
-        describe_data(splits, console)
+        describe_data(splits, self.spec.img_size, console)
         parameters = sum(p.numel() for p in self.model.parameters())
         teacher = "" if self.teacher is None else f", learns from {self.config.teacher}"
         size = f"{parameters / 1e6:.2f} M parameters, {self.spec.img_size}×{self.spec.img_size} input"
@@ -255,11 +264,11 @@ class Classification(Task):
         return MetricCollection(metrics, compute_groups=False)
 
     def evaluation_step(self, model: nn.Module, batch: Batch, metrics: "MetricCollection") -> Sequence[Any]:
-        """Update metrics; return predicted class, its probability and true class of each image."""
+        """Update metrics; return id, predicted class, its probability and true class of each image."""
         logits, labels = model(batch["image"]).float(), batch["label"]
         metrics.update(preds=logits, target=labels, value=F.cross_entropy(logits, labels), weight=len(labels))
         best = logits.softmax(1).max(1)
-        return list(zip(best.indices.tolist(), best.values.tolist(), labels.tolist(), strict=True))
+        return list(zip(batch["id"], best.indices.tolist(), best.values.tolist(), labels.tolist(), strict=True))
 
     def evaluation(self, values: Mapping[str, Any], records: Sequence[Any]) -> ClassificationResults:
         top5 = float(values["top5"]) if "top5" in values else None
@@ -290,8 +299,8 @@ def first_model(config: ClassificationConfig, spec: ClassifierSpec, *, resume: b
             if (other := read_metadata(path)["model"]) != spec.model:
                 raise InputError(f"{start} is a run of {other}, not {spec.model}; use --model {other}")
         state, wanted = read_weights(path, spec.model), model.state_dict()
-        if path.suffix == ".safetensors":
-            known = _classes_in(path)
+        if (stored := stored_metadata(path)) is not None:
+            known = tuple(stored.get("classes", ()))
         heads = classifier_names(getattr(model, "pretrained_cfg", {}).get("classifier"))
         head = [key for key in wanted if key.startswith(tuple(f"{name}." for name in heads))]
         others = known not in (None, spec.classes)
@@ -329,13 +338,6 @@ def load_teacher(name: str, student: ClassifierSpec) -> Teacher:
         raise InputError(f"--teacher: {error.line}") from error
     mean_std = (task.spec.mean, task.spec.std), (student.mean, student.std)
     return Teacher(task.model, task.spec.model, *mean_std)
-
-
-def _classes_in(path: Path) -> tuple[str, ...] | None:
-    try:
-        return tuple(read_metadata(path)["classes"])
-    except (InputError, KeyError):  # the file of somebody else
-        return None
 
 
 def _few(classes: tuple[str, ...]) -> str:

@@ -13,6 +13,9 @@ from torch import Tensor
 from vision_ssm.data import Images
 from vision_ssm.engine.plots import save_figure
 
+Record = tuple[str, int, float, int]
+"""Id of an image, its predicted class, the probability and its true class."""
+
 _RIGHT, _WRONG = "#2a7f3f", "#c0392b"
 
 
@@ -58,12 +61,12 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
 
 
 def draw_predictions(
-    records: Sequence[tuple[int, float, int]], classes: Sequence[str], images: Images, path: Path, *, most: int = 30
+    records: Sequence[Record], classes: Sequence[str], images: Images, path: Path, *, most: int = 30
 ) -> None:
     """Draw a sheet of images with what the classifier took them for; wrong ones in red with the true class.
 
     Args:
-        records: Predicted class, its probability and true class of each of `images`, in the same order.
+        records: Id, predicted class, its probability and true class of each of `images`, in the same order.
         classes: Names of the classes.
         images: The images.
         path: The PNG file to write.
@@ -71,7 +74,7 @@ def draw_predictions(
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(records), generator=generator)
-    predicted, _, labels = torch.tensor(records).T
+    predicted, labels = torch.tensor([(guess, label) for _, guess, _, label in records]).T
     hits = (predicted == labels)[order]
     wrong = order[~hits]
     right = order[hits][: most - min(len(wrong), most // 2)]
@@ -86,7 +89,7 @@ def draw_predictions(
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, index, sample in zip(figure.axes, chosen, images.pick(chosen), strict=False):
-        guess, confidence, target = records[index]
+        _, guess, confidence, target = records[index]
         color = _RIGHT if target == guess else _WRONG
         axes.axis("on")
         axes.set(xticks=[], yticks=[])

@@ -1,3 +1,5 @@
+import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -5,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vision_ssm.data import Images, ImageStream, Splits
-from vision_ssm.data.dataset import how_many
+from vision_ssm.data.dataset import equal_images, how_many
 from vision_ssm.engine.output import make_table
+from vision_ssm.errors import InputError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,9 +46,14 @@ class Prediction:
         best = self.probabilities.topk(min(k, len(self.classes)))
         return [(self.classes[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
-    def row(self, k: int = 5) -> dict[str, Any]:
+    def answer(self, threshold: float = 0.0) -> str:
+        """The most probable class, or "unsure" if its probability is below a threshold."""
+        return self.label if self.confidence >= threshold else "unsure"
+
+    def row(self, k: int = 5, threshold: float = 0.0) -> dict[str, Any]:
         """The prediction as JSON has it."""
-        return {"image": self.id, "predictions": [{"class": name, "probability": p} for name, p in self.top(k)]}
+        predictions = [{"class": name, "probability": p} for name, p in self.top(k)]
+        return {"image": self.id, "answer": self.answer(threshold), "predictions": predictions}
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,14 @@ class ClassificationResults:
         loss: Mean cross-entropy in nats.
         confusion: (classes, classes) counts: row is the true class, column the predicted one.
         top5: Share of images whose class is among the five most probable; None up to five classes.
-        records: Predicted class, its probability and true class of each image.
+        records: Id, predicted class, its probability and true class of each image.
     """
 
     classes: tuple[str, ...]
     loss: float
     confusion: Tensor
     top5: float | None
-    records: tuple[tuple[int, float, int], ...] = ()
+    records: tuple[tuple[str, int, float, int], ...] = ()
 
     @property
     def images(self) -> int:
@@ -83,13 +91,29 @@ class ClassificationResults:
         occurs = support > 0
         return float((self.confusion.diagonal()[occurs] / support[occurs]).mean())
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy (Wilson, 1927)."""
+        n, p, z = self.images, self.accuracy, 1.959964
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
     def metrics(self) -> dict[str, float]:
-        """The metrics by name; top-5 only where there are more than five classes."""
+        """The metrics by name, over the classes that occur; top-5 only where there are more than five classes."""
         top5 = {} if self.top5 is None else {"top5_accuracy": self.top5}
-        return {"loss": self.loss, "accuracy": self.accuracy, **top5, "balanced_accuracy": self.balanced_accuracy}
+        hits, support, said = self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)
+        occurs = support > 0
+        return {
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            **top5,
+            "balanced_accuracy": self.balanced_accuracy,
+            "macro_f1": float((2 * hits / (support + said))[occurs].mean()),
+            "worst_recall": float((hits / support)[occurs].min()) if occurs.any() else float("nan"),
+        }
 
     def details(self) -> dict[str, Any]:
-        """Number of images; of each class name, images, recall and precision (None where nothing is to divide by)."""
+        """Counts, interval, metrics of each class (None where nothing is to divide by), most confident mistakes."""
         rows: list[dict[str, Any]] = []
         for i, name in enumerate(self.classes):
             hit, true, said = (
@@ -97,7 +121,14 @@ class ClassificationResults:
             )
             recall, precision = hit / true if true else None, hit / said if said else None
             rows.append({"class": name, "images": true, "recall": recall, "precision": precision})
-        return {"images": self.images, "per_class": rows}
+        wrong = sorted((record for record in self.records if record[1] != record[3]), key=lambda record: -record[2])
+        mistakes = [
+            {"image": name, "class": self.classes[label], "predicted": self.classes[guess], "probability": p}
+            for name, guess, p, label in wrong[:_MANY]
+        ]
+        share = float(self.confusion.sum(1).max()) / self.images
+        values = {"images": self.images, "accuracy_interval": self.interval, "largest_class_share": share}
+        return {**values, "most_confident_mistakes": mistakes, "per_class": rows}
 
     def report(self, console: "Console", *, title: str | None = None, details: bool = False) -> None:
         """Print the metrics, with `details` a row for each class; of many, those with the lowest recall."""
@@ -112,17 +143,20 @@ class ClassificationResults:
             table = make_table("class", ">images", ">recall", ">precision")
             for row in rows:
                 shares = ["–" if row[k] is None else f"{row[k]:.1%}" for k in ("recall", "precision")]
-                table.add_row(escape(row["class"]), f"{row['images']:,}", *shares)
+                table.add_row(escape(printable(row["class"])), f"{row['images']:,}", *shares)
             console.print(table)
             if hidden:
                 console.print(f"and {hidden:,} classes with at least this recall; --json lists all", highlight=False)
         if title:
             console.print(title, style="italic", highlight=False)
         table = make_table("metric", "value", header=False)
-        table.add_row("images", f"{self.images:,}")
+        largest = float(self.confusion.sum(1).max()) / self.images
+        table.add_row("images", f"{self.images:,}, of which {largest:.1%} of one class")
         for name, value in self.metrics().items():
-            label = name.replace("_", " ").replace("top5", "top-5")
-            table.add_row(label, f"{value:.4f}" if name == "loss" else f"{value:.2%}")
+            label = name.replace("_", " ").replace("top5", "top-5").replace("worst recall", "recall of the worst class")
+            low, high = self.interval
+            interval = f" (95% interval {low:.1%} to {high:.1%})" if name == "accuracy" else ""
+            table.add_row(label, f"{value:.4f}" if name == "loss" else f"{value:.2%}{interval}")
         console.print(table)
 
     def draw(self, images: Images, folder: Path) -> dict[str, Path]:
@@ -135,14 +169,14 @@ class ClassificationResults:
         return {"Confusion": confusion, "Predictions": predictions}
 
 
-def is_uneven(images: Images) -> bool:
-    """Whether the largest class has over 1.5 times as many images as the smallest, or may have."""
-    counts = images.counts()
-    return counts is None or max(counts) > 1.5 * max(min(counts), 1)
+def describe_data(splits: Splits, size: int, console: "Console") -> None:
+    """Print how many images there are, of each class where that is known, and what is odd about them.
 
-
-def describe_data(splits: Splits, console: "Console") -> None:
-    """Print how many images there are, and how many of each class where that is known."""
+    Args:
+        splits: The images.
+        size: Pixels to which images are resized.
+        console: Where to print.
+    """
     from rich.markup import escape
 
     train, val = splits.train, splits.val
@@ -151,6 +185,8 @@ def describe_data(splits: Splits, console: "Console") -> None:
     for images, what in ((train, "training"), (val, "validation")):
         if isinstance(images, ImageStream):
             console.print(f"       {what} images are read as a stream, shards: {len(images.shards):,}", highlight=False)
+    for note in _notes(train, val, size):
+        console.out(f"Note   {note}", highlight=False)
     counts, val_counts = train.counts(), val.counts()
     if counts is None or val_counts is None:
         return
@@ -160,5 +196,25 @@ def describe_data(splits: Splits, console: "Console") -> None:
         return
     table = make_table("class", ">training", ">validation")
     for name, a, b in zip(train.classes, counts, val_counts, strict=True):
-        table.add_row(escape(name), f"{a:,}", f"{b:,}")
+        table.add_row(escape(printable(name)), f"{a:,}", f"{b:,}")
     console.print(table)
+
+
+def _notes(train: Images, val: Images, size: int) -> list[str]:
+    if isinstance(train, ImageStream) or isinstance(val, ImageStream):
+        return []
+    notes = [*dict.fromkeys([*train.notes, *val.notes])]
+    equal = equal_images(train, val)
+    if equal is None:
+        notes += ["equal training and validation images were not looked for among so many"]
+    elif equal:
+        first = " and ".join(map(printable, equal[0]))
+        notes += [f"{len(equal):,} validation images have the same bytes as training images, such as {first}"]
+    sides = []
+    for key in range(0, len(train), max(1, len(train) // 8)):
+        with contextlib.suppress(InputError):
+            sides.append(min(train.sample(key)["image"].size))
+    if sides and sorted(sides)[len(sides) // 2] > 3 * size:
+        shrunk = f"images of about {sorted(sides)[len(sides) // 2]} pixels are shrunk to {size}"
+        notes += [f"{shrunk}; --img-size keeps more, as do the recipes finetune and scratch"]
+    return notes
