@@ -56,7 +56,6 @@ def test_torch_export(name: str) -> None:
 
 @small
 @pytest.mark.slow
-@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8's exporter cannot convert its own output's version")
 def test_onnx_from_one_image(name: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     model = smaller(name)
