@@ -6,28 +6,14 @@ The models are small: an exporter's time is that of every layer, and one of each
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
-from test_timm_contract import SMALL
+from test_timm_contract import SMALL, SMALLER
 from torch import nn
 from torch.export import Dim
 
-SMALLER: dict[str, dict[str, Any]] = {
-    "efficient_vmamba_atto": dict(depths=(1, 1, 1), dims=(16, 24, 32)),
-    "group_mamba_atto": dict(depths=(1,), dims=(16,), mlp_ratios=(2.0,), stem_dim=8),
-    "sparx_mamba_atto": dict(
-        depths=(1, 1), dims=(16, 32), starts=(None, 0), windows=1, steps=1, reductions=2, layer_scale=1.0
-    ),
-    "sparx_swin_atto": dict(
-        depths=(1, 2), dims=(16, 32), num_heads=(1, 2), starts=(None, 1), windows=1, steps=1, reductions=2
-    ),
-    "vim2_atto": dict(depths=(1,), dims=(32,)),
-    "viqs_atto": dict(depths=(1,), dims=(32,)),
-    "vmamba_atto": dict(depths=(1, 1), dims=(16, 32)),
-}
 # Maps of odd and even height and width, and for windows of 4x4: one, whole ones, and padded ones.
 SHAPES = [(1, 3, 40, 56), (2, 3, 33, 47), (3, 3, 97, 64), (1, 3, 36, 130), (2, 3, 32, 32)]
 
@@ -56,7 +42,6 @@ def test_torch_export(name: str) -> None:
 
 @small
 @pytest.mark.slow
-@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8's exporter cannot convert its own output's version")
 def test_onnx_from_one_image(name: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     model = smaller(name)

@@ -26,7 +26,14 @@ def make(name):
     return model, parameters, torch.randn(2, 3, 32, 32, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def marked(name):
+    if not name.startswith("sparx"):
+        return name
+    reason = "before torch 2.14, F.group_norm has no forward mode for maps whose channels lie last"
+    return pytest.param(name, marks=pytest.mark.xfail(torch.__version__ < "2.14", reason=reason, strict=True))
+
+
+@pytest.mark.parametrize("name", map(marked, NAMES))
 def test_forward_mode(name):
     model, parameters, x = make(name)
     tangents = {name: torch.randn_like(p) for name, p in parameters.items()}

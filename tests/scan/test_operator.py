@@ -115,7 +115,6 @@ def test_decomposes_into_standard_operators_and_one_scan(exported):
         torch.testing.assert_close(program.module()(x), Scanner(PATHS["atrous"])(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8's exporter cannot convert its own output's version")
 def test_onnx_runtime_with_dynamic_sizes(exported, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     program = torch.onnx.export(exported, dynamo=True, verbose=False)
