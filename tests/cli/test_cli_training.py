@@ -228,7 +228,8 @@ def test_bad_runs_and_images(run, tmp_path, capsys):
         assert error.count("\n") == 1
 
 
-def test_interrupted_process_says_how_to_resume_and_does(images, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["terminal", "SLURM"])
+def test_interrupted_process_says_how_to_resume_and_does(number, images, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "vision_ssm", "train"]
     words = ["classify", "--data", str(images), "--epochs", "500", "--out", str(out), *TINY, "--num-workers", "1"]
@@ -238,7 +239,7 @@ def test_interrupted_process_says_how_to_resume_and_does(images, tmp_path):
     deadline = time.monotonic() + 120
     while not (out / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    os.killpg(process.pid, number)  # to the workers too
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 130
     assert error.strip() == f"Stopped. Continue with: vision-ssm train --resume {out}"

@@ -46,7 +46,7 @@ def config(images, monkeypatch):
         data=str(images),
         model="test_convnext",
         epochs=2,
-        batch_size=16,
+        batch_size=18,
         num_workers=0,
         device="cpu",
         color_jitter=0.0,

@@ -44,6 +44,7 @@ def test_run_leaves_a_folder_that_is_enough_to_use_it(config, tmp_path):
     assert (prediction.id, prediction.label) == (str(path), "green")
     assert prediction.row(1) == {
         "image": str(path),
+        "answer": "green",
         "predictions": [{"class": "green", "probability": pytest.approx(prediction.confidence)}],
     }
     with Image.open(path) as image:
@@ -60,14 +61,14 @@ def test_run_leaves_a_folder_that_is_enough_to_use_it(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stops", [[(0, 2)], [(1, 0), (1, 3)], [(0, 5), (2, 5)]], ids=["early", "twice-in-one-epoch", "at-an-epoch-end"]
+    "stops", [[(0, 2)], [(1, 0), (1, 3)], [(0, 6), (2, 6)]], ids=["early", "twice-in-one-epoch", "at-an-epoch-end"]
 )
 def test_stopped_and_resumed_run_is_bit_identical(stops, config, tmp_path, monkeypatch, stop_at):
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
     train(config, whole)
     for i, stop in enumerate(stops):
         stop_at(*stop)
-        if stop == (2, 5):  # nothing is left to do then, so the run ends
+        if stop == (2, 6):  # nothing is left to do then, so the run ends
             break
         with pytest.raises(Stopped):
             train(config, parts, resume=i > 0)

@@ -17,12 +17,12 @@ from vision_ssm.tasks.classification import ClassifierSpec, first_model
 
 @pytest.fixture
 def config(images):
-    """A model without batch norms, and steps of 16 of 54 images."""
+    """A model without batch norms, and three steps of 18 images."""
     return small(
         data=str(images),
         model="test_vit",
         epochs=2,
-        batch_size=16,
+        batch_size=18,
         num_workers=0,
         device="cpu",
         model_args={"img_size": 32},
@@ -40,7 +40,7 @@ def weights(folder):
 def test_accumulated_steps_equal_those_of_the_large_batch(config, tmp_path):
     large, parts = RunFolder(tmp_path / "large"), RunFolder(tmp_path / "parts")
     train(config, large)
-    train(dataclasses.replace(config, batch_size=4, grad_accum=4), parts)
+    train(dataclasses.replace(config, batch_size=6, grad_accum=3), parts)
     first = first_model(config, ClassifierSpec.from_config(config, ("blue", "green", "red")), resume=True).state_dict()
     one, other = weights(large), weights(parts)
     moved = max(float((one[key] - first[key]).abs().max()) for key in one)

@@ -63,7 +63,7 @@ class Task(ABC):
 
     def __init__(self, model: nn.Module, spec: Any) -> None:
         self.model, self.spec = model, spec
-        self.device, self.autocast = torch.device("cpu"), torch.float32
+        self.device, self.autocast, self.dtype = torch.device("cpu"), torch.float32, torch.float32
 
     @classmethod
     @abstractmethod
@@ -105,6 +105,8 @@ class Task(ABC):
         self.device, self.model = device, self.model.to(device).eval()
         if optimized and device.type == "cpu" and precision in ("32-true", "bf16-true"):
             self.model = optimize(self.model, dtype=torch.float32 if precision == "32-true" else torch.bfloat16)
+        elif precision == "bf16-true":
+            self.model, self.dtype = self.model.to(torch.bfloat16), torch.bfloat16
         else:
             self.autocast = {"b": torch.bfloat16, "1": torch.float16}.get(precision[0], torch.float32)
         return self
@@ -259,7 +261,11 @@ class Task(ABC):
         data = Samples(images, self.eval_transform, tolerant=tolerant)
         collate = functools.partial(collate_readable, self.collate)
         for batch in DataLoader(data, batch_size, sampler=keys, num_workers=count, collate_fn=collate):
-            yield {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            for name, value in batch.items():
+                if isinstance(value, Tensor):
+                    dtype = self.dtype if value.is_floating_point() else value.dtype
+                    batch[name] = value.to(self.device, dtype, non_blocking=True)
+            yield batch
 
 
 def _given(images: Sequence[Picture], number: int) -> Path | Image.Image:

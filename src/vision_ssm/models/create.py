@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg
 from torch import nn
 
 import vision_ssm.models  # noqa: F401  (registers them)
@@ -57,6 +58,8 @@ def default_cfg(name: str) -> Any:
         known = timm.get_pretrained_cfg(name)
     except RuntimeError:
         known = None
+    if known is None and name == architecture:
+        return PretrainedCfg()  # a model of the user's own
     if known is None:
         raise InputError(f"{architecture} has no pretrained tag {name.partition('.')[2]}")
     return known

@@ -171,6 +171,15 @@ class Classification(Task):
         else:
             self.loss = nn.CrossEntropyLoss(self.weights, label_smoothing=smoothing)
         uneven = counts is not None and max(counts) > 1.5 * max(min(counts), 1)
+        names = [
+            "accuracy",
+            "balanced_accuracy",
+            "macro_f1",
+            "worst_recall",
+            *(["top5_accuracy"] * (len(spec.classes) > 5)),
+        ]
+        if config.monitor not in (None, *names):
+            raise InputError(f"--monitor must be one of {', '.join(names)}, got {config.monitor}")
         self.monitor = config.monitor or ("balanced_accuracy" if uneven else "accuracy")
         if uneven:
             self.epoch_metrics = (*self.epoch_metrics, "balanced_accuracy")

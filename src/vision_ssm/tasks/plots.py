@@ -1,3 +1,4 @@
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
@@ -114,8 +116,15 @@ def _thumbnail(image: Image.Image, side: int = 160) -> Image.Image:
 
 
 def _elide(name: str, length: int) -> str:
-    # Dollar signs would start matplotlib's maths.
     # The middle goes, because names are often told apart by their ends.
     tail = length // 3
     short = name if len(name) <= length else f"{name[: length - tail - 1]}…{name[-tail:]}"
-    return short.replace("$", r"\$")
+    known = _characters()
+    shown = (c if ord(c) in known else c.encode("unicode_escape", "surrogatepass").decode() for c in short)
+    return "".join(shown).replace("$", r"\$")  # dollar signs would start matplotlib's maths
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    """What matplotlib's default font can show."""
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
