@@ -74,7 +74,7 @@ class BareSteps(Callback):
 def measure(name: str, size: int, batch: int, steps: int, workers: int) -> dict[str, Any]:
     """Train one epoch of photographs in memory, in our trainer and barely."""
     changes = dict(mixup=0.0, cutmix=0.0, ema_decay=None, drop_path_rate=0.0)
-    config = recipes.scratch(model=name, img_size=size, batch_size=batch, epochs=1, **changes)
+    config = recipes.scratch(model=name, img_size=size, batch_size=batch, num_workers=workers, epochs=1, **changes)
     count = batch * (steps + WARM_UP)
     generator = np.random.default_rng(0)
     pictures = [Image.fromarray(generator.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(count)]
@@ -86,7 +86,7 @@ def measure(name: str, size: int, batch: int, steps: int, workers: int) -> dict[
     model = timm.create_model(name, num_classes=CLASSES)
     task = Classification(model, spec, config)
     splits = Splits(images, images.subset([0]))
-    data = ImageData(splits, task.train_transform, task.eval_transform, batch, config.seed, workers)
+    data = ImageData(splits, task.train_transform, task.eval_transform, config)
     bare = BareSteps(copy.deepcopy(model).train(), config)
     with tempfile.TemporaryDirectory() as place, quiet_lightning():
         folder = RunFolder(Path(place))

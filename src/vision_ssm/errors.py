@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class InputError(Exception):
@@ -12,6 +13,12 @@ class InputError(Exception):
     def line(self) -> str:
         """The message on one line, without the traceback a data-loader worker wraps around it."""
         return printable(" ".join(str(self).rsplit("InputError: ", 1)[-1].split()))
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The known names that are most like a wrong one, as the end of a message."""
+    near = difflib.get_close_matches(name, known, n=4)
+    return f"; did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def printable(text: str) -> str:

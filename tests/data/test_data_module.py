@@ -20,7 +20,7 @@ SPEC = ClassifierSpec.from_config(digits(), SPLITS.train.classes)
 def module(batch_size=64, workers=0):
     augment = AugmentConfig(auto_augment="rand-m9-mstd0.5", random_erase=0.5)
     transforms = OnImage(SPEC.train_transform(augment)), OnImage(SPEC.eval_transform())
-    return ImageData(SPLITS, *transforms, batch_size, 0, workers)
+    return ImageData(SPLITS, *transforms, digits(batch_size=batch_size, num_workers=workers))
 
 
 def test_seeded_draws_depend_on_the_key_alone_and_leave_no_trace():

@@ -13,7 +13,7 @@ from pictures import CLASSES, Number, fit_in_two_processes, number_of, picture, 
 import vision_ssm.engine.fit as engine
 from short_runs import SHORT, interrupt
 from vision_ssm.cli import main
-from vision_ssm.data import ImageDataset, Splits, load_splits
+from vision_ssm.data import ImageDataset, ImageStream, Splits, load_splits
 from vision_ssm.data.module import ImageData
 from vision_ssm.data.sources import expand_braces
 from vision_ssm.engine.recorder import RunRecorder, Stopped
@@ -69,6 +69,18 @@ def shards(root):
     return dict(data=str(root), train_split="train-{00..02}.tar", class_map=names)
 
 
+def damaged_info(root):
+    values = shards(root)
+    (root / "_info.json").write_text("{")
+    return {**values, "train_split": None}
+
+
+def binary_names(root):
+    values = shards(root)
+    values["class_map"].write_bytes(b"\xff\xfe\x00")
+    return values
+
+
 def table(root):
     datasets = pytest.importorskip("datasets")
     for split, start, each in (("train", 0, 4), ("validation", 100, 2)):
@@ -110,7 +122,7 @@ def test_every_image_with_its_class(make, tmp_path):
 def test_no_image_twice_and_none_lost(make, workers, tmp_path):
     splits = load(make(tmp_path))
 
-    data = ImageData(splits, Number(), Number(), 4, 0, workers)
+    data = ImageData(splits, Number(), Number(), small(batch_size=4, num_workers=workers))
     seen = [n for batch in data.train_dataloader() for n in batch["image"].flatten().tolist()]
     assert sorted(seen) == list(range(12))
     assert seen != sorted(seen)
@@ -186,6 +198,8 @@ def test_command_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
         ),
         pytest.param(shards, {"train_split": "train-{00..04}.tar"}, "train-03.tar, ", id="shards"),
         pytest.param(shards, {"train_split": "trian"}, "has no split trian", id="no-split-of-shards"),
+        pytest.param(damaged_info, {}, "_info.json does not list the shards of splits", id="damaged-info"),
+        pytest.param(binary_names, {}, "must name at least two classes", id="binary-class-map"),
         pytest.param(shards, {"target_key": "label"}, "has no .json", id="no-json"),
         pytest.param(table, {"train_split": "trian"}, "trian", id="no-split-of-a-table"),
         pytest.param(table, {"input_key": "img"}, "no column img; --input-key takes image, label", id="no-column"),
@@ -238,6 +252,28 @@ def test_shards_are_found(pattern, tmp_path):
     assert (len(splits.train), len(splits.val)) == (12, 6)
 
 
+def test_a_pattern_names_the_training_images_only(tmp_path):
+    values = shards(tmp_path)
+    for pattern in ("train-{00..02}.tar", "train-01.tar"):
+        splits = load(dict(data=str(tmp_path / pattern), class_map=values["class_map"]))
+        train_ids, val_ids = ({images.id(i) for i in range(len(images))} for images in (splits.train, splits.val))
+        assert val_ids
+        assert not train_ids & val_ids
+
+
+def test_tables_have_any_splits_and_places(tmp_path):
+    values = table(tmp_path)
+    other = table(tmp_path / "other")
+    both = load({**values, "val_data": other["data"]})
+    assert both.val.fingerprint == load(other).val.fingerprint
+    (tmp_path / "table" / "validation.parquet").rename(tmp_path / "table" / "test.parquet")
+    assert len(load({**values, "cache_dir": tmp_path / "again"}).val) == 6
+    (tmp_path / "table" / "test.parquet").unlink()
+    assert len(load({**values, "cache_dir": tmp_path / "third"}).val) == 3  # held out
+    forced = dict(data=str(tmp_path / "table"), data_format="hfids", val_data=other["data"], train_num_samples=12)
+    assert isinstance(load({**forced, "cache_dir": tmp_path / "fourth"}).train, ImageStream)
+
+
 def test_a_format_can_be_forced(tmp_path):
     with pytest.raises(InputError, match=r"train\.tar is not a folder"):
         load({**one_tar_per_split(tmp_path), "data_format": "folder"})
@@ -251,7 +287,7 @@ def test_braces():
 def test_two_processes_see_every_image_once(tmp_path):
     splits = load(one_tar_per_split(tmp_path))
     splits = Splits(splits.train, splits.val.subset(range(5)))  # an odd number, which must not be padded
-    data = ImageData(splits, Number(), Number(), 2, 0, 0)
+    data = ImageData(splits, Number(), Number(), small(batch_size=2, num_workers=0))
     fit_in_two_processes(data, tmp_path)
     for epoch in (0, 1):
         for kind, numbers in (("train", range(12)), ("val", range(100, 105))):

@@ -230,7 +230,9 @@ def test_reading_ahead_ends_with_its_reader_and_passes_errors_on():
 
 
 def batches(data, workers, epoch=0):
-    loader = ImageData(load_splits(data), Number(), Number(), 4, 0, workers).train_dataloader()
+    loader = ImageData(
+        load_splits(data), Number(), Number(), small(batch_size=4, num_workers=workers)
+    ).train_dataloader()
     loader.sampler.set_epoch(epoch)
     return [(b["image"].flatten().tolist(), b["label"].tolist(), b["unreadable"]) for b in loader]
 
@@ -248,7 +250,7 @@ def test_workers_change_nothing(make):
 
 
 def test_two_processes_see_every_image_once(make, tmp_path):
-    data = ImageData(load_splits(make()), Number(), Number(), 2, 0, 1)
+    data = ImageData(load_splits(make()), Number(), Number(), small(batch_size=2, num_workers=1))
     fit_in_two_processes(data, tmp_path)
     for epoch in (0, 1):
         read = {(k, r): (tmp_path / f"{k}-{epoch}-{r}").read_text().split() for k in ("train", "val") for r in (0, 1)}

@@ -98,6 +98,19 @@ def test_damaged_configurations_get_one_line(damage, run, tmp_path):
         RunFolder(tmp_path).read_config()
 
 
+@pytest.mark.parametrize("damage", ["[]", '{"task": "classification", "img_size": "x"}', '{"task": "flying"}'], ids=str)
+def test_damaged_descriptions_get_one_line(damage, tmp_path):
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", {"vision_ssm": damage})
+    with pytest.raises(InputError, match=r"w\.safetensors|unknown task flying"):
+        load(tmp_path / "w.safetensors", "cpu")
+
+
+def test_a_bad_configuration_costs_no_run(run, images):
+    with pytest.raises(InputError, match="--schedule must be one of"):
+        train(small(data=str(images), schedule="foo"), run, overwrite=True)
+    assert (run / "best.safetensors").is_file()
+
+
 def test_stored_classes_are_used_when_a_model_is_measured(run, capsys):
     from vision_ssm.cli import main
 

@@ -61,8 +61,7 @@ class BenchOptions(Config):
     compile: bool = False
     """Run through torch.compile."""
     optimize: bool = True
-    """Do without the model's fastest form on a CPU (`vision_ssm.optimize`), which 32-true and bf16-true take unless
-    --train or --compile is given."""
+    """Use `vision_ssm.optimize` on a CPU with 32-true and bf16-true, unless --train or --compile is given."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = limited(None, least=1)

@@ -18,14 +18,9 @@ from vision_ssm.errors import InputError
 COMMANDS = {"classify": "classification", "digits": "classification"}
 """The commands of `vision-ssm train`, and their tasks."""
 
-_USAGE = """usage: vision-ssm train classify --data PATH [OPTIONS]
-       vision-ssm train digits [OPTIONS]
-       vision-ssm train --resume RUN
-
-  classify  an image classifier: on folders with one sub-folder per class, tar files, webdataset shards,
-            Hugging Face datasets
-  digits    the same on scikit-learn's handwritten digits, about a minute on two cores
-  --resume  continue a stopped run at the batch where it stopped
+_USAGE = """usage: vision-ssm train classify --data PATH [OPTIONS]    an image classifier, on your images
+       vision-ssm train digits [OPTIONS]                  the same on embedded digits, a minute or two on two cores
+       vision-ssm train --resume RUN                      continue a stopped run at the batch where it stopped
 
 `vision-ssm train classify --help` lists all options.
 """
@@ -66,7 +61,10 @@ def train(words: Sequence[str]) -> int:
         default, text = RunFolder(Path(place)).read_config(), f"Continue {place}."
     else:
         recipe = recipes.find(peeked.recipe)
-        default, text = recipe(), f"Defaults of the recipe {recipe.name}: {recipe.text}."
+        if recipe.config.task != COMMANDS[command or ""]:
+            raise InputError(f"the recipe {recipe.name} is for {recipe.config.task}, not {COMMANDS[command or '']}")
+        default = recipe(data="digits") if command == "digits" else recipe()
+        text = f"Defaults of the recipe {recipe.name}: {recipe.text}."
     config, run = _parse(rest, f"train {command or ''}".strip(), default, RunOptions(recipe=peeked.recipe), text)
     return _run(config, run)
 

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import shutil
 import time
@@ -35,7 +36,7 @@ class ComputeOptions(Config):
     precision: Precision = "32-true"
     """Number format of the computation."""
     optimize: bool = True
-    """Do without `vision_ssm.optimize`, which 32-true and bf16-true use on a CPU."""
+    """Use `vision_ssm.optimize` on a CPU with 32-true and bf16-true."""
     num_workers: int | None = limited(None, least=0)
     """Processes that load images."""
     max_pixels: int | None = limited(None, least=1)
@@ -65,7 +66,7 @@ class EvalOptions(ComputeOptions):
 class PredictOptions(ComputeOptions):
     """Predict for images with a trained model."""
 
-    run: Positional[Path]
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a run, or a weights file of one."""
     images: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...", help_behavior_hint="(required)")]
     """Image files, or folders of them."""
@@ -115,7 +116,7 @@ def evaluate(words: Sequence[str]) -> int:
         lines += [f"published accuracy {source['published_top1']:.1f}%, on {_PUBLISHED_ON}{note}"]
     spec = task.spec
     lines += [
-        f"{spec.model}, {spec.img_size}×{spec.img_size} of {spec.crop_pct:g} of the side, {spec.interpolation}; "
+        f"{spec.model}, {spec.img_size}×{spec.img_size}, crop {spec.crop_pct:.1%}, {spec.interpolation}; "
         f"{speed:,.1f} images/s with loading"
     ]
     console.out("\n".join(lines), highlight=False)
@@ -136,6 +137,8 @@ def _run_and_images(options: EvalOptions) -> Subject:
     path = weights_file(Path(options.model), options.weights or "best")
     task = load(path, "cpu", optimized=False)
     if options.data is None:
+        if not (path.parent / "config.json").is_file():
+            raise InputError(f"which images is {path} to be measured on? it lies in no run; give --data DIR")
         config = RunFolder(path.parent).read_config()
         images: Images = task.load_data(config).val
         if images.classes != task.spec.classes:
@@ -206,14 +209,9 @@ def predict(words: Sequence[str]) -> int:
     errors = make_console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("predicting", total=len(images))
-        predictions = task.predict(
-            images,
-            options.batch_size,
-            options.num_workers,
-            unreadable=unreadable,
-            max_pixels=options.max_pixels,
-            on_batch=lambda count: progress.advance(bar, count),
-        )
+        how: dict[str, Any] = dict(unreadable=unreadable, max_pixels=options.max_pixels)
+        how["on_batch"] = functools.partial(progress.advance, bar)
+        predictions = task.predict(images, options.batch_size, options.num_workers, **how)
     rows = [prediction.row(options.top, options.threshold) for prediction in predictions]
     if options.out is not None:
         _write_predictions(rows, options)

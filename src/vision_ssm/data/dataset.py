@@ -99,8 +99,12 @@ class ImageDataset:
             raise InputError(f"cannot read image {name}: {error or type(error).__name__}") from error
         if not isinstance(image, Image.Image):
             image = open_image(image, name, self.max_pixels)
-        targets = {what: values[number].item() for what, values in self.targets.items()}
-        return {"image": image, "id": name, **targets}
+        targets = {what: values[number] for what, values in self.targets.items()}
+        return {
+            "image": image,
+            "id": name,
+            **{k: v.item() if isinstance(v, np.generic) else v for k, v in targets.items()},
+        }
 
     def id(self, key: int) -> str:
         """What to call an image."""

@@ -7,9 +7,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vision_ssm.data.dataset import Splits
-from vision_ssm.data.sampling import Collate, EpochSampler, Samples, TrainingSamples, Transform, collate_readable
+from vision_ssm.data.sampling import (
+    Collate,
+    EpochSampler,
+    Samples,
+    TrainingSamples,
+    Transform,
+    collate_readable,
+    loader_workers,
+)
 from vision_ssm.data.streams import ImageStream
 from vision_ssm.errors import InputError
+from vision_ssm.recipes import TrainConfig
 
 
 class ImageData(lightning.LightningDataModule):
@@ -27,12 +36,9 @@ class ImageData(lightning.LightningDataModule):
         splits: The images.
         train_transform: Random change of a training sample.
         eval_transform: What validation samples go through.
-        batch_size: Batch size.
-        seed: Decides order and augmentation.
-        workers: Number of loading processes.
-        grad_accum: Batches per step. Training leaves out a small incomplete last step (other images each epoch).
-        max_unreadable: Largest share of the training images that may be unreadable; one may be, unless it is 0.
+        config: Batch size, gradient accumulation, seed, number of workers, and how many images may be unreadable.
         collate: Makes a batch of samples.
+        eval_batch_size: Batch size of validation, if not that of training.
 
     Raises:
         InputError: A step takes more images than there are to train on.
@@ -43,28 +49,25 @@ class ImageData(lightning.LightningDataModule):
         splits: Splits,
         train_transform: Transform,
         eval_transform: Transform,
-        batch_size: int,
-        seed: int,
-        workers: int,
-        grad_accum: int = 1,
-        max_unreadable: float = 0.01,
+        config: TrainConfig,
         collate: Collate = default_collate,
+        eval_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if batch_size * grad_accum > len(splits.train):
-            size = f"--batch-size {batch_size}" + (f" times --grad-accum {grad_accum}" if grad_accum > 1 else "")
+        if config.batch_size * config.grad_accum > len(splits.train):
+            factor = f" times --grad-accum {config.grad_accum}" if config.grad_accum > 1 else ""
+            size = f"--batch-size {config.batch_size}{factor}"
             raise InputError(f"{size} is larger than the {len(splits.train)} training images")
-        self.splits, self.collate = splits, collate
+        self.splits, self.config, self.collate = splits, config, collate
         self.train_transform, self.eval_transform = train_transform, eval_transform
-        self.batch_size, self.seed, self.workers, self.grad_accum = batch_size, seed, workers, grad_accum
-        self.max_unreadable = max_unreadable
+        self.batch_size, self.seed, self.eval_batch_size = config.batch_size, config.seed, eval_batch_size
         self.unreadable: dict[str, str] = {}
         self._batches_done = 0
 
     @property
     def images_per_epoch(self) -> int:
         """Training images per epoch of each process."""
-        return epoch_images(len(self.splits.train), self.batch_size, self.grad_accum, self._place()["world"])
+        return epoch_images(len(self.splits.train), self.batch_size, self.config.grad_accum, self._place()["world"])
 
     @property
     def batches_per_epoch(self) -> int:
@@ -119,7 +122,7 @@ class ImageData(lightning.LightningDataModule):
         return [self.splits.train.fingerprint, self.splits.val.fingerprint]
 
     def _check_unreadable(self, last: str) -> None:
-        count, share = len(self.splits.train), self.max_unreadable
+        count, share = len(self.splits.train), self.config.max_unreadable
         allowed = max(1, int(share * count)) if share else 0
         if not allowed:
             raise InputError(f"{last}; to train without such images, allow some with --max-unreadable")
@@ -152,13 +155,14 @@ class ImageData(lightning.LightningDataModule):
         self._shard_lengths.update(state_dict["shard_lengths"])
 
     def _loader(self, data: Dataset[Any], sampler: Any, collate: Any) -> DataLoader[Any]:
+        evaluates, workers = isinstance(data, Samples), loader_workers(self.config.num_workers)
         return DataLoader(
             data,
-            batch_size=self.batch_size,
+            batch_size=(evaluates and self.eval_batch_size) or self.batch_size,
             sampler=sampler,
-            num_workers=self.workers,
+            num_workers=workers,
             collate_fn=collate,
-            persistent_workers=self.workers > 0,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_signals,
             # Otherwise each iterator draws its seed from the global generator.

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -132,7 +133,7 @@ class Samples(Dataset[Sample]):
             return {"unreadable": {self.images.id(key): error.line}}
 
 
-def find_unreadable(images: Images, workers: int = 0) -> dict[str, str]:
+def find_unreadable(images: Images, workers: int | None = None) -> dict[str, str]:
     """Ids of the images that cannot be read, and why.
 
     Args:
@@ -140,21 +141,17 @@ def find_unreadable(images: Images, workers: int = 0) -> dict[str, str]:
         workers: Number of loading processes, used for more than a few images.
     """
     # Starting processes takes longer than reading a few images.
-    count = workers if isinstance(images, ImageStream) or len(images) > 256 else 0
+    count = loader_workers(workers) if isinstance(images, ImageStream) or len(images) > 256 else 0
     keys: Any = images.in_order()
-    loader = DataLoader(_Reasons(images), batch_size=None, sampler=keys, num_workers=count, generator=torch.Generator())
-    return {name: line for name, line in loader if line}
+    data = Samples(images, _leave_out, tolerant=True)
+    loader = DataLoader(data, batch_size=None, sampler=keys, num_workers=count, generator=torch.Generator())
+    return {name: line for sample in loader for name, line in sample.get("unreadable", {}).items()}
 
 
-class _Reasons(Dataset[tuple[str, str]]):
-    """The id of each image, and why it cannot be read, or nothing."""
+def _leave_out(sample: Sample) -> Sample:
+    return {}
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
 
-    def __getitem__(self, key: Any) -> tuple[str, str]:
-        try:
-            self.images.sample(key)
-        except InputError as error:
-            return self.images.id(key), error.line
-        return self.images.id(key), ""
+def loader_workers(workers: int | None) -> int:
+    """Number of loading processes: as asked, or all cores but one, at most eight."""
+    return min(8, max(1, (os.cpu_count() or 2) - 1)) if workers is None else workers

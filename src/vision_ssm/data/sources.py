@@ -12,7 +12,7 @@ import numpy as np
 from vision_ssm.data.dataset import ImageDataset, Images, Splits, Strings, hold_out, load_digits
 from vision_ssm.data.shards import read_shards
 from vision_ssm.data.streams import ImageStream
-from vision_ssm.data.tables import read_table
+from vision_ssm.data.tables import find_split, read_table
 from vision_ssm.data.tars import TarReader, list_members
 from vision_ssm.errors import InputError, shorten
 from vision_ssm.recipes.config import DataConfig
@@ -56,8 +56,6 @@ def _load_splits(kind: str, config: DataConfig, seed: int) -> Splits:
         train.length = config.train_num_samples or train.length
         if not train.length:
             raise InputError("the training stream does not know its length; give it with --train-num-samples")
-    elif config.train_num_samples is not None:
-        raise InputError("--train-num-samples is for streams; these training images have been counted")
     if val is None:
         if isinstance(train, ImageStream):
             raise InputError("no share of a stream can be held out; name validation images with --val-data")
@@ -80,6 +78,7 @@ def _load(kind: str, config: DataConfig) -> tuple[Images, Images | None]:
         found = find(config.val_data, names) or config.val_data
     else:
         found = None if config.val_fraction or place is None else find(config.data, names)
+        found = None if found == place else found  # a pattern names the training images only
         if found is None and config.val_split and not config.val_fraction:
             raise InputError(f"{config.data} has no split {config.val_split}")
     return train, None if found is None else read(found, config, classes or train.classes)
@@ -236,7 +235,7 @@ def _counted(skipped: Counter[str]) -> str:
 
 def _index(found: Sequence[str], classes: Names | None, root: Path) -> dict[str, int]:
     if classes is not None and (unknown := sorted(set(found) - set(classes))):
-        raise InputError(f"{root} has classes that the training data lacks: {shorten(unknown)}")
+        raise InputError(f"{root} has classes that are not among the {len(classes)} expected: {shorten(unknown)}")
     return {name: i for i, name in enumerate(classes or found)}
 
 
@@ -264,12 +263,15 @@ def _find_shards(data: str, names: Names) -> list[str] | None:
         return _existing(expand_braces(data))
     root = Path(data)
     info = next((path for name in ("_info.json", "info.json") if (path := root / name).is_file()), None)
-    splits: dict[str, Any] = json.loads(info.read_text()).get("splits", {}) if info else {}
+    try:
+        splits = {k: v["filenames"] for k, v in json.loads(info.read_text())["splits"].items()} if info else {}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{info} does not list the shards of splits: {type(error).__name__}: {error}") from error
     for name in names:
         if ".tar" in name:
             return _existing([str(root / file) for file in expand_braces(name)])
         if name in splits:
-            return _existing([str(root / file) for file in splits[name]["filenames"]])
+            return _existing([str(root / file) for file in splits[name]])
     found = next((tars for name in names if (tars := sorted(root.glob(f"{name}*.tar")))), None)
     return [str(path) for path in found] if found else None
 
@@ -299,7 +301,7 @@ def _class_names(config: DataConfig) -> Names | None:
         return config.num_classes and tuple(map(str, range(config.num_classes)))  # type: ignore[return-value]
     if not config.class_map.is_file():
         raise InputError(f"no such file of class names: {config.class_map}")
-    lines = config.class_map.read_text(encoding="utf-8").split("\n")
+    lines = config.class_map.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     names = tuple(name for line in lines if (name := line.strip()))
     if len(names) < 2 or len(set(names)) < len(names):
         raise InputError(f"{config.class_map} must name at least two classes, one per line and none twice")
@@ -314,16 +316,12 @@ def _read_shards(shards: Any, config: DataConfig, classes: Names | None) -> Imag
     return read_shards(shards, config, classes)
 
 
-def _find_split(data: str, names: Names) -> str:
-    return "validation" if names == _VAL else names[0]
-
-
 # How images of a format are found and read: the place of a split, by its possible names, in what --data names, or None
 # if it has no splits; and the images of such a place.
 _FORMATS: dict[str, tuple[Callable[[str, Names], Any], Callable[[Any, DataConfig, Names | None], Images]]] = {
     "folder": (_find_place, lambda place, config, classes: read_folder(Path(place), classes)),
     "tar": (_find_place, lambda place, config, classes: read_tars(Path(place), classes)),
     "wds": (_find_shards, _read_shards),
-    "hfds": (_find_split, read_table),
-    "hfids": (_find_split, read_table),
+    "hfds": (find_split, read_table),
+    "hfids": (find_split, read_table),
 }

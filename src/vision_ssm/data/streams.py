@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,17 +21,6 @@ _AHEAD = 256
 
 # What a process reads of a shard: its number, and which of its images.
 Part = tuple[int, slice]
-
-
-class Shard(Protocol):
-    """A part of a stream that is read from its beginning on, and always in the same order."""
-
-    @property
-    def name(self) -> str:
-        """What to call it."""
-
-    def __iter__(self) -> Iterator[tuple[str, int, bytes]]:
-        """Id, class and encoded image of each sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +46,15 @@ class ImageStream:
     `lengths` holds the number of images in each shard that has been read to its end, by the number of the shard.
 
     Args:
-        shards: In a fixed order.
+        shards: In a fixed order. Each has a `name`, and iterates over id, class and encoded image of its samples, in a
+            fixed order.
         classes: Names of the classes.
         length: Number of images, where it is known.
         buffer: Number of images from which the next training image is drawn.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], classes: tuple[str, ...], length: int | None = None, buffer: int = 1
+        self, shards: Sequence[Any], classes: tuple[str, ...], length: int | None = None, buffer: int = 1
     ) -> None:
         self.shards, self.classes, self.length, self.buffer = shards, classes, length, buffer
         self.max_pixels: int | None = None

@@ -42,26 +42,40 @@ class TableShard:
                 yield name, _label(row[self.target], self.labels, name), _content(image)
 
 
-def read_table(split: str, config: DataConfig, named: tuple[str, ...] | None) -> ImageDataset | ImageStream:
-    """A Hugging Face dataset, or a local folder of its files, downloaded or as a stream.
+Place = tuple[str, str]
+"""What `--data` names, and a split of it."""
+
+
+def find_split(data: str, names: tuple[str, ...]) -> Place | None:
+    """The first of some splits that a Hugging Face dataset has.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    with _errors(f"the splits of {data}") as datasets:
+        available = datasets.get_dataset_split_names(_name(data))
+    return next(((data, name) for name in names if name in available), None)
+
+
+def read_table(place: Place | str, config: DataConfig, named: tuple[str, ...] | None) -> ImageDataset | ImageStream:
+    """A split of a Hugging Face dataset, or of a local folder of its files, downloaded or as a stream.
 
     Args:
-        split: The split.
-        config: `data` is hfds/NAME, or hfids/NAME for a stream.
+        place: hfds/NAME, or hfids/NAME for a stream, and the split.
+        config: How to read it.
         named: Names of the classes, if they are given.
 
     Raises:
         InputError: It cannot be read, lacks a column, or its classes are not known.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise InputError("Hugging Face datasets need the package datasets: pip install 'vision-ssm[data]'") from None
-    kind, _, name = config.data.partition("/")
+    if isinstance(place, str):
+        raise InputError(f"{place} has no split of a usual name; give it with --train-split or --val-split")
+    data, split = place
+    stream = data.startswith("hfids/") or (config.data_format == "hfids" and not data.startswith("hfds/"))
     image, target = config.input_key or "image", config.target_key or "label"
-    with _errors(f"{split} of {config.data}"):
-        builder = datasets.load_dataset_builder(name, cache_dir=config.cache_dir and str(config.cache_dir))
-        if kind == "hfids":
+    with _errors(f"{split} of {data}") as datasets:
+        builder = datasets.load_dataset_builder(_name(data), cache_dir=config.cache_dir and str(config.cache_dir))
+        if stream:
             table: Any = builder.as_streaming_dataset(split=split)
         else:
             builder.download_and_prepare()
@@ -69,14 +83,14 @@ def read_table(split: str, config: DataConfig, named: tuple[str, ...] | None) ->
         columns = table.column_names or list(next(iter(table), {}))
         for option, key in (("input", image), ("target", target)):
             if key not in columns:
-                raise InputError(f"{config.data} has no column {key}; --{option}-key takes {', '.join(columns)}")
+                raise InputError(f"{data} has no column {key}; --{option}-key takes {', '.join(columns)}")
         names = getattr((table.features or {}).get(target), "names", None)
         table = table.cast_column(image, datasets.Image(decode=False))
         classes = named or tuple(names or ())
         if not classes:
-            raise InputError(f"{config.data} does not name its classes; give --num-classes or --class-map")
+            raise InputError(f"{data} does not name its classes; give --num-classes or --class-map")
         labels = _labels(classes, names) if config.class_map else None
-        if kind == "hfids":
+        if stream:
             shards = [
                 TableShard(f"{split} shard {i}", table, i, image, target, labels) for i in range(table.num_shards)
             ]
@@ -85,7 +99,7 @@ def read_table(split: str, config: DataConfig, named: tuple[str, ...] | None) ->
         ids = [f"{split} {i}" for i in range(len(table))]
         values = [_label(value, labels, name) for value, name in zip(table[target], ids, strict=True)]
         if wrong := sorted(set(values) - set(range(len(classes)))):
-            raise InputError(f"{split} of {config.data} has label {wrong[0]}, but there are {len(classes)} classes")
+            raise InputError(f"{split} of {data} has label {wrong[0]}, but there are {len(classes)} classes")
         return ImageDataset(
             functools.partial(_open, table, image), Strings(ids), {"label": np.array(values, np.int64)}, classes
         )
@@ -116,13 +130,19 @@ def _content(image: Mapping[str, Any]) -> bytes:
         return file.read()
 
 
-@contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """Turn what `datasets` raises into an `InputError`."""
-    import datasets
+def _name(data: str) -> str:
+    return data.removeprefix("hfds/").removeprefix("hfids/")
 
+
+@contextmanager
+def _errors(what: str) -> Iterator[Any]:
+    """Yields the library `datasets`, and turns what it raises into an `InputError`."""
     try:
-        yield
+        import datasets
+    except ImportError:
+        raise InputError("Hugging Face datasets need the package datasets: pip install 'vision-ssm[data]'") from None
+    try:
+        yield datasets
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:

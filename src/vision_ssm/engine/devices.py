@@ -1,5 +1,3 @@
-import os
-
 import torch
 
 from vision_ssm.errors import InputError
@@ -22,8 +20,3 @@ def find_device(name: str) -> torch.device:
         there = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
         raise InputError(f"no device {name} here; there is {there}") from error
     return device
-
-
-def loader_workers(workers: int | None) -> int:
-    """Number of loading processes: as asked, or all cores but one, at most eight."""
-    return min(8, max(1, (os.cpu_count() or 2) - 1)) if workers is None else workers

@@ -4,7 +4,6 @@ from rich.progress import Progress
 from vision_ssm.data import Images, ImageStream
 from vision_ssm.data.dataset import how_many
 from vision_ssm.data.sampling import find_unreadable
-from vision_ssm.engine.devices import loader_workers
 from vision_ssm.engine.task import Evaluation, Task
 from vision_ssm.errors import InputError
 
@@ -41,7 +40,7 @@ def check_readable(images: Images, workers: int | None = None) -> None:
     Raises:
         InputError: Naming them.
     """
-    lines = list(find_unreadable(images, loader_workers(workers)).values())
+    lines = list(find_unreadable(images, workers).values())
     if lines:
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise InputError(f"{'; '.join(lines[:3])}{more}; repair or remove these validation images")

@@ -16,7 +16,7 @@ from timm.layers import convert_sync_batchnorm
 from vision_ssm.data import ImageStream, Splits
 from vision_ssm.data.dataset import how_many
 from vision_ssm.data.module import ImageData, epoch_images
-from vision_ssm.engine.devices import find_device, loader_workers
+from vision_ssm.engine.devices import find_device
 from vision_ssm.engine.evaluate import check_readable, evaluate
 from vision_ssm.engine.files import write_json
 from vision_ssm.engine.loggers import check_logger, make_loggers
@@ -98,17 +98,8 @@ def fit(
     task = task_type.from_config(config, splits, resume=resume)
     if config.sync_batchnorm:
         task.model = convert_sync_batchnorm(task.model)
-    data = ImageData(
-        splits,
-        task.train_transform,
-        task.eval_transform,
-        config.batch_size,
-        config.seed,
-        loader_workers(config.num_workers),
-        config.grad_accum,
-        config.max_unreadable,
-        task.collate,
-    )
+    transforms = task.train_transform, task.eval_transform
+    data = ImageData(splits, *transforms, config, task.collate, task.eval_batch_size)
     optim = config.scaled(config.images_per_step)
     make_optimizer(task.model, optim)  # Lightning makes another one, but only once the folder has been cleared
     task.describe(splits, console)
@@ -147,10 +138,10 @@ def fit(
                 raise InputError("another process of this run has ended before; its own message says why") from error
             raise
     best = task_type.load(folder.best, str(trainer.strategy.root_device), config.precision, optimized=False)
-    evaluation = evaluate(best, splits.val, config.batch_size, config.num_workers, console)
+    evaluation = evaluate(best, splits.val, task.eval_batch_size or config.batch_size, config.num_workers, console)
     if rank_here == 0:
         _finish(folder, recorder, evaluation, splits, task.monitor, console)
-    if not math.isfinite(evaluation.metrics()["loss"]):
+    if not math.isfinite(evaluation.metrics().get("loss", 0.0)):
         raise InputError(f"no weights of this run give a finite loss; see {folder.metrics}, and try a lower --lr")
     return evaluation
 
@@ -196,21 +187,15 @@ def _versions() -> dict[str, Any]:
 
 def _notes(config: TrainConfig, steps: int, *, complete: bool) -> list[str]:
     """What a user should know before the run; `steps` are those of an epoch."""
-    epochs, steps = config.epochs, steps * config.epochs
+    epochs, warmup, decay = config.epochs, config.warmup_epochs, config.ema_decay
     lines = []
     if complete:
         lines += [f"Note   this run was complete: {epochs} of {epochs} epochs trained"]
-    elif config.warmup_epochs >= epochs:
-        lines += [
-            f"Note   --warmup-epochs {config.warmup_epochs} must be below --epochs {epochs}; taken as {epochs - 1}"
-        ]
-    if (
-        config.ema_decay and not config.ema_warmup and steps * (1 - config.ema_decay) < 3
-    ):  # over 5 % of the first weights
-        lines += [
-            f"Note   {steps} steps are few for --ema-decay {config.ema_decay}: the average keeps much of the first "
-            "weights; add --ema-warmup, or --ema-decay None"
-        ]
+    elif warmup >= epochs:
+        lines += [f"Note   the warmup of {warmup} epochs is shortened to {epochs - 1}, because --epochs is {epochs}"]
+    if decay and not config.ema_warmup and steps * epochs * (1 - decay) < 3:  # over 5 % of the first weights
+        few = f"{steps * epochs} steps are few for --ema-decay {decay}: the average keeps much of the first weights"
+        lines += [f"Note   {few}; add --ema-warmup, or --ema-decay None"]
     return lines
 
 

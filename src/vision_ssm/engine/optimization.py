@@ -1,4 +1,3 @@
-import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from vision_ssm.errors import InputError
+from vision_ssm.errors import InputError, nearest
 from vision_ssm.recipes.config import OptimConfig, option
 
 
@@ -54,9 +53,8 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
             training, and the model has no list of them.
     """
     if optim.optimizer not in list_optimizers():
-        near = difflib.get_close_matches(optim.optimizer, list_optimizers())
-        hint = f"did you mean {' or '.join(near)}?" if near else "sgd, adamw, lamb and lion are some"
-        raise InputError(f"unknown --optimizer {optim.optimizer}; {hint} (timm.optim.list_optimizers() lists all)")
+        hint = nearest(optim.optimizer, list_optimizers(), "; timm.optim.list_optimizers() lists all")
+        raise InputError(f"unknown --optimizer {optim.optimizer}{hint}")
     known = get_optimizer_info(optim.optimizer)  # timm ignores what an optimizer does not take
     for name, takes in (("eps", known.has_eps), ("betas", known.has_betas and known.num_betas == 2)):
         if getattr(optim, name) is not None and not takes:

@@ -27,7 +27,8 @@ def draw_curves(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any], m
             if f"{kind}_{what}" in best:
                 values = [row[f"{kind}_{what}"] for row in history]
                 axes.plot(epochs, values, label=label, color=color, marker=marker, markersize=3, linewidth=1.6)
-        axes.plot(best["epoch"], best[f"val_{what}"], "o", color=_BEST, markersize=7, fillstyle="none", label="best")
+        if (value := best.get(f"val_{what}")) is not None:
+            axes.plot(best["epoch"], value, "o", color=_BEST, markersize=7, fillstyle="none", label="best")
         axes.set(xlabel="epoch", title=what.replace("_", " ").capitalize())
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)

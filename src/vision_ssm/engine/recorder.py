@@ -202,7 +202,7 @@ class RunRecorder(Checkpoint):
 
 def rank(row: dict[str, Any], monitor: str) -> tuple[float, float]:
     """What is larger for a better epoch: the monitored metric, then minus the loss."""
-    return row[f"val_{monitor}"], -row["val_loss"]
+    return row[f"val_{monitor}"], -row.get("val_loss", 0.0)
 
 
 def _save_weights(path: Path, module: TrainingModule) -> None:

@@ -104,7 +104,7 @@ class RunFolder:
             values: dict[str, Any] = json.loads(self.config.read_text())
             return from_dict(CONFIGS[values["task"]], values["config"])
         except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"cannot read {self.config}: {error}") from error
+            raise InputError(f"cannot read {self.config}: {type(error).__name__}: {error}") from error
 
     def check_resumable(self, config: TrainConfig) -> None:
         """Refuse to resume under a configuration that would lead elsewhere.

@@ -3,17 +3,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, default_collate
 
 from vision_ssm.data import ImageDataset, Images, ImageStream, Sample, Splits, Transform, load_splits
-from vision_ssm.data.sampling import Samples, collate_readable
-from vision_ssm.engine.devices import find_device, loader_workers
+from vision_ssm.data.sampling import Samples, collate_readable, loader_workers
+from vision_ssm.engine.devices import find_device
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
 from vision_ssm.errors import InputError
 from vision_ssm.optimize import optimize
@@ -56,10 +57,12 @@ class Task(ABC):
 
     name: ClassVar[str]
     Spec: ClassVar[type]
-    monitor: str = "accuracy"
+    monitor: str
     """The metric that decides which epoch is the best one, by its largest value; of equal ones the lowest loss."""
-    epoch_metrics: tuple[str, ...] = ("loss", "accuracy")
-    """What the line of an epoch shows, as far as it is known."""
+    epoch_metrics: tuple[str, ...]
+    """What the line of an epoch shows, as far as it is known: losses as numbers, other metrics as percentages."""
+    eval_batch_size: ClassVar[int | None] = None
+    """Batch size of evaluation, if not that of training."""
 
     def __init__(self, model: nn.Module, spec: Any) -> None:
         self.model, self.spec = model, spec
@@ -92,16 +95,18 @@ class Task(ABC):
         where = find_device(device)
         try:
             if values.pop("task") != cls.name:
-                raise TypeError
+                raise TypeError("it is of another task")
             spec = from_dict(cls.Spec, values)
         except (TypeError, KeyError) as error:
-            raise InputError(f"{path} does not describe a model for {cls.name}, or is damaged") from error
+            raise InputError(f"{path} does not describe a model for {cls.name}: {error}") from error
         model = cls.create_model(spec)
         load_weights(model, read_weights(path), path)
         return cls(model, spec).ready(where, precision, optimized=optimized)
 
     def ready(self, device: torch.device, precision: Precision = "32-true", *, optimized: bool = True) -> "Task":
         """Prepare for evaluation: in its fastest form if `optimized`, on a CPU and without autocast."""
+        if precision not in get_args(Precision):
+            raise InputError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision}")
         self.device, self.model = device, self.model.to(device).eval()
         if optimized and device.type == "cpu" and precision in ("32-true", "bf16-true"):
             self.model = optimize(self.model, dtype=torch.float32 if precision == "32-true" else torch.bfloat16)
@@ -208,7 +213,7 @@ class Task(ABC):
     @torch.inference_mode()
     def predict(
         self,
-        images: Sequence[Picture],
+        images: Picture | Sequence[Picture],
         batch_size: int = 64,
         workers: int | None = None,
         *,
@@ -219,7 +224,7 @@ class Task(ABC):
         """Predict for images.
 
         Args:
-            images: Paths, PIL images or (H, W, 3) uint8 arrays.
+            images: Paths, PIL images or (H, W, 3) uint8 arrays, or one of them.
             batch_size: Batch size.
             workers: Number of loading processes; by default none for a few images.
             unreadable: Gets the names of images that cannot be read, and why; they are left out. Otherwise they are
@@ -233,7 +238,8 @@ class Task(ABC):
         Raises:
             InputError: An image cannot be read; names it.
         """
-        ids = [str(item) if isinstance(item, (str, Path)) else f"image {i}" for i, item in enumerate(images)]
+        images = [images] if isinstance(images, Picture) else images
+        ids = [str(item) if isinstance(item, (str, Path)) else f"number {i}" for i, item in enumerate(images)]
         data = ImageDataset(functools.partial(_given, images), ids, {}, ())
         data.max_pixels = max_pixels
         predictions: list[Any] = []
@@ -261,11 +267,11 @@ class Task(ABC):
         data = Samples(images, self.eval_transform, tolerant=tolerant)
         collate = functools.partial(collate_readable, self.collate)
         for batch in DataLoader(data, batch_size, sampler=keys, num_workers=count, collate_fn=collate):
-            for name, value in batch.items():
-                if isinstance(value, Tensor):
-                    dtype = self.dtype if value.is_floating_point() else value.dtype
-                    batch[name] = value.to(self.device, dtype, non_blocking=True)
-            yield batch
+            yield tree_map_only(Tensor, self._move, batch)
+
+    def _move(self, value: Tensor) -> Tensor:
+        dtype = self.dtype if value.is_floating_point() else value.dtype
+        return value.to(self.device, dtype, non_blocking=True)
 
 
 def _given(images: Sequence[Picture], number: int) -> Path | Image.Image:

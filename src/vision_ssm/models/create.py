@@ -1,4 +1,3 @@
-import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 import vision_ssm.models  # noqa: F401  (registers them)
-from vision_ssm.errors import InputError
+from vision_ssm.errors import InputError, nearest
 
 # Arguments of timm's that name files, or where to look for them. They come from files of others too.
 _OPENS_FILES = ("checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
@@ -51,9 +50,8 @@ def default_cfg(name: str) -> Any:
     """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise InputError(f"unknown model {name}{hint or '; vision-ssm models lists ours, timm.list_models() all'}")
+        hint = nearest(architecture, timm.list_models(), "; vision-ssm models lists ours, timm.list_models() all")
+        raise InputError(f"unknown model {name}{hint}")
     try:
         known = timm.get_pretrained_cfg(name)
     except RuntimeError:
@@ -88,9 +86,7 @@ def _explain(name: str, args: Mapping[str, Any], error: Exception) -> str:
         kind = type(timm.create_model(name))
     known = inspect.signature(kind).parameters
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-        near = difflib.get_close_matches(unknown[1], known, n=4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        return f"{kind.__name__} has no argument {unknown[1]}{hint}"
+        return f"{kind.__name__} has no argument {unknown[1]}{nearest(unknown[1], known)}"
     for key, value in args.items():
         default = known[key].default if key in known else None
         if isinstance(default, tuple | list) and not isinstance(value, tuple | list):

@@ -4,9 +4,7 @@ A recipe, called with changes, returns a configuration: `recipes.small(data="pho
 nothing heavy, so that the command line can describe the recipes quickly.
 """
 
-import difflib
-
-from vision_ssm.errors import InputError
+from vision_ssm.errors import InputError, nearest
 from vision_ssm.recipes.config import ClassificationConfig, Precision, TrainConfig, from_dict, to_dict
 from vision_ssm.recipes.own import digits, finetune, scratch, small
 from vision_ssm.recipes.published import PUBLISHED
@@ -42,7 +40,5 @@ def find(name: str) -> Recipe:
         InputError: There is none.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; vision-ssm recipes lists them"
-        raise InputError(f"no recipe {name}{hint}")
+        raise InputError(f"no recipe {name}{nearest(name, RECIPES, '; vision-ssm recipes lists them')}")
     return RECIPES[name]

@@ -37,16 +37,41 @@ def option(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Checks the limits of its fields on creation.
+    """Checks the types and limits of its fields on creation.
 
     Raises:
         InputError: A value is outside its limits; names the option, the value and what is allowed.
     """
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
+            value, hint = getattr(self, item.name), hints[item.name]
+            if not fits(value, hint):
+                raise InputError(f"{option(item.name)} must be {_shown(hint)}, got {value!r}")
             if item.metadata:
-                _check_limits(item.name, getattr(self, item.name), **item.metadata)
+                _check_limits(item.name, value, **item.metadata)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; whole numbers are floats too."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in options
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in options)
+    if origin is tuple:
+        each = options[:1] * len(value) if isinstance(value, tuple) and options[-1] is Ellipsis else options
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(fits, value, each))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, origin or hint)
+
+
+def _shown(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    return getattr(hint, "__name__", "") if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _check_limits(name: str, value: Any, least: float, above: float, most: float, below: float) -> None:
@@ -124,15 +149,13 @@ class DataConfig(Config):
         super().__post_init__()
         if self.val_data is not None and self.val_fraction is not None:
             raise InputError("--val-data and --val-fraction exclude each other")
-        if self.class_map is not None and self.num_classes is not None:
-            raise InputError("--class-map and --num-classes exclude each other")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig(Config):
     """Random changes to training images (see `timm.data.create_transform` and `timm.data.Mixup`)."""
 
-    scale: tuple[float, float] = limited((0.08, 1.0), above=0)
+    scale: tuple[float, float] = limited((0.08, 1.0), above=0, most=1)
     """Smallest and largest share of the image's area to crop."""
     ratio: tuple[float, float] = limited((3 / 4, 4 / 3), above=0)
     """Smallest and largest aspect ratio of the crop."""
@@ -197,7 +220,7 @@ class OptimConfig(Config):
     step size)."""
     layer_decay: float | None = limited(None, above=0, most=1)
     """Factor on the learning rate from each layer to the one below it."""
-    schedule: Literal["cosine", "tanh", "step", "multistep", "poly"] = "cosine"
+    schedule: Literal["cosine", "tanh"] = "cosine"
     """timm's name of the learning rate schedule."""
     warmup_epochs: int = limited(5, least=0)
     """Epochs of warmup; at most all but one."""
@@ -285,8 +308,6 @@ class LossConfig(Config):
     """Share of the target spread evenly over all classes."""
     class_weights: bool = False
     """Weight the loss of each class by the inverse of its number of training images."""
-    bce_loss: bool = False
-    """Binary cross-entropy of each class instead of softmax cross-entropy."""
     teacher: str | None = None
     """timm's name of a model with published weights, the folder of a run, or a weights file of one."""
     distill_type: Literal["hard", "soft"] = "hard"
@@ -322,12 +343,15 @@ def from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
     """The inverse of `to_dict`.
 
     Raises:
-        TypeError: A field is missing, or unknown to the dataclass `kind`.
+        TypeError: A field is missing, of another type, or unknown to the dataclass `kind`.
     """
     hints = typing.get_type_hints(kind)
     if unknown := values.keys() - {item.name for item in dataclasses.fields(kind)}:
         raise TypeError(f"{kind.__name__} has no {', '.join(sorted(unknown))}")
-    return kind(**{name: _restored(hints[name], value) for name, value in values.items()})
+    restored = {name: _restored(hints[name], value) for name, value in values.items()}
+    if wrong := [name for name, value in restored.items() if not fits(value, hints[name])]:
+        raise TypeError(f"{wrong[0]} must be {_shown(hints[wrong[0]])}, got {restored[wrong[0]]!r}")
+    return kind(**restored)
 
 
 def _restored(hint: Any, value: Any) -> Any:

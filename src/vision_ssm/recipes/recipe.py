@@ -20,12 +20,14 @@ class Recipe:
         text: What it is for, in one line.
         values: Values by source; what is left out is the default of the configuration.
         notes: How the published training differed from what a configuration can express.
+        config: The configuration that it makes.
     """
 
     name: str
     text: str
     values: Sourced
     notes: tuple[str, ...] = ()
+    config: type[ClassificationConfig] = ClassificationConfig
 
     def __call__(self, **changes: Any) -> ClassificationConfig:
         """The configuration, with other values for some fields.
@@ -34,7 +36,7 @@ class Recipe:
             InputError: A value is outside its limits.
         """
         given = {name: value for values in self.values.values() for name, value in values.items()}
-        return ClassificationConfig(**given | changes)
+        return self.config(**given | changes)
 
     @property
     def sources(self) -> dict[str, str]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup, create_transform, resolve_data_config
-from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 from vision_ssm.checkpoints import classifier_names
@@ -140,6 +139,7 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     Spec: ClassVar[type] = ClassifierSpec
     spec: ClassifierSpec
+    epoch_metrics: tuple[str, ...] = ("loss", "accuracy")
 
     def __init__(
         self,
@@ -162,14 +162,11 @@ class Classification(Task):
             self.mixup = Mixup(
                 config.mixup, config.cutmix, **chances, label_smoothing=0.0, num_classes=len(spec.classes)
             )
-        smoothing, self.weights = config.label_smoothing, None
+        weights = None
         if config.class_weights and counts is not None:
             inverse = 1 / torch.tensor(counts).clamp_min(1)
-            self.weights = inverse * len(counts) / inverse.sum()
-        if config.bce_loss:
-            self.loss: nn.Module = BinaryCrossEntropy(smoothing, weight=self.weights)
-        else:
-            self.loss = nn.CrossEntropyLoss(self.weights, label_smoothing=smoothing)
+            weights = inverse * len(counts) / inverse.sum()
+        self.loss = nn.CrossEntropyLoss(weights, label_smoothing=config.label_smoothing)
         uneven = counts is not None and max(counts) > 1.5 * max(min(counts), 1)
         names = [
             "accuracy",
@@ -337,10 +334,8 @@ def load_teacher(name: str, student: ClassifierSpec) -> Teacher:
                 raise InputError(f"{path} has {_few(task.spec.classes)}, but the images have {_few(student.classes)}")
         else:
             if (count := default_cfg(name).num_classes) != len(student.classes):
-                raise InputError(
-                    f"{name} has {count} classes, but the images have {len(student.classes)}; train a teacher on them "
-                    "and name its folder, or use --teacher None"
-                )
+                problem = f"{name} has {count} classes, but the images have {len(student.classes)}"
+                raise InputError(f"{problem}; train a teacher on them and name its folder, or use --teacher None")
             task = Classification.from_timm(name)
         check_takes(task.model, task.spec.model, student.img_size)
     except InputError as error:
