@@ -47,7 +47,8 @@ def test_files_copies_and_unreadable_images(weights, pictures, tmp_path, capsys)
     assert copies == ["[b].png", "a-2.png", "a.png"]
 
 
-def test_below_the_threshold_the_answer_is_unsure(weights, pictures, capsys):
+def test_below_the_threshold_the_answer_is_unsure(weights, pictures, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     words = ["predict", str(weights), str(pictures / "a.png"), "--device", "cpu"]
     assert main([*words, "--threshold", "0.999", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["answer"] == "unsure"

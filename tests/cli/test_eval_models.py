@@ -71,7 +71,7 @@ def test_a_file_of_ten_classes_with_numbered_folders(tmp_path, capsys):
     assert [row["class"] for row in json.loads(out)["per_class"] if row["images"]] == ["0", "2", "9"]
     out = run(capsys, *words)[1]
     assert "published" not in out
-    assert "test_convnext, 160×160 of 0.95 of the side, bicubic; " in " ".join(out.split())
+    assert "test_convnext, 160×160, crop 95.0%, bicubic; " in " ".join(out.split())
 
 
 def test_worst_classes_first_where_there_are_many(tmp_path, capsys):

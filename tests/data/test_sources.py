@@ -203,7 +203,7 @@ def test_command_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
         pytest.param(shards, {"target_key": "label"}, "has no .json", id="no-json"),
         pytest.param(table, {"train_split": "trian"}, "trian", id="no-split-of-a-table"),
         pytest.param(table, {"input_key": "img"}, "no column img; --input-key takes image, label", id="no-column"),
-        pytest.param(table, {"data": "hfds/./nowhere"}, "cannot read train of hfds/./nowhere", id="no-table"),
+        pytest.param(table, {"data": "hfds/./nowhere"}, "cannot read the splits of hfds/./nowhere", id="no-table"),
     ],
 )
 def test_bad_sources_get_one_line(make, changes, message, tmp_path, monkeypatch):

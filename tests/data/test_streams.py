@@ -386,9 +386,9 @@ def test_damaged_shards(damage, urls, tmp_path):
     [
         pytest.param("table", {"train_num_samples": None}, "give it with --train-num-samples", id="n"),
         pytest.param("table", {"val_fraction": 0.1}, "no share of a stream can be held out", id="fraction"),
-        pytest.param("table", {"train_split": "trian"}, "Bad split: trian", id="split"),
+        pytest.param("table", {"train_split": "trian"}, "has no split trian", id="split"),
         pytest.param("table", {"input_key": "img"}, "no column img; --input-key takes image, label", id="column"),
-        pytest.param("table", {"data": "hfids/./nowhere"}, "cannot read train of hfids/./nowhere", id="nowhere"),
+        pytest.param("table", {"data": "hfids/./nowhere"}, "cannot read the splits of hfids/./nowhere", id="nowhere"),
         pytest.param("urls", {"class_map": None}, "give --num-classes or --class-map", id="unnamed-classes"),
         pytest.param("urls", {"train_num_samples": None}, "--train-num-samples", id="no-number-of-shards"),
     ],
@@ -416,12 +416,6 @@ def test_bad_samples_get_one_line(changes, message, urls):
     with pytest.raises(InputError) as caught:
         list(splits.val.in_order())
     assert message in caught.value.line
-
-
-def test_number_of_samples_is_for_streams(tmp_path):
-    write_tar(tmp_path / "train.tar", {f"{c}/{i}.png": picture(i) for c in CLASSES for i in range(3)})
-    with pytest.raises(InputError, match=r"--train-num-samples is for streams"):
-        load_splits(DataConfig(data=str(tmp_path), val_fraction=0.5, train_num_samples=9))
 
 
 def test_missing_library(table, monkeypatch):

@@ -103,6 +103,6 @@ def test_full_disk_is_one_line_and_the_run_may_be_started_again(config, tmp_path
     assert "too large" in error  # a real full disk says that no space is left
     assert not (tmp_path / "run" / "last.ckpt").exists()
     assert main(words) == 0
-    assert "--warmup-epochs 2 must be below --epochs 2" in capsys.readouterr().out
+    assert "the warmup of 2 epochs is shortened to 1" in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert "this run was complete: 2 of 2 epochs trained" in capsys.readouterr().out

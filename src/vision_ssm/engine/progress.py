@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from vision_ssm.engine.recorder import RunRecorder
 
@@ -32,11 +33,10 @@ class TrainingProgress(Callback):
         total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            TextColumn("{task.fields[metrics]}"),
+            BarColumn(bar_width=12, table_column=Column(min_width=4)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(min_width=5)),
+            TextColumn("left {task.fields[metrics]}", table_column=Column(no_wrap=True, ratio=1)),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -57,7 +57,8 @@ class TrainingProgress(Callback):
         self.bar.advance(self._row)
         # Reading the means waits for an accelerator, so not at every step.
         if self.console.is_terminal and (batch_idx % 20 == 0 or trainer.num_training_batches < 100):
-            shown = f"{_shown(pl_module.epoch_means(), pl_module.task.epoch_metrics)}  {self._speed()}"
+            speed = f"{self.recorder.images_per_second:,.0f} images/s"
+            shown = f"{_shown(pl_module.epoch_means(), pl_module.task.epoch_metrics)} {speed}"
             epoch = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
             self.bar.update(self._row, epoch=epoch, metrics=shown + self._validation)
 

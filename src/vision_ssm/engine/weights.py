@@ -40,7 +40,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is the state to resume a run from; its weights are in last.safetensors beside it")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return dict(json.loads((file.metadata() or {})[_METADATA_KEY]))
+            values = json.loads((file.metadata() or {})[_METADATA_KEY])
+            return {"task": values["task"], **values}
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} was not written by a vision-ssm run, or is damaged") from error
 

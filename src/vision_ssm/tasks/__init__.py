@@ -45,7 +45,7 @@ def load(path: str | Path, device: str = "auto", precision: Precision = "32-true
         InputError: The file is missing, damaged or does not fit its model, or there is no such device.
     """
     file = weights_file(Path(path))
-    return task_type(read_metadata(file).get("task", "")).load(file, device, precision, optimized=optimized)
+    return task_type(read_metadata(file)["task"]).load(file, device, precision, optimized=optimized)
 
 
 def train(
