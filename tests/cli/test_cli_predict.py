@@ -33,7 +33,8 @@ def pictures(tmp_path):
 
 
 def test_files_copies_and_unreadable_images(weights, pictures, tmp_path, capsys):
-    words = ["predict", str(weights), str(pictures), "--out", str(tmp_path / "out"), "--copy", "--device", "cpu"]
+    words = ["predict", str(weights), str(pictures), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    words += ["--copy", str(tmp_path / "sorted")]
     assert main(words) == 2
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1
@@ -43,7 +44,7 @@ def test_files_copies_and_unreadable_images(weights, pictures, tmp_path, capsys)
     with (tmp_path / "out" / "predictions.csv").open() as file:
         assert [row["image"] for row in csv.DictReader(file)] == [row["image"] for row in rows]
     answer = rows[0]["answer"]
-    copies = sorted(path.name for path in (tmp_path / "out" / answer).iterdir())
+    copies = sorted(path.name for path in (tmp_path / "sorted" / answer).iterdir())
     assert copies == ["[b].png", "a-2.png", "a.png"]
 
 

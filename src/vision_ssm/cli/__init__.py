@@ -5,6 +5,7 @@ when the command is called. To add one, add a line to `COMMANDS`.
 """
 
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for anything wrong with options or data, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     modules: list[str] = []
     while words[:1] == ["--import"] and len(words) > 1:
         modules, words = [*modules, words[1]], words[2:]

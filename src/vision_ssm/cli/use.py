@@ -78,13 +78,8 @@ class PredictOptions(ComputeOptions):
     """Answer "unsure" if the most probable class is less probable than this."""
     out: Path | None = None
     """Folder for predictions.csv and predictions.json instead of a table."""
-    copy: bool = False
-    """Also copy the images into --out, in a folder for each answer."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.copy and self.out is None:
-            raise InputError("--copy needs --out DIR")
+    copy: Path | None = None
+    """Copy the images into this folder, in a sub-folder for each answer."""
 
 
 def evaluate(words: Sequence[str]) -> int:
@@ -214,7 +209,9 @@ def predict(words: Sequence[str]) -> int:
         predictions = task.predict(images, options.batch_size, options.num_workers, **how)
     rows = [prediction.row(options.top, options.threshold) for prediction in predictions]
     if options.out is not None:
-        _write_predictions(rows, options)
+        _write_predictions(rows, options.out)
+    if options.copy is not None:
+        _copy_images(rows, options.copy)
     if options.json:
         print_json(rows)
     elif options.out is None and predictions:
@@ -227,22 +224,20 @@ def predict(words: Sequence[str]) -> int:
     return max(map(fail, unreadable.values()), default=0)
 
 
-def _write_predictions(rows: Sequence[dict[str, Any]], options: PredictOptions) -> None:
-    """Write predictions.csv and .json, and on request copies of the images in a folder for each answer."""
+def _write_predictions(rows: Sequence[dict[str, Any]], out: Path) -> None:
     from vision_ssm.engine.files import write_csv, write_json
 
-    out: Any = options.out
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "predictions.json", rows)
-    if rows:
-        best = [{"image": r["image"], "answer": r["answer"], **r["predictions"][0]} for r in rows]
-        write_csv(out / "predictions.csv", best)
-    for row in rows if options.copy else ():
-        source, folder = Path(row["image"]), out / row["answer"].replace("/", "_")
-        folder.mkdir(exist_ok=True)
-        numbers = itertools.count(2)
-        target = folder / source.name
-        while target.exists():
-            target = folder / f"{source.stem}-{next(numbers)}{source.suffix}"
-        shutil.copy2(source, target)
+    best = [{"image": row["image"], "answer": row["answer"], **row["predictions"][0]} for row in rows]
+    write_csv(out / "predictions.csv", best)
     make_console().out(f"{len(rows):,} predictions in {out}", highlight=False)
+
+
+def _copy_images(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    for row in rows:
+        source, folder = Path(row["image"]), out / row["answer"].replace("/", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        names = (f"{source.stem}-{number}{source.suffix}" for number in itertools.count(2))
+        target = next(path for name in itertools.chain([source.name], names) if not (path := folder / name).exists())
+        shutil.copy2(source, target)

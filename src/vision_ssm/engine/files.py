@@ -53,7 +53,7 @@ def write_text(path: Path, text: str) -> None:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows with the columns of the last one as a CSV file, whole or not at all."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[-1]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

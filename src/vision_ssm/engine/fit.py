@@ -4,11 +4,13 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from timm.layers import convert_sync_batchnorm
@@ -44,6 +46,8 @@ _EXPECTED = (
     ".*`broadcast_buffers` is deprecated.*",
     ".*Grad strides do not match bucket view strides.*",
 )
+
+_VERSIONS = ("vision-ssm", "torch", "timm", "lightning")
 
 
 def fit(
@@ -105,8 +109,8 @@ def fit(
     task.describe(splits, console)
     images = epoch_images(len(splits.train), config.batch_size, config.grad_accum, config.processes)
     steps = -(-images * config.processes // config.images_per_step)
-    rate = f"highest learning rate {optim.lr:g}"
-    lines = [f"Steps  {steps:,} per epoch of {config.images_per_step} images on {device}; {rate}"]
+    where = f"on {device}; highest learning rate {optim.lr:g}"
+    lines = [f"Steps  {steps:,} per epoch of {config.images_per_step} images {where}"]
     for line in lines + _notes(config, steps, complete=resume and folder.results.is_file()):
         console.out(line, highlight=False)
     if not resume:
@@ -115,28 +119,20 @@ def fit(
         with console.status(f"reading {how_many(splits.val)} validation images once"):
             check_readable(splits.val, config.num_workers)
     module = TrainingModule(task, optim, config.seed)
-    lock = folder.lock() if rank_here == 0 else nullcontext()
-    with lock, stop_on_signals() as stop, quiet_lightning():
+    with stop_on_signals() as stop, quiet_lightning():
         recorder = RunRecorder(folder, stop)
         trainer = make_trainer(config, device, folder, [recorder, TrainingProgress(console, recorder)])
-        if not resume and rank_here == 0:
-            folder.clear()
-            write_json(folder.model, {"task": task.name, **to_dict(task.spec)})
-        if rank_here == 0:  # when resumed, too: the data may have moved
-            write_json(folder.config, {"task": config.task, "config": to_dict(config), **(about or {}), **_versions()})
-        trainer.loggers = make_loggers(config.logger, folder) if rank_here == 0 else []
-        try:
-            trainer.fit(module, data, ckpt_path=str(folder.state) if resume else None)
-        except SystemExit:  # Lightning's answer to a second Ctrl-C
-            raise KeyboardInterrupt from None
-        except ValueError as error:
-            if "more than 1 value per channel" in str(error):
-                raise InputError(f"--batch-size {config.batch_size} is too small for batch norms") from error
-            raise
-        except RuntimeError as error:
-            if lost_another(error):
-                raise InputError("another process of this run has ended before; its own message says why") from error
-            raise
+        with folder.lock() if rank_here == 0 else nullcontext():
+            if rank_here == 0:
+                versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
+                record = {"task": config.task, "config": to_dict(config), **(about or {}), "versions": versions}
+                # When resumed, too: the data may have moved. By then it is known to be the same.
+                trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: write_json(folder.config, record)))
+                if not resume:
+                    folder.clear()
+                    write_json(folder.model, {"task": task.name, **to_dict(task.spec)})
+            trainer.loggers = make_loggers(config.logger, folder) if rank_here == 0 else []
+            _fit(trainer, module, data, folder.state if resume else None)
     best = task_type.load(folder.best, str(trainer.strategy.root_device), config.precision, optimized=False)
     evaluation = evaluate(best, splits.val, task.eval_batch_size or config.batch_size, config.num_workers, console)
     if rank_here == 0:
@@ -144,6 +140,21 @@ def fit(
     if not math.isfinite(evaluation.metrics().get("loss", 0.0)):
         raise InputError(f"no weights of this run give a finite loss; see {folder.metrics}, and try a lower --lr")
     return evaluation
+
+
+def _fit(trainer: lightning.Trainer, module: TrainingModule, data: ImageData, state: Path | None) -> None:
+    try:
+        trainer.fit(module, data, ckpt_path=state and str(state))
+    except SystemExit:  # Lightning's answer to a second Ctrl-C
+        raise KeyboardInterrupt from None
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            raise InputError(f"--batch-size {data.batch_size} is too small for batch norms") from error
+        raise
+    except RuntimeError as error:
+        if lost_another(error):
+            raise InputError("another process of this run has ended before; its own message says why") from error
+        raise
 
 
 def make_trainer(
@@ -178,11 +189,6 @@ def make_trainer(
         )
     except (ValueError, MisconfigurationException) as error:
         raise InputError(f"cannot train on {device} in {config.precision}: {error}") from error
-
-
-def _versions() -> dict[str, Any]:
-    names = ("vision-ssm", "torch", "timm", "lightning")
-    return {"versions": {name: importlib.metadata.version(name) for name in names}}
 
 
 def _notes(config: TrainConfig, steps: int, *, complete: bool) -> list[str]:

@@ -179,8 +179,7 @@ class RunRecorder(Checkpoint):
 
     def write_metrics(self) -> None:
         """Write the table of metrics as CSV."""
-        if self.history:
-            write_csv(self.folder.metrics, self.history)
+        write_csv(self.folder.metrics, self.history)
 
     def _write_unreadable(self, data: ImageData) -> None:
         if data.unreadable:

@@ -92,7 +92,6 @@ class Task(ABC):
             InputError: The file is damaged or of another task, or there is no such device.
         """
         values = read_metadata(path)
-        where = find_device(device)
         try:
             if values.pop("task") != cls.name:
                 raise TypeError("it is of another task")
@@ -101,7 +100,7 @@ class Task(ABC):
             raise InputError(f"{path} does not describe a model for {cls.name}: {error}") from error
         model = cls.create_model(spec)
         load_weights(model, read_weights(path), path)
-        return cls(model, spec).ready(where, precision, optimized=optimized)
+        return cls(model, spec).ready(find_device(device), precision, optimized=optimized)
 
     def ready(self, device: torch.device, precision: Precision = "32-true", *, optimized: bool = True) -> "Task":
         """Prepare for evaluation: in its fastest form if `optimized`, on a CPU and without autocast."""
