@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import vision_ssm  # noqa: F401  (registers the models)
@@ -142,8 +143,6 @@ def test_a_backbone_is_no_classifier(server: tuple[str, Path], backbone: Any) ->
 
 
 def test_safetensors(server: tuple[str, Path], source: nn.Module) -> None:
-    from safetensors.torch import save_file
-
     save_file(official(source.state_dict()), server[1] / "w.safetensors")
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(create(f"{server[0]}/w.safetensors")(x), source(x))
@@ -154,6 +153,29 @@ def test_local_file(address: str, server: tuple[str, Path], source: nn.Module) -
     x = torch.randn(1, 3, 32, 32)
     model = create("", overlay={"file": str(path)})
     assert torch.equal(model(x), source(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int32], ids=str)
+def test_weights_that_are_no_floats(tmp_path: Path, source: nn.Module, dtype: torch.dtype) -> None:
+    state = official(source.state_dict())
+    torch.save(state | {(key := "layers.0.blocks.0.op.Ds"): state[key].to(dtype)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=rf"1 not floats: stages\.0\.blocks\.0\.ss2d\.D \({dtype}\)"):
+        create("", overlay={"file": str(tmp_path / "w.pth")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_floats(tmp_path: Path, source: nn.Module, dtype: torch.dtype) -> None:
+    state = {key: value.to(dtype) for key, value in source.state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    model = create("", overlay={"file": str(tmp_path / "w.pth")})
+    assert all(torch.equal(value, state[key].float()) for key, value in model.state_dict().items())
+
+
+def test_two_names_of_one_weight(tmp_path: Path, source: nn.Module) -> None:
+    state = official(source.state_dict())
+    torch.save(state | {"stem.conv1.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"patch_embed\.0\.weight and stem\.conv1\.weight give the same stem"):
+        create("", overlay={"file": str(tmp_path / "w.pth")})
 
 
 @pytest.mark.parametrize("damage", ["truncated", "page"])

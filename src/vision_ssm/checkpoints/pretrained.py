@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
+import torch
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import download_cached_file
 from torch import nn
@@ -15,12 +16,13 @@ from vision_ssm.errors import shorten
 
 Model = TypeVar("Model", bound=nn.Module)
 Converter = Callable[[State], State]
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _logger = logging.getLogger(__name__)
 
 
 def check_fit(model: nn.Module, state: State, adapted: Collection[str] = ()) -> None:
-    """Check that weights fit a model: no missing or unexpected keys, equal shapes.
+    """Check that weights fit a model: no missing or unexpected keys, equal shapes, floats where it has floats.
 
     Args:
         model: The model; it may be on the meta device.
@@ -28,7 +30,7 @@ def check_fit(model: nn.Module, state: State, adapted: Collection[str] = ()) -> 
         adapted: Keys to ignore.
 
     Raises:
-        CheckpointError: If keys are missing, unexpected or of another shape; it lists them.
+        CheckpointError: If keys are missing, unexpected, of another shape or no floats; it lists them.
     """
     own = {key: value for key, value in model.state_dict().items() if key not in adapted}
     state = {key: value for key, value in state.items() if key not in adapted}
@@ -39,7 +41,12 @@ def check_fit(model: nn.Module, state: State, adapted: Collection[str] = ()) -> 
         for key, value in state.items()
         if key in own and value.shape != own[key].shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    kinds = [
+        f"{key} ({value.dtype})"
+        for key, value in state.items()
+        if key in own and own[key].is_floating_point() and value.dtype not in _FLOATS
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "not floats": kinds}
     listed = [f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys]
     if listed:
         raise CheckpointError(f"the weights do not fit {type(model).__name__}: {'; '.join(listed)}", problems)
