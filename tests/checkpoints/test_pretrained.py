@@ -155,6 +155,45 @@ def test_local_file(address: str, server: tuple[str, Path], source: nn.Module) -
     assert torch.equal(model(x), source(x))
 
 
+def fine_tuned(folder: Path, form: str, classes: int = 10) -> tuple[nn.Module, str]:
+    """Return a classifier of few classes and its file, with our names or with official ones."""
+    model = timm.create_model(NAME, num_classes=classes).eval()
+    state = model.state_dict() if form == "ours" else official(model.state_dict())
+    save_file(state, folder / "ten.safetensors")
+    return model, str(folder / "ten.safetensors")
+
+
+@pytest.mark.parametrize("form", ["ours", "official"])
+@pytest.mark.parametrize("options", [{"num_classes": 10}, {}], ids=["asked", "default"])
+def test_the_classifier_of_a_fine_tuned_file(
+    tmp_path: Path, form: str, options: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    source, path = fine_tuned(tmp_path, form)
+    model = create("", overlay={"file": path}, **options)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), source(x))
+    assert (model.num_classes, model.pretrained_cfg["num_classes"]) == (10, 10)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("classes", [7, 1000, 0])
+def test_a_classifier_that_is_left_out(tmp_path: Path, classes: int, caplog: pytest.LogCaptureFixture) -> None:
+    source, path = fine_tuned(tmp_path, "ours")
+    model = create("", overlay={"file": path}, num_classes=classes)
+    x = torch.randn(2, 3, 32, 32)
+    assert model.num_classes == classes
+    assert torch.equal(model.forward_features(x), source.forward_features(x))
+    said = f"{path}: its classifier of 10 classes was left out; that of the model, for {classes}, is not trained"
+    assert (said in caplog.text) == (classes > 0)  # with 0 classes none is wanted
+
+
+def test_no_more_classes_than_are_stored(tmp_path: Path, source: nn.Module) -> None:
+    state = source.state_dict() | {"head.fc.weight": torch.zeros(10**12, 0)}
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 of another shape: head\.fc\.weight"):
+        create("", overlay={"file": str(tmp_path / "w.safetensors")})
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int32], ids=str)
 def test_weights_that_are_no_floats(tmp_path: Path, source: nn.Module, dtype: torch.dtype) -> None:
     state = official(source.state_dict())

@@ -84,8 +84,9 @@ def build_from_official(
 ) -> Model:
     """Build a model with timm; official weights are read safely and converted by ``convert``.
 
-    timm adapts them to other ``in_chans`` and ``num_classes``. With ``features_only``, final norm and classifier may be
-    missing, as they are in the files of detection and segmentation backbones. Loading is strict otherwise.
+    timm adapts them to other ``in_chans`` and ``num_classes``; without ``num_classes`` the model has as many as the
+    file. With ``features_only``, final norm and classifier may be missing, as they are in the files of detection and
+    segmentation backbones. Loading is strict otherwise.
 
     Raises:
         CheckpointError: If the downloaded or given file is damaged or does not fit.
@@ -95,14 +96,18 @@ def build_from_official(
     overlay = dict(pretrained_cfg_overlay or {})
     cfgs: dict[str, Any] = dict(pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
     resolved = resolve_pretrained_cfg(variant, **cfgs)
+    heads = [f"{name}.{part}" for name in classifier_names(resolved.classifier) for part in ("weight", "bias")]
     features_only = bool(kwargs.get("features_only"))
 
     def convert_checked(state: State, model: nn.Module) -> State:
         # timm is no longer strict about any key once it drops the classifier
-        heads = [f"{name}.{part}" for name in classifier_names(resolved.classifier) for part in ("weight", "bias")]
         adapted = _left_out_of_features(model) if features_only else []
-        if not features_only and model.num_classes != resolved.num_classes:
+        classes = overlay.get("num_classes", resolved.num_classes)
+        if not features_only and model.num_classes != classes:
             adapted += heads
+            if resolved.file and model.num_classes:
+                text = "%s: its classifier of %s classes was left out; that of the model, for %s, is not trained"
+                _logger.warning(text, resolved.file, classes, model.num_classes)
         if resolved.input_size and model.in_chans != resolved.input_size[0]:
             adapted += [f"{resolved.first_conv}.weight"]
         # a model with one classifier can start from weights with two
@@ -119,7 +124,11 @@ def build_from_official(
             checkpoint = read_checkpoint(path)
             if checkpoint.placeholders:
                 _logger.info("not loaded from %s: %s", path, ", ".join(checkpoint.placeholders))
-            overlay["state_dict"] = convert(checkpoint.state)
+            overlay["state_dict"] = state = convert(checkpoint.state)
+            # timm drops a classifier that has another number of classes than the configuration says
+            found = (state[head] for head in heads if head in state)
+            classes = next((len(x) for x in found if x.dim() == 2 and x.shape[1] >= 8), 0)  # thin ones are hostile
+            overlay |= {"num_classes": classes} if classes else {}
     model = build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=convert_checked, **cfgs, **kwargs)
     if "state_dict" in overlay:
         # timm keeps the configuration with the model; do not keep the weights twice.
