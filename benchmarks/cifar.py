@@ -199,7 +199,7 @@ def main() -> int:
     models = (*FAMILIES, *PEERS)
     if options.quick:
         models, options.epochs, options.seeds, options.seconds = (
-            (STUDENT, "convnext_stride_4"),
+            ("vmamba_atto", STUDENT, "convnext_stride_4"),
             1,
             1,
             0.01,

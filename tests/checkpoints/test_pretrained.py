@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import vision_ssm  # noqa: F401  (registers the models)
@@ -142,8 +143,6 @@ def test_a_backbone_is_no_classifier(server: tuple[str, Path], backbone: Any) ->
 
 
 def test_safetensors(server: tuple[str, Path], source: nn.Module) -> None:
-    from safetensors.torch import save_file
-
     save_file(official(source.state_dict()), server[1] / "w.safetensors")
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(create(f"{server[0]}/w.safetensors")(x), source(x))
@@ -154,6 +153,68 @@ def test_local_file(address: str, server: tuple[str, Path], source: nn.Module) -
     x = torch.randn(1, 3, 32, 32)
     model = create("", overlay={"file": str(path)})
     assert torch.equal(model(x), source(x))
+
+
+def fine_tuned(folder: Path, form: str, classes: int = 10) -> tuple[nn.Module, str]:
+    """Return a classifier of few classes and its file, with our names or with official ones."""
+    model = timm.create_model(NAME, num_classes=classes).eval()
+    state = model.state_dict() if form == "ours" else official(model.state_dict())
+    save_file(state, folder / "ten.safetensors")
+    return model, str(folder / "ten.safetensors")
+
+
+@pytest.mark.parametrize("form", ["ours", "official"])
+@pytest.mark.parametrize("options", [{"num_classes": 10}, {}], ids=["asked", "default"])
+def test_the_classifier_of_a_fine_tuned_file(
+    tmp_path: Path, form: str, options: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    source, path = fine_tuned(tmp_path, form)
+    model = create("", overlay={"file": path}, **options)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), source(x))
+    assert (model.num_classes, model.pretrained_cfg["num_classes"]) == (10, 10)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("classes", [7, 1000, 0])
+def test_a_classifier_that_is_left_out(tmp_path: Path, classes: int, caplog: pytest.LogCaptureFixture) -> None:
+    source, path = fine_tuned(tmp_path, "ours")
+    model = create("", overlay={"file": path}, num_classes=classes)
+    x = torch.randn(2, 3, 32, 32)
+    assert model.num_classes == classes
+    assert torch.equal(model.forward_features(x), source.forward_features(x))
+    said = f"{path}: its classifier of 10 classes was left out; that of the model, for {classes}, is not trained"
+    assert (said in caplog.text) == (classes > 0)  # with 0 classes none is wanted
+
+
+def test_no_more_classes_than_are_stored(tmp_path: Path, source: nn.Module) -> None:
+    state = source.state_dict() | {"head.fc.weight": torch.zeros(10**12, 0)}
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 of another shape: head\.fc\.weight"):
+        create("", overlay={"file": str(tmp_path / "w.safetensors")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int32], ids=str)
+def test_weights_that_are_no_floats(tmp_path: Path, source: nn.Module, dtype: torch.dtype) -> None:
+    state = official(source.state_dict())
+    torch.save(state | {(key := "layers.0.blocks.0.op.Ds"): state[key].to(dtype)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=rf"1 not floats: stages\.0\.blocks\.0\.ss2d\.D \({dtype}\)"):
+        create("", overlay={"file": str(tmp_path / "w.pth")})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_floats(tmp_path: Path, source: nn.Module, dtype: torch.dtype) -> None:
+    state = {key: value.to(dtype) for key, value in source.state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    model = create("", overlay={"file": str(tmp_path / "w.pth")})
+    assert all(torch.equal(value, state[key].float()) for key, value in model.state_dict().items())
+
+
+def test_two_names_of_one_weight(tmp_path: Path, source: nn.Module) -> None:
+    state = official(source.state_dict())
+    torch.save(state | {"stem.conv1.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"patch_embed\.0\.weight and stem\.conv1\.weight give the same stem"):
+        create("", overlay={"file": str(tmp_path / "w.pth")})
 
 
 @pytest.mark.parametrize("damage", ["truncated", "page"])

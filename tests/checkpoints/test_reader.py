@@ -78,6 +78,132 @@ def test_wrappings(tmp_path: Path, content: Any, source: str) -> None:
     assert checkpoint.placeholders == ()
 
 
+AVERAGED = {key: value + 1 for key, value in STATE.items()}
+N_AVERAGED = torch.tensor(3)
+
+
+def named(prefix: str, state: dict[str, Tensor] = AVERAGED) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "model.",
+        "model._orig_mod.",
+        "_orig_mod.model.",
+        "module.model._orig_mod.module.",
+        "_orig_mod.module.",
+        "model.model.",
+        "ema.module.",
+        "module.ema_model.module.",
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_prefixes_in_any_order(tmp_path: Path, prefix: str, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(prefixed(prefix), path)
+    checkpoint = read_checkpoint(path)
+    assert_state(checkpoint.state)
+    assert checkpoint.prefix == prefix
+
+
+def test_compiled_parts(tmp_path: Path) -> None:
+    state = {key.replace("blocks.", "_orig_mod.blocks.").replace(".op", ".op._orig_mod"): x for key, x in STATE.items()}
+    assert_state(read_checkpoint(saved(tmp_path, named("model.", state))).state)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "source", "other"),
+    [
+        ({"state_dict": prefixed("model.") | named("ema.module.")}, AVERAGED, "state_dict.ema", "state_dict.model"),
+        (
+            {"state_dict": prefixed("model.") | named("model_ema.module.")},
+            AVERAGED,
+            "state_dict.model_ema",
+            "state_dict.model",
+        ),
+        ({"state_dict": prefixed("model.") | {"criterion.weight": torch.ones(3)}}, STATE, "state_dict.model", None),
+        (named("module.") | {"n_averaged": N_AVERAGED}, AVERAGED, "", None),
+        (named("module._orig_mod.") | {"n_averaged": N_AVERAGED}, AVERAGED, "", None),
+        (
+            {"state_dict": prefixed("model.") | named("ema_model.module.") | {"ema_model.n_averaged": N_AVERAGED}},
+            AVERAGED,
+            "state_dict.ema_model",
+            "state_dict.model",
+        ),
+        ({"state_dict": STATE, "state_dict_ema": named("module.")}, STATE, "state_dict", "state_dict_ema"),
+        ({"ema": {"module": AVERAGED, "decay": 0.999}}, AVERAGED, "ema.module", None),
+    ],
+    ids=["own-run", "ema", "loss", "averaged", "averaged-compiled", "lightning-averaged", "timm", "ema-only"],
+)
+def test_training_modules(
+    tmp_path: Path, content: Any, expected: dict[str, Tensor], source: str, other: str | None
+) -> None:
+    checkpoint = read_checkpoint(saved(tmp_path, content, "last.ckpt"))
+    assert_state(checkpoint.state, expected)
+    assert checkpoint.source == source
+    assert checkpoint.other == other
+    assert checkpoint.averaged == ("ema" in source)
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = {"state_dict": prefixed("model.") | {"loss.\x1b[31mscale": torch.ones(3)}}
+    path = saved(tmp_path, content, "last.ckpt")
+    assert_state(read_checkpoint(path).state)
+    assert f"{path}: left out, not of the model: loss.\\x1b[31mscale" in caplog.text
+
+
+def test_two_names_of_one_weight(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"a._orig_mod.weight": torch.ones(1), "a.weight": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"a\._orig_mod\.weight and a\.weight are both a\.weight"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        lambda: torch.eye(3).to_sparse(),
+    ],
+    ids=["quantized", "sparse"],
+)
+def test_tensors_that_are_not_dense(tmp_path: Path, make: Any) -> None:
+    path = saved(tmp_path, {"model": STATE | {"head.weight": make()}})
+    with pytest.raises(CheckpointError, match=r"head\.weight is no dense tensor, but made by torch\._utils\._rebuild_"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_protocols_and_views(tmp_path: Path, protocol: int) -> None:
+    whole = torch.arange(24.0).reshape(4, 6)
+    state = {
+        "tied": whole,
+        "tied too": whole,
+        "column": whole[:, 2],
+        "transposed": whole.T,
+        "empty": whole[:0],
+        "scalar": torch.tensor(5),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "eighth": torch.ones(3).to(torch.float8_e4m3fn),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    torch.save({"model": state, "args": {1, 2}}, tmp_path / "w.pth", pickle_protocol=protocol)
+    found = read_checkpoint(tmp_path / "w.pth").state
+    assert found.keys() == state.keys()
+    for key, value in state.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key].float(), value.float())
+    assert found["column"].stride() == (6,)
+
+
+def test_control_characters_are_escaped(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"\x1b[2J\u202e": 1, "model": {}})
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(path)
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("name", ["model_ema", "ema_model", "state_dict_ema", "ema"])
 def test_averaged_weights_on_request(tmp_path: Path, name: str) -> None:
     averaged = {key: value + 1 for key, value in STATE.items()}

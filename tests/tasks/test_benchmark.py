@@ -29,6 +29,7 @@ def test_models_are_trained_alike_and_compared(tmp_path):
         ("convnext_stride_4", "False"),
         ("group_mamba_atto", "False"),
         ("group_mamba_atto", "True"),
+        ("vmamba_atto", "False"),
     ]
     assert (tmp_path / "table-epochs.csv").is_file()
     assert Image.open(picture).size == (1800, 750)

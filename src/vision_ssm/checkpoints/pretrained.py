@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
+import torch
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import download_cached_file
 from torch import nn
@@ -15,12 +16,13 @@ from vision_ssm.errors import shorten
 
 Model = TypeVar("Model", bound=nn.Module)
 Converter = Callable[[State], State]
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _logger = logging.getLogger(__name__)
 
 
 def check_fit(model: nn.Module, state: State, adapted: Collection[str] = ()) -> None:
-    """Check that weights fit a model: no missing or unexpected keys, equal shapes.
+    """Check that weights fit a model: no missing or unexpected keys, equal shapes, floats where it has floats.
 
     Args:
         model: The model; it may be on the meta device.
@@ -28,7 +30,7 @@ def check_fit(model: nn.Module, state: State, adapted: Collection[str] = ()) -> 
         adapted: Keys to ignore.
 
     Raises:
-        CheckpointError: If keys are missing, unexpected or of another shape; it lists them.
+        CheckpointError: If keys are missing, unexpected, of another shape or no floats; it lists them.
     """
     own = {key: value for key, value in model.state_dict().items() if key not in adapted}
     state = {key: value for key, value in state.items() if key not in adapted}
@@ -39,7 +41,12 @@ def check_fit(model: nn.Module, state: State, adapted: Collection[str] = ()) -> 
         for key, value in state.items()
         if key in own and value.shape != own[key].shape
     ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    kinds = [
+        f"{key} ({value.dtype})"
+        for key, value in state.items()
+        if key in own and own[key].is_floating_point() and value.dtype not in _FLOATS
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "not floats": kinds}
     listed = [f"{len(keys)} {what}: {shorten(keys)}" for what, keys in problems.items() if keys]
     if listed:
         raise CheckpointError(f"the weights do not fit {type(model).__name__}: {'; '.join(listed)}", problems)
@@ -77,8 +84,9 @@ def build_from_official(
 ) -> Model:
     """Build a model with timm; official weights are read safely and converted by ``convert``.
 
-    timm adapts them to other ``in_chans`` and ``num_classes``. With ``features_only``, final norm and classifier may be
-    missing, as they are in the files of detection and segmentation backbones. Loading is strict otherwise.
+    timm adapts them to other ``in_chans`` and ``num_classes``; without ``num_classes`` the model has as many as the
+    file. With ``features_only``, final norm and classifier may be missing, as they are in the files of detection and
+    segmentation backbones. Loading is strict otherwise.
 
     Raises:
         CheckpointError: If the downloaded or given file is damaged or does not fit.
@@ -88,14 +96,18 @@ def build_from_official(
     overlay = dict(pretrained_cfg_overlay or {})
     cfgs: dict[str, Any] = dict(pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
     resolved = resolve_pretrained_cfg(variant, **cfgs)
+    heads = [f"{name}.{part}" for name in classifier_names(resolved.classifier) for part in ("weight", "bias")]
     features_only = bool(kwargs.get("features_only"))
 
     def convert_checked(state: State, model: nn.Module) -> State:
         # timm is no longer strict about any key once it drops the classifier
-        heads = [f"{name}.{part}" for name in classifier_names(resolved.classifier) for part in ("weight", "bias")]
         adapted = _left_out_of_features(model) if features_only else []
-        if not features_only and model.num_classes != resolved.num_classes:
+        classes = overlay.get("num_classes", resolved.num_classes)
+        if not features_only and model.num_classes != classes:
             adapted += heads
+            if resolved.file and model.num_classes:
+                text = "%s: its classifier of %s classes was left out; that of the model, for %s, is not trained"
+                _logger.warning(text, resolved.file, classes, model.num_classes)
         if resolved.input_size and model.in_chans != resolved.input_size[0]:
             adapted += [f"{resolved.first_conv}.weight"]
         # a model with one classifier can start from weights with two
@@ -112,7 +124,11 @@ def build_from_official(
             checkpoint = read_checkpoint(path)
             if checkpoint.placeholders:
                 _logger.info("not loaded from %s: %s", path, ", ".join(checkpoint.placeholders))
-            overlay["state_dict"] = convert(checkpoint.state)
+            overlay["state_dict"] = state = convert(checkpoint.state)
+            # timm drops a classifier that has another number of classes than the configuration says
+            found = (state[head] for head in heads if head in state)
+            classes = next((len(x) for x in found if x.dim() == 2 and x.shape[1] >= 8), 0)  # thin ones are hostile
+            overlay |= {"num_classes": classes} if classes else {}
     model = build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=convert_checked, **cfgs, **kwargs)
     if "state_dict" in overlay:
         # timm keeps the configuration with the model; do not keep the weights twice.

@@ -52,7 +52,7 @@ def convert(rules: Rules, state: Mapping[str, Tensor]) -> State:
     Keys without a rule stay as they are, so that our own keys pass through and strict loading lists unknown ones.
 
     Raises:
-        CheckpointError: If tensors that are joined are missing or differ in shape.
+        CheckpointError: If tensors that are joined are missing or differ in shape, or two become the same.
     """
     return {key: value for key, (value, _) in apply_rules(rules, state).items()}
 
@@ -63,6 +63,12 @@ def apply_rules(rules: Rules, state: Mapping[str, Tensor]) -> dict[str, tuple[Te
     ours: dict[str, tuple[Tensor, list[str]]] = {}
     used: set[str] = set()
     problems: list[str] = []
+
+    def add(name: str, tensor: Tensor, keys: list[str]) -> None:
+        if name in ours:
+            raise CheckpointError(f"{' and '.join([*ours[name][1], *keys])} give the same {name}")
+        ours[name] = tensor, keys
+
     for key in (key for key in state if key not in used):
         for pattern, parts, to in compiled:
             if (match := pattern.fullmatch(key)) is None:
@@ -76,11 +82,12 @@ def apply_rules(rules: Rules, state: Mapping[str, Tensor]) -> dict[str, tuple[Te
                 except (RuntimeError, IndexError):
                     continue
                 tensors = made if isinstance(made, tuple) else (made,)
-                ours |= {_fill(each, match): (x, keys) for each, x in zip(to.keys, tensors, strict=False)}
+                for name, tensor in zip((_fill(each, match) for each in to.keys), tensors, strict=False):
+                    add(name, tensor, keys)
             used.update(keys)
             break
         else:
-            ours[key] = state[key], [key]
+            add(key, state[key], [key])
     if problems:
         raise CheckpointError(
             f"groups of tensors that are joined do not fit together: {shorten(problems, separator='; ')}"
@@ -95,7 +102,7 @@ def _target(to: str | To) -> To:
 def _compile(theirs: str) -> tuple[re.Pattern[str], list[str]]:
     """Return the regular expression of a published key, and the alternatives in its braces."""
     parts = found[1].split(",") if (found := re.search(r"\{(.+)\}", theirs)) else []
-    escaped = re.sub(r"\\\{.+\\\}", f"(?P<part>{'|'.join(parts)})", re.escape(theirs)).replace(r"\#", r"(\d+)")
+    escaped = re.sub(r"\\\{.+\\\}", f"(?P<part>{'|'.join(parts)})", re.escape(theirs)).replace(r"\#", r"(\d{1,9})")
     return re.compile(f"{escaped}(?P<rest>{'.+' if theirs.endswith('.') or not theirs else ''})"), parts
 
 
