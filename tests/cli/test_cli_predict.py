@@ -10,6 +10,7 @@ from PIL import Image
 
 from vision_ssm.cli import main
 from vision_ssm.engine.weights import save_weights
+from vision_ssm.errors import printable
 from vision_ssm.recipes import small
 from vision_ssm.tasks.classification import Classification, ClassifierSpec
 
@@ -43,9 +44,20 @@ def test_files_copies_and_unreadable_images(weights, pictures, tmp_path, capsys)
     assert len(rows) == 3
     with (tmp_path / "out" / "predictions.csv").open() as file:
         assert [row["image"] for row in csv.DictReader(file)] == [row["image"] for row in rows]
-    answer = rows[0]["answer"]
+    answer = printable(rows[0]["answer"])
     copies = sorted(path.name for path in (tmp_path / "sorted" / answer).iterdir())
     assert copies == ["[b].png", "a-2.png", "a.png"]
+
+
+def test_copies_stay_where_they_belong(weights, pictures, tmp_path, capsys):
+    words = ["predict", str(weights), str(pictures), "--device", "cpu"]
+    assert main([*words, "--copy", str(pictures / "sorted")]) == 2
+    assert "lies in a folder whose images are read" in capsys.readouterr().err
+    spec = ClassifierSpec.from_config(small(model="test_convnext"), ("..", "."))
+    save_weights(tmp_path / "w.safetensors", Classification.create_model(spec).state_dict(), "classification", spec)
+    assert main(["predict", str(tmp_path / "w.safetensors"), *words[2:], "--copy", str(tmp_path / "deep" / "out")]) == 2
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "deep" / "out").iterdir()] == ["_"]
 
 
 def test_below_the_threshold_the_answer_is_unsure(weights, pictures, capsys, monkeypatch):
@@ -73,7 +85,8 @@ def test_below_the_threshold_the_answer_is_unsure(weights, pictures, capsys, mon
         ("train digits --monitor speed", "--monitor"),
         ("train digits --data nothing", "no such file or folder: nothing"),
         ("predict nowhere x.png", "no such run folder"),
-        ("--import nomodule recipes", "nomodule"),
+        ("--import nomodule recipes", "--import nomodule: ModuleNotFoundError"),
+        ("train digits --num-workers 99999", "--num-workers must be at least 0 and at most 1024"),
         ("bench vmamba_atto --batch 0", "--batch must be at least 1"),
         ("bench vmamba_atto --device meta --size 32", "no device meta here"),
         ("info vmamba_atto --num-classes -3", "--num-classes must be at least 0"),

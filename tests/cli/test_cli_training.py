@@ -12,6 +12,7 @@ from PIL import Image
 
 import vision_ssm
 from vision_ssm.cli import main
+from vision_ssm.recipes import small, to_dict
 
 TINY = [
     *("--model", "test_convnext", "--img-size", "32", "--batch-size", "4", "--num-workers", "0", "--device", "cpu"),
@@ -120,7 +121,13 @@ def test_a_run_that_saved_nothing_may_be_started_again(images, tmp_path, capsys)
     words = ["classify", "--data", images, "--epochs", "1", *TINY, "--out", tmp_path / "run"]
     assert train(*words, "--val-data", tmp_path / "none") == 2
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "config.json").write_text('{"model_type": "of something else"}')
+    assert train(*words) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert train(*words, "--overwrite") == 2
+    assert "does not hold a run" in capsys.readouterr().err
+    record = {"task": "classification", "config": to_dict(small(data=str(images)))}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
     assert train(*words) == 0
 
 
@@ -146,11 +153,14 @@ def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
         pytest.param("digits --lr -0.1", "--lr must be above 0, got -0.1", id="negative-rate"),
         pytest.param("digits --epochs 0", "--epochs must be at least 1", id="no-epochs"),
         pytest.param("digits --model test_convnext", "cannot take images of 16x16", id="image-too-small"),
-        pytest.param("digits --batch-size 2000", "larger than the 1437 training images", id="batch-too-large"),
         pytest.param("digits --mixup 1 --batch-size 7", "need an even --batch-size, got 7", id="odd-mixup"),
         pytest.param("digits --optimizer adamx", "did you mean", id="unknown-optimizer"),
         pytest.param("digits --grad-accum 0", "--grad-accum must be at least 1", id="no-accumulation"),
-        pytest.param("digits --grad-accum 40", "--batch-size 64 times --grad-accum 40 is larger", id="step-too-large"),
+        pytest.param(
+            "digits --grad-accum 40",
+            "--grad-accum 40 is larger than the 1437",
+            id="step-too-large",
+        ),
         pytest.param("digits --crop-pct 1.5", "--crop-pct must be above 0 and at most 1, got 1.5", id="crop"),
         pytest.param("digits --warmup-lr 1", "--warmup-lr must be at most --lr", id="warmup-rate"),
         pytest.param("digits --betas 0.9 1.5", "--betas must be at least 0 and below 1, got 0.9 1.5", id="betas"),

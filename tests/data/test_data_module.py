@@ -88,6 +88,7 @@ def test_augmentation_changes_with_the_epoch():
     assert not torch.equal(first, later)
 
 
-def test_batch_larger_than_the_data():
-    with pytest.raises(InputError, match="larger than the 1437"):
-        module(batch_size=2000)
+def test_step_larger_than_the_data():
+    with pytest.raises(InputError, match="--batch-size 64 times --grad-accum 40 is larger than the 1437"):
+        ImageData(SPLITS, dict, dict, digits(grad_accum=40))
+    assert ImageData(SPLITS, dict, dict, digits(batch_size=2000)).images_per_epoch == 1436

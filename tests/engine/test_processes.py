@@ -182,7 +182,10 @@ def test_another_number_of_processes_is_refused(options, message, config, tmp_pa
     [
         ("--devices 0 --out {}", "--devices must be at least 1, got 0"),
         ("--devices 2 --num-nodes 2", "several machines, torchrun and SLURM need --out DIR"),
-        ("--devices 30 --out {}", "30 processes times --batch-size 64 times --grad-accum 1 is larger than the 1437"),
+        (
+            "--devices 30 --grad-accum 2 --out {}",
+            "--grad-accum 2 times 30 processes is larger than the 1437",
+        ),
         ("--sync-batchnorm --out {}", "--sync-batchnorm needs GPUs"),
     ],
     ids=["none", "without-a-folder", "too-many", "synchronized-on-a-cpu"],

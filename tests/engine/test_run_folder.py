@@ -13,7 +13,7 @@ from short_runs import SHORT
 from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.engine.weights import save_weights
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import small
+from vision_ssm.recipes import small, to_dict
 from vision_ssm.tasks import load, train
 from vision_ssm.tasks.classification import Classification, ClassifierSpec
 
@@ -59,7 +59,18 @@ def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_folders_of_something_else_are_left_alone(images, tmp_path):
+    config = small(data=str(images), **SHORT | dict(epochs=1))
+    (tmp_path / "run" / "logger").mkdir(parents=True)
+    (tmp_path / "run" / "logger" / "mine.py").write_text("mine")
+    with pytest.raises(InputError, match="is not empty; add --overwrite"):
+        train(config, tmp_path / "run")
+    with pytest.raises(InputError, match="does not hold a run"):
+        train(config, tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "logger" / "mine.py").is_file()
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9, 0.9999])
 def test_a_flipped_bit_in_the_state_is_found(place, run, images, tmp_path):
     content = bytearray((run / "last.ckpt").read_bytes())
     content[int(place * len(content))] ^= 16
@@ -84,13 +95,25 @@ def test_a_weights_file_names_no_other_files(args, tmp_path):
         load(tmp_path / "w.safetensors", "cpu")
 
 
+@pytest.mark.parametrize(
+    "changes", [{"img_size": 10**9}, {"std": (0.0, 1.0, 1.0)}, {"classes": ("cat", "cat")}, {"crop_pct": -1.0}], ids=str
+)
+def test_tampered_descriptions_get_one_line(changes, tmp_path):
+    spec = ClassifierSpec.from_config(small(model="test_convnext"), ("a", "b"))
+    path, state = tmp_path / "w.safetensors", Classification.create_model(spec).state_dict()
+    values = {"task": "classification", **to_dict(spec), **changes}
+    safetensors.torch.save_file(state, path, {"vision_ssm": json.dumps(values)})
+    with pytest.raises(InputError, match=r"w\.safetensors does not describe a model for classification: "):
+        load(path, "cpu")
+
+
 def test_the_state_is_no_weights_file(run):
     with pytest.raises(InputError, match=r"its weights are in last\.safetensors beside it"):
         load(run / "last.ckpt", "cpu")
 
 
 @pytest.mark.parametrize(
-    "damage", ["{", '{"task": "classification", "config": {"speed": 1}}', '{"task": "flying"}', "[]"]
+    "damage", ["{", "[" * 100_000, '{"task": "classification", "config": {"speed": 1}}', '{"task": "flying"}', "[]"]
 )
 def test_damaged_configurations_get_one_line(damage, run, tmp_path):
     (tmp_path / "config.json").write_text(damage)
@@ -98,7 +121,11 @@ def test_damaged_configurations_get_one_line(damage, run, tmp_path):
         RunFolder(tmp_path).read_config()
 
 
-@pytest.mark.parametrize("damage", ["[]", '{"task": "classification", "img_size": "x"}', '{"task": "flying"}'], ids=str)
+@pytest.mark.parametrize(
+    "damage",
+    ["[]", '{"task": "classification", "img_size": "x"}', '{"task": "flying"}', "[" * 100_000],
+    ids=lambda text: text[:20],
+)
 def test_damaged_descriptions_get_one_line(damage, tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", {"vision_ssm": damage})
     with pytest.raises(InputError, match=r"w\.safetensors|unknown task flying"):

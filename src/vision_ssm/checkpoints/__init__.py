@@ -1,6 +1,13 @@
 """Official checkpoints: safe reading, and the mapping of their keys to ours."""
 
-from vision_ssm.checkpoints.families import can_convert, convert_official, options_of, same_family, trace_official
+from vision_ssm.checkpoints.families import (
+    can_convert,
+    convert_official,
+    options_of,
+    published,
+    same_family,
+    trace_official,
+)
 from vision_ssm.checkpoints.pretrained import build_from_official, check_fit, classifier_names, load_strict
 from vision_ssm.checkpoints.reader import (
     Checkpoint,
@@ -21,6 +28,7 @@ __all__ = [
     "load_checkpoint_file",
     "load_strict",
     "options_of",
+    "published",
     "read_checkpoint",
     "same_family",
     "take_backbone",

@@ -62,3 +62,25 @@ def _rules(model: str, state: Mapping[str, Tensor]) -> Rules:
 
 def _family(model: str) -> str | None:
     return next((prefix for prefix in _FAMILIES if model.startswith(prefix)), None)
+
+
+def published(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model's authors published: paper, accuracy, weights and their license."""
+    hub = cfg.get("hf_hub_id")
+    url = cfg.get("url") or (f"https://huggingface.co/{hub}/{cfg.get('hf_hub_filename') or ''}" if hub else None)
+    top1 = re.search(r"([\d.]+) ?%", cfg.get("description") or "")
+    known = bool(url or top1)
+    # .../OWNER/REPOSITORY/... on GitHub and on Hugging Face alike
+    source = url or cfg.get("origin_url") or ""
+    return {
+        "input_size": list(cfg["input_size"]),
+        "paper": cfg.get("paper_name"),
+        "paper_id": cfg.get("paper_ids"),
+        "published_top1": float(top1[1]) if top1 else None,
+        "weights_by": "/".join(source.split("/")[3:5]) or None if known else None,
+        "weights_file": url.rsplit("/", 1)[-1] or None if url else None,
+        "weights_license": cfg.get("license") if known else None,
+        "weights": url,
+        "pretrained": url is not None,
+        "convertible": known and can_convert(name),
+    }

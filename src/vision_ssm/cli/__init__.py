@@ -54,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vision_ssm.errors import InputError
 
     try:
-        if modules:
-            sys.path.insert(0, "")  # as python -m does
-        for name in modules:
-            importlib.import_module(name)
+        _import_modules(modules)
         module, function = COMMANDS[words[0]][0].split(":")
         return getattr(importlib.import_module(module), function)(words[1:])
     except InputError as error:
@@ -73,6 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nvision-ssm: interrupted\n")
         return INTERRUPTED
+
+
+def _import_modules(names: Sequence[str]) -> None:
+    from vision_ssm.errors import InputError
+
+    sys.path[:0] = [""] if names else []  # as python -m does
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # modules of users raise anything
+            raise InputError(f"--import {name}: {type(error).__name__}: {error}") from error
 
 
 def fail(message: str) -> int:

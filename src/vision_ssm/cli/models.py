@@ -1,6 +1,5 @@
 import dataclasses
 import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +81,7 @@ def models(words: Sequence[str]) -> int:
     from rich.progress import Progress
 
     from vision_ssm.analysis import complexity
+    from vision_ssm.checkpoints import published
     from vision_ssm.models.registry import registered_models
 
     names = fnmatch.filter(registered_models(), options.pattern)
@@ -99,30 +99,6 @@ def models(words: Sequence[str]) -> int:
         return 0
     _show_models(rows, Console())
     return 0
-
-
-def published(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Say what a model's authors published."""
-    from vision_ssm.checkpoints import can_convert
-
-    hub = cfg.get("hf_hub_id")
-    url = cfg.get("url") or (f"https://huggingface.co/{hub}/{cfg.get('hf_hub_filename') or ''}" if hub else None)
-    top1 = re.search(r"([\d.]+) ?%", cfg.get("description") or "")
-    known = bool(url or top1)
-    # .../OWNER/REPOSITORY/... on GitHub and on Hugging Face alike
-    source = url or cfg.get("origin_url") or ""
-    return {
-        "input_size": list(cfg["input_size"]),
-        "paper": cfg.get("paper_name"),
-        "paper_id": cfg.get("paper_ids"),
-        "published_top1": float(top1[1]) if top1 else None,
-        "weights_by": "/".join(source.split("/")[3:5]) or None if known else None,
-        "weights_file": url.rsplit("/", 1)[-1] or None if url else None,
-        "weights_license": cfg.get("license") if known else None,
-        "weights": url,
-        "pretrained": url is not None,
-        "convertible": known and can_convert(name),
-    }
 
 
 def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:

@@ -44,8 +44,7 @@ def recipes(words: Sequence[str]) -> int:
     for text, group in itertools.groupby(rows, key=lambda row: row["text"]):
         console.print(f"[bold]{text}[/]", highlight=False)
         table = make_table("recipe", "model", ">epochs", ">batch", ">lr")
-        for column, least in zip(table.columns, (26, 22, 6, 5, 7), strict=True):
-            column.min_width = least  # the tables' columns stand below one another
+        table.columns[0].min_width, table.columns[1].min_width = 26, 22
         for row in group:
             table.add_row(row["name"], row["model"], str(row["epochs"]), str(row["batch"]), f"{row['lr']:g}")
         console.print(table)

@@ -14,7 +14,7 @@ from vision_ssm.cli import fail
 from vision_ssm.cli.options import parse_options
 from vision_ssm.engine.output import make_console, make_table, print_json
 from vision_ssm.engine.run_folder import RunFolder, weights_file
-from vision_ssm.errors import InputError, shorten
+from vision_ssm.errors import InputError, printable, shorten
 from vision_ssm.recipes import Precision
 from vision_ssm.recipes.config import Config, limited
 
@@ -37,7 +37,7 @@ class ComputeOptions(Config):
     """Number format of the computation."""
     optimize: bool = True
     """Use `vision_ssm.optimize` on a CPU with 32-true and bf16-true."""
-    num_workers: int | None = limited(None, least=0)
+    num_workers: int | None = limited(None, least=0, most=1024)
     """Processes that load images."""
     max_pixels: int | None = limited(None, least=1)
     """Largest number of pixels of an image, if not Pillow's limit of 179 million."""
@@ -144,7 +144,7 @@ def _run_and_images(options: EvalOptions) -> Subject:
 
 
 def _model_and_images(options: EvalOptions) -> Subject:
-    from vision_ssm.cli.models import published
+    from vision_ssm.checkpoints import published
     from vision_ssm.data import read_images
     from vision_ssm.data.outputs import assign_outputs
     from vision_ssm.engine.weights import stored_metadata
@@ -195,10 +195,12 @@ def predict(words: Sequence[str]) -> int:
     from rich.progress import Progress
 
     from vision_ssm.data import find_images
-    from vision_ssm.errors import printable
     from vision_ssm.tasks import load
 
     images = find_images(options.images)
+    copies = options.copy and options.copy.resolve()
+    if copies and any(path.is_dir() and {copies, *copies.parents} & {path.resolve()} for path in options.images):
+        raise InputError(f"--copy {options.copy} lies in a folder whose images are read; give another one")
     task = load(path, options.device, options.precision, optimized=options.optimize)
     unreadable: dict[str, str] = {}
     errors = make_console(stderr=True)
@@ -236,7 +238,7 @@ def _write_predictions(rows: Sequence[dict[str, Any]], out: Path) -> None:
 
 def _copy_images(rows: Sequence[dict[str, Any]], out: Path) -> None:
     for row in rows:
-        source, folder = Path(row["image"]), out / row["answer"].replace("/", "_")
+        source, folder = Path(row["image"]), out / (printable(row["answer"]).replace("/", "_").strip(". ")[:100] or "_")
         folder.mkdir(parents=True, exist_ok=True)
         names = (f"{source.stem}-{number}{source.suffix}" for number in itertools.count(2))
         target = next(path for name in itertools.chain([source.name], names) if not (path := folder / name).exists())

@@ -62,11 +62,9 @@ class ImageDataset:
         notes: What a user should know of how the images were found.
 
     Attributes:
-        balanced: Whether training draws classes with equal probability, and images with replacement.
         max_pixels: The largest number of pixels to decode, if not Pillow's limit.
     """
 
-    balanced = False
     max_pixels: int | None = None
 
     def __init__(
@@ -121,11 +119,7 @@ class ImageDataset:
     def order(self, seed: int, epoch: int, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[int]:
         """The training keys of one of several processes, from `start` to `stop`, as a function of (seed, epoch)."""
         with seeded(seed, ORDER, epoch):
-            if self.balanced:
-                labels = torch.from_numpy(self.labels())
-                order = torch.multinomial(1 / labels.bincount().double()[labels], len(self), replacement=True)
-            else:
-                order = torch.randperm(len(self))
+            order = torch.randperm(len(self))
         return iter(order[rank::world][start:stop].tolist())
 
     def in_order(self, rank: int = 0, world: int = 1) -> range:

@@ -54,10 +54,10 @@ class ImageData(lightning.LightningDataModule):
         eval_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if config.batch_size * config.grad_accum > len(splits.train):
-            factor = f" times --grad-accum {config.grad_accum}" if config.grad_accum > 1 else ""
-            size = f"--batch-size {config.batch_size}{factor}"
-            raise InputError(f"{size} is larger than the {len(splits.train)} training images")
+        if not epoch_images(len(splits.train), config.batch_size, config.grad_accum, config.processes):
+            size = f"--batch-size {config.batch_size} times --grad-accum {config.grad_accum}"
+            processes = f" times {config.processes} processes" if config.processes > 1 else ""
+            raise InputError(f"{size}{processes} is larger than the {len(splits.train)} training images")
         self.splits, self.config, self.collate = splits, config, collate
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.batch_size, self.seed, self.eval_batch_size = config.batch_size, config.seed, eval_batch_size

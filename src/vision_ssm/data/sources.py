@@ -3,7 +3,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -41,10 +41,6 @@ def load_splits(config: DataConfig, seed: int = 0) -> Splits:
     splits = load_digits() if kind == "digits" else _load_splits(kind, config, seed)
     for images in (splits.train, splits.val):
         images.max_pixels = config.max_pixels
-    if config.balanced_sampling:
-        if isinstance(splits.train, ImageStream):
-            raise InputError("--balanced-sampling needs images that can be read in any order, not a stream")
-        splits.train.balanced = True
     return splits
 
 
@@ -140,8 +136,9 @@ def read_folder(root: Path, classes: Names | None = None) -> ImageDataset:
     files: list[str] = []
     labels: list[int] = []
     skipped: Counter[str] = Counter()
+    others = {os.path.realpath(place) for place in (root, *root.absolute().parents, *(root / name for name in found))}
     for name in found:
-        inside = sorted(_walk(root / name, skipped))
+        inside = sorted(_walk(root / name, skipped, others - {os.path.realpath(root / name)}))
         files += inside
         labels += [index[name]] * len(inside)
     if not files:
@@ -213,9 +210,9 @@ def _class_folders(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
 
 
-def _walk(folder: Path, skipped: Counter[str] | None = None) -> Iterator[str]:
-    """The image files below a folder, links followed; counts others by their extensions."""
-    seen: set[str] = set()
+def _walk(folder: Path, skipped: Counter[str] | None = None, others: Collection[str] = ()) -> Iterator[str]:
+    """The image files below a folder, links followed but those to others; counts other files by their extensions."""
+    seen = set(others)
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         folders[:] = [] if real in seen else [name for name in folders if not name.startswith((".", "__"))]

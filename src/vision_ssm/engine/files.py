@@ -20,7 +20,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     part = temporary(path)
     try:
-        with part.open("wb") as file:
+        with part.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

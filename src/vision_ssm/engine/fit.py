@@ -94,11 +94,6 @@ def fit(
     if device.type == "cpu" and config.sync_batchnorm:
         raise InputError("--sync-batchnorm needs GPUs")
     splits = task_type.load_data(config)
-    if config.images_per_step > len(splits.train) and config.processes > 1:
-        factors = f"--batch-size {config.batch_size} times --grad-accum {config.grad_accum}"
-        raise InputError(
-            f"{config.processes} processes times {factors} is larger than the {len(splits.train)} training images"
-        )
     task = task_type.from_config(config, splits, resume=resume)
     if config.sync_batchnorm:
         task.model = convert_sync_batchnorm(task.model)
@@ -125,12 +120,14 @@ def fit(
         with folder.lock() if rank_here == 0 else nullcontext():
             if rank_here == 0:
                 versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
-                record = {"task": config.task, "config": to_dict(config), **(about or {}), "versions": versions}
+                chosen = {**to_dict(config), "monitor": task.monitor}
+                record = {"task": config.task, "config": chosen, **(about or {}), "versions": versions}
+                files = {folder.config: record, folder.model: {"task": task.name, **to_dict(task.spec)}}
                 # When resumed, too: the data may have moved. By then it is known to be the same.
-                trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: write_json(folder.config, record)))
+                write = LambdaCallback(on_train_start=lambda *_: list(map(write_json, files, files.values())))
+                trainer.callbacks.append(write)
                 if not resume:
                     folder.clear()
-                    write_json(folder.model, {"task": task.name, **to_dict(task.spec)})
             trainer.loggers = make_loggers(config.logger, folder) if rank_here == 0 else []
             _fit(trainer, module, data, folder.state if resume else None)
     best = task_type.load(folder.best, str(trainer.strategy.root_device), config.precision, optimized=False)
@@ -218,7 +215,7 @@ def _finish(
     plots = {"Curves": folder.curves, **evaluation.draw(splits.val, folder.path)}
     console.print()
     evaluation.report(console, title=f"Best epoch, {best['epoch']} of {last['epoch']}")
-    console.print(f"Last epoch: {monitor} {last[f'val_{monitor}']:.2%}", highlight=False)
+    console.print(f"Last epoch: {monitor.replace('_', ' ')} {last[f'val_{monitor}']:.2%}", highlight=False)
     for what, path in {**plots, "Weights": folder.best}.items():
         console.out(f"{what:<12} {path}", highlight=False)
 

@@ -1,12 +1,13 @@
+import hashlib
+import os
 import pickle
 import signal
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -19,6 +20,8 @@ from vision_ssm.engine.module import TrainingModule
 from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.engine.weights import save_weights
 from vision_ssm.errors import InputError
+
+_DIGEST = 32  # bytes of a digest
 
 # What a recorder counts in each epoch, and keeps in checkpoints.
 _COUNTED = ("images", "seconds", "steps", "waited")
@@ -56,6 +59,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """Write `checkpoint`, replacing `path` only once it is on disk."""
         with atomic_write(Path(path)) as file:
             torch.save(checkpoint, file)
+            file.write(_digest(file, file.tell()))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Read tensors and plain values only.
@@ -64,11 +68,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
             InputError: The file is damaged, or holds anything else.
         """
         try:
-            with zipfile.ZipFile(path) as file:  # torch does not compare the checksums that it writes
-                if (damaged := file.testzip()) is not None:
-                    raise ValueError(f"{damaged} is damaged")
+            with Path(path).open("rb") as file:
+                file.seek(-_DIGEST, os.SEEK_END)
+                if file.read() != _digest(file, file.tell() - _DIGEST):
+                    raise ValueError("its digest differs")
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
             raise InputError(f"cannot resume: {path} is damaged or was not written by a run") from error
 
 
@@ -197,6 +202,16 @@ class RunRecorder(Checkpoint):
             self.write_metrics()
             self._write_unreadable(trainer.datamodule)
         self._saved = time.monotonic()
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """The SHA-256 digest of the first bytes of a file, which stands at their end afterwards."""
+    digest, left = hashlib.sha256(), size
+    file.seek(0)
+    while left and (block := file.read(min(left, 2**20))):
+        digest.update(block)
+        left -= len(block)
+    return digest.digest()
 
 
 def rank(row: dict[str, Any], monitor: str) -> tuple[float, float]:

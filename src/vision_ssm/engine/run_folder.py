@@ -58,21 +58,31 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()) and not self.is_unused():
             if not overwrite:
                 raise InputError(f"{self.path} is not empty; add --overwrite, or --resume to continue the run in it")
-            if not self.config.is_file():
+            if not self.is_run():
                 raise InputError(f"{self.path} does not hold a run; not overwriting it")
+
+    def is_run(self) -> bool:
+        """Whether the configuration of a run is here, and not that of something else."""
+        try:
+            return bool(self.read_config())
+        except InputError:
+            return False
 
     def is_unused(self) -> bool:
         """Whether a run was begun here but stopped, or killed, before it saved its state."""
-        begun = (self.config, self.model, self.best, self.last, self.logger, self.unreadable)
-        names = {path.name for path in begun} | {temporary(path).name for path in (*begun, self.state)} | {".lock"}
+        begun = (self.config, self.model, self.best, self.last, self.logger, self.unreadable, self.state)
+        names = {temporary(path).name for path in begun} | {".lock"}
+        names |= {path.name for path in begun[:-1]} if self.is_run() else set()
         return {entry.name for entry in self.path.iterdir()} <= names
 
     def clear(self) -> None:
         """Make the folder, without the files of a run but with all others; call `check_free` first."""
         self.path.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.logger, ignore_errors=True)
-        for name in (*_NAMES, *(f".{name}.tmp" for name in _NAMES)):
-            (self.path / name).unlink(missing_ok=True)
+        if self.is_run() and self.read_config().logger:
+            shutil.rmtree(self.logger, ignore_errors=True)
+        for name in _NAMES if self.is_run() else ():
+            if name != self.logger.name:
+                (self.path / name).unlink(missing_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -103,7 +113,7 @@ class RunFolder:
         try:
             values: dict[str, Any] = json.loads(self.config.read_text())
             return from_dict(CONFIGS[values["task"]], values["config"])
-        except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"cannot read {self.config}: {type(error).__name__}: {error}") from error
 
     def check_resumable(self, config: TrainConfig) -> None:
@@ -118,7 +128,7 @@ class RunFolder:
             raise InputError(f"{self.path} is a run of {saved.task}, not {config.task}")
         old: Mapping[str, Any] = to_dict(saved)
         for name, value in to_dict(config).items():
-            if old[name] != value and name not in FREE_ON_RESUME:
+            if old[name] != value and name not in FREE_ON_RESUME and (name, value) != ("monitor", None):
                 raise InputError(
                     f"cannot resume {self.path}: it was started with {option(name)} {old[name]}, not {value}"
                 )

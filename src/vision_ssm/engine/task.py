@@ -96,7 +96,7 @@ class Task(ABC):
             if values.pop("task") != cls.name:
                 raise TypeError("it is of another task")
             spec = from_dict(cls.Spec, values)
-        except (TypeError, KeyError) as error:
+        except (InputError, TypeError, KeyError) as error:
             raise InputError(f"{path} does not describe a model for {cls.name}: {error}") from error
         model = cls.create_model(spec)
         load_weights(model, read_weights(path), path)

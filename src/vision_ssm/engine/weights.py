@@ -42,7 +42,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             values = json.loads((file.metadata() or {})[_METADATA_KEY])
             return {"task": values["task"], **values}
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} was not written by a vision-ssm run, or is damaged") from error
 
 

@@ -140,9 +140,7 @@ class DataConfig(Config):
     their places."""
     max_pixels: int | None = limited(None, least=1)
     """Largest number of pixels of an image, if not Pillow's limit of 179 million."""
-    balanced_sampling: bool = False
-    """Draw training images with replacement so that all classes are equally likely."""
-    num_workers: int | None = limited(None, least=0)
+    num_workers: int | None = limited(None, least=0, most=1024)
     """Processes that load images; by default chosen from the number of cores. Results do not depend on it."""
 
     def __post_init__(self) -> None:
@@ -192,7 +190,7 @@ class AugmentConfig(Config):
 class OptimConfig(Config):
     """Optimizer, schedule and moving average (timm's)."""
 
-    epochs: int = limited(100, least=1)
+    epochs: int = limited(100, least=1, most=1_000_000)
     """Passes over the training images."""
     batch_size: int = limited(64, least=1)
     """Batch size on each device."""

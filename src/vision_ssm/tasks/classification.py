@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,10 @@ from vision_ssm.data import Sample, Splits, Transform, seeded
 from vision_ssm.engine.run_folder import weights_file
 from vision_ssm.engine.task import Batch, Task
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights, stored_metadata
-from vision_ssm.errors import InputError
+from vision_ssm.errors import InputError, shorten
 from vision_ssm.models.create import check_takes, create_model, default_cfg
 from vision_ssm.recipes import ClassificationConfig
-from vision_ssm.recipes.config import AugmentConfig
+from vision_ssm.recipes.config import AugmentConfig, Config, limited
 from vision_ssm.tasks.distillation import Teacher, distillation_loss
 from vision_ssm.tasks.results import ClassificationResults, Prediction, describe_data
 
@@ -28,7 +29,7 @@ _WEIGHTS = 3  # keeps the draws of the first weights apart from those of data an
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierSpec:
+class ClassifierSpec(Config):
     """A classifier without its weights: all that prediction needs to know, stored in every weights file."""
 
     model: str
@@ -37,18 +38,23 @@ class ClassifierSpec:
     """Its keyword arguments."""
     classes: tuple[str, ...]
     """Names of the classes, in the order of the outputs."""
-    img_size: int
+    img_size: int = limited(224, least=1, most=8192)
     """Height and width of the input in pixels."""
-    mean: tuple[float, float, float]
+    mean: tuple[float, float, float] = limited((0.5, 0.5, 0.5))
     """Channel means, of values from 0 to 1."""
-    std: tuple[float, float, float]
+    std: tuple[float, float, float] = limited((0.5, 0.5, 0.5), above=0)
     """Channel standard deviations."""
     interpolation: str
     """How images are resized."""
-    crop_pct: float
+    crop_pct: float = limited(1.0, above=0, most=1)
     """Share of the resized image's side that is kept."""
     crop_mode: str = "center"
     """timm's name of how the resized image is cropped to a square."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
+            raise InputError(f"class {shorten(twice)} is named twice")
 
     @classmethod
     def from_config(cls, config: ClassificationConfig, classes: tuple[str, ...]) -> "ClassifierSpec":
@@ -107,7 +113,7 @@ class ClassifierSpec:
         except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
             raise InputError(
                 f"cannot make the augmentation: {error}; policies of --auto-augment are original, originalr, v0, v0r, "
-                f"3a, and such as rand-m9-mstd0.5-inc1 or augmix-m3-w3, got {augment.auto_augment}"
+                "3a, and such as rand-m9-mstd0.5-inc1 or augmix-m3-w3"
             ) from error
 
 
@@ -253,7 +259,8 @@ class Classification(Task):
         parameters = sum(p.numel() for p in self.model.parameters())
         teacher = "" if self.teacher is None else f", learns from {self.config.teacher}"
         size = f"{parameters / 1e6:.2f} M parameters, {self.spec.img_size}×{self.spec.img_size} input"
-        console.out(f"Model  {self.spec.model}, {size}{teacher}", highlight=False)
+        best = "" if self.monitor == "accuracy" else f", best epoch by {self.monitor.replace('_', ' ')}"
+        console.out(f"Model  {self.spec.model}, {size}{teacher}{best}", highlight=False)
 
     def metrics(self, **options: Any) -> "MetricCollection":
         from torchmetrics import MeanMetric, MetricCollection
