@@ -173,7 +173,7 @@ def test_data_that_moved_is_taken_up_again(tmp_path, stop_at):
     config = small(data=str(tmp_path / "old"), **SHORT)
     stop_at(0, 1)
     with pytest.raises(Stopped):
-        train(config, tmp_path / "run")
+        train(config, tmp_path / "run", about={"recipe": "mine"})
     (tmp_path / "old").rename(tmp_path / "new")
     moved = dataclasses.replace(config, data=str(tmp_path / "new"))
     Image.new("RGB", (50, 50)).save(tmp_path / "new" / "cat" / "0.png")  # another file of that name
@@ -181,4 +181,5 @@ def test_data_that_moved_is_taken_up_again(tmp_path, stop_at):
         train(moved, tmp_path / "run", resume=True)
     fill(tmp_path / "new", classes_of("cat", "dog", each=8))
     train(moved, tmp_path / "run", resume=True)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["data"] == str(tmp_path / "new")
+    values = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (values["config"]["data"], values["recipe"]) == (str(tmp_path / "new"), "mine")

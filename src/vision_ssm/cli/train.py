@@ -73,10 +73,9 @@ def _parse(
     words: Sequence[str], command: str, default: recipes.TrainConfig, run: RunOptions, text: str
 ) -> tuple[recipes.TrainConfig, RunOptions]:
     """Parse a configuration whose fields `--help` shows in the groups that they come from."""
-    groups = {kind: [item.name for item in dataclasses.fields(kind)] for kind in default.groups}
     fields: list[Any] = [("run_folder", RunOptions, field(default=run))]
-    for kind, names in groups.items():
-        part = kind(**{name: getattr(default, name) for name in names})
+    for kind in default.groups:
+        part = kind(**{item.name: getattr(default, item.name) for item in dataclasses.fields(kind)})
         fields += [(kind.__name__.removesuffix("Config").lower(), kind, field(default=part))]
     parsed = parse_options(make_dataclass("Options", fields), words, command, pairs=True, description=text)
     run = parsed.run_folder

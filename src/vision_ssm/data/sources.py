@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import json
 import os
@@ -137,18 +138,18 @@ def read_folder(root: Path, classes: Names | None = None) -> ImageDataset:
     labels: list[int] = []
     skipped: Counter[str] = Counter()
     others = {os.path.realpath(place) for place in (root, *root.absolute().parents, *(root / name for name in found))}
+    base = os.path.join(root, "")
     for name in found:
-        inside = sorted(_walk(root / name, skipped, others - {os.path.realpath(root / name)}))
+        inside = sorted(_walk(base + name, skipped, others - {os.path.realpath(base + name)}))
         files += inside
         labels += [index[name]] * len(inside)
     if not files:
         raise InputError(f"{root} holds no images in its sub-folders (looked for {' '.join(EXTENSIONS)})")
-    empty = [name for name in found if index[name] not in set(labels)]
-    if empty and classes is None:
+    if classes is None and (empty := [found[i] for i in sorted({*range(len(found))} - {*labels})]):
         raise InputError(f"no images in {root} for {shorten(empty)}; remove the folder or fill it")
-    ids = Strings(os.path.relpath(file, root) for file in files)
-    sizes = np.array([os.path.getsize(file) if os.path.exists(file) else -1 for file in files])
-    notes = [f"no images, left out: {_counted(skipped)}"] if skipped else []
+    ids, sizes = Strings(file[len(base) :] for file in files), np.array([*map(_size, files)])
+    counted = shorten([f"{count:,} {extension}" for extension, count in skipped.most_common()])
+    notes = [f"no images, left out: {counted}"] if skipped else []
     read = functools.partial(_path, root, ids)
     return ImageDataset(read, ids, {"label": np.array(labels)}, tuple(index), sizes=sizes, notes=notes)
 
@@ -210,7 +211,7 @@ def _class_folders(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
 
 
-def _walk(folder: Path, skipped: Counter[str] | None = None, others: Collection[str] = ()) -> Iterator[str]:
+def _walk(folder: str | Path, skipped: Counter[str] | None = None, others: Collection[str] = ()) -> Iterator[str]:
     """The image files below a folder, links followed but those to others; counts other files by their extensions."""
     seen = set(others)
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -226,8 +227,10 @@ def _walk(folder: Path, skipped: Counter[str] | None = None, others: Collection[
         seen.add(real)
 
 
-def _counted(skipped: Counter[str]) -> str:
-    return shorten([f"{count:,} {extension}" for extension, count in skipped.most_common()])
+def _size(file: str) -> int:
+    with contextlib.suppress(OSError):  # a link to nothing
+        return os.path.getsize(file)
+    return -1
 
 
 def _index(found: Sequence[str], classes: Names | None, root: Path) -> dict[str, int]:

@@ -1,4 +1,5 @@
 import importlib.metadata
+import json
 import logging
 import math
 import warnings
@@ -121,7 +122,8 @@ def fit(
             if rank_here == 0:
                 versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
                 chosen = {**to_dict(config), "monitor": task.monitor}
-                record = {"task": config.task, "config": chosen, **(about or {}), "versions": versions}
+                record = {"task": config.task, **(about or {}), "versions": versions}
+                record = {**(json.loads(folder.config.read_text()) if resume else record), "config": chosen}
                 files = {folder.config: record, folder.model: {"task": task.name, **to_dict(task.spec)}}
                 # When resumed, too: the data may have moved. By then it is known to be the same.
                 write = LambdaCallback(on_train_start=lambda *_: list(map(write_json, files, files.values())))

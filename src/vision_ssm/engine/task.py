@@ -1,7 +1,7 @@
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
 
@@ -66,7 +66,8 @@ class Task(ABC):
 
     def __init__(self, model: nn.Module, spec: Any) -> None:
         self.model, self.spec = model, spec
-        self.device, self.autocast, self.dtype = torch.device("cpu"), torch.float32, torch.float32
+        self.autocast: torch.dtype | None = None
+        self.device, self.dtype = torch.device("cpu"), torch.float32
 
     @classmethod
     @abstractmethod
@@ -112,7 +113,7 @@ class Task(ABC):
         elif precision == "bf16-true":
             self.model, self.dtype = self.model.to(torch.bfloat16), torch.bfloat16
         else:
-            self.autocast = {"b": torch.bfloat16, "1": torch.float16}.get(precision[0], torch.float32)
+            self.autocast = {"b": torch.bfloat16, "1": torch.float16}.get(precision[0])
         return self
 
     # Data
@@ -253,8 +254,7 @@ class Task(ABC):
         return predictions
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        plain = self.autocast == torch.float32
-        return nullcontext() if plain else torch.autocast(self.device.type, self.autocast)
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     def _batches(
         self, images: Images, batch_size: int, workers: int | None, *, tolerant: bool = False

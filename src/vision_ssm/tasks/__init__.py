@@ -1,18 +1,14 @@
 """One file per task, on the engine; `load` gives the task of any weights file."""
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vision_ssm.engine.run_folder import RunFolder, weights_file
 from vision_ssm.engine.task import Evaluation, Task
 from vision_ssm.engine.weights import read_metadata
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import Precision, TrainConfig
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 __all__ = ["TASKS", "load", "task_type", "train"]
 
@@ -48,17 +44,15 @@ def load(path: str | Path, device: str = "auto", precision: Precision = "32-true
     return task_type(read_metadata(file)["task"]).load(file, device, precision, optimized=optimized)
 
 
-def train(
-    config: TrainConfig,
-    folder: str | Path | RunFolder,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    console: "Console | None" = None,
-    about: Mapping[str, Any] | None = None,
-) -> Evaluation:
-    """Train the task of a configuration; see `vision_ssm.engine.fit.fit`."""
+def train(config: TrainConfig, folder: str | Path | RunFolder, **options: Any) -> Evaluation:
+    """Train the task of a configuration.
+
+    Args:
+        config: What to train and how.
+        folder: Where to write.
+        options: `resume`, `overwrite`, `console` and `about` of `vision_ssm.engine.fit.fit`, which tells the rest.
+    """
     from vision_ssm.engine.fit import fit  # Lightning takes seconds
 
     run = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder))
-    return fit(task_type(config.task), config, run, resume=resume, overwrite=overwrite, console=console, about=about)
+    return fit(task_type(config.task), config, run, **options)
