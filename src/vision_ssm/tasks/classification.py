@@ -1,3 +1,4 @@
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from vision_ssm.tasks.results import ClassificationResults, Prediction, describe
 if TYPE_CHECKING:
     from rich.console import Console
     from torchmetrics import MetricCollection
+
+_logger = logging.getLogger(__name__)
 
 _WEIGHTS = 3  # keeps the draws of the first weights apart from those of data and steps
 
@@ -319,6 +322,7 @@ def first_model(config: ClassificationConfig, spec: ClassifierSpec, *, resume: b
         others = known not in (None, spec.classes)
         if others or any(key in state and state[key].shape != wanted[key].shape for key in head):
             state |= {key: wanted[key] for key in head}
+            _logger.warning("%s: its classifier, of other classes, was left out", path)
         load_weights(model, state, path)
     return model
 
