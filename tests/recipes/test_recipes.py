@@ -154,7 +154,7 @@ def test_configuration_survives_json(tmp_path):
         (dict(betas=(0.9, 1.5)), "--betas must be at least 0 and below 1, got 0.9 1.5"),
         (dict(scale=(1.0, 0.5)), "--scale takes the smaller value first, got 1.0 0.5"),
         (dict(warmup_lr=1.0), "--warmup-lr must be at most --lr 0.001, got 1"),
-        (dict(num_workers=-1), "--num-workers must be at least 0, got -1"),
+        (dict(num_workers=-1), "--num-workers must be at least 0 and at most 1024, got -1"),
         (dict(seed=2**64), "--seed must be at least 0 and below"),
         (dict(published_decay=True, layer_decay=0.8), "--published-decay and --layer-decay exclude each other"),
         (dict(val_data="x", val_fraction=0.1), "--val-data and --val-fraction exclude each other"),

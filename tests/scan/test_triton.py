@@ -326,7 +326,7 @@ def test_tuning_without_a_place_to_keep_it(cache, timed, used, tmp_path, caplog)
         used.clear()
         vision_ssm.warmup(model, 16)
     assert used == [CANDIDATES["forward"][2]]
-    assert "known to this process alone" in caplog.text
+    assert "only this process uses them" in caplog.text
 
 
 @needs_kernels
