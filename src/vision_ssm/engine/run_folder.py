@@ -80,7 +80,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self.is_run() and self.read_config().logger:
             shutil.rmtree(self.logger, ignore_errors=True)
-        for name in _NAMES if self.is_run() else ():
+        for name in reversed(_NAMES) if self.is_run() else ():  # the configuration, which marks a run, late
             if name != self.logger.name:
                 (self.path / name).unlink(missing_ok=True)
 

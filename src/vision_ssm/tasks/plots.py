@@ -116,12 +116,12 @@ def _thumbnail(image: Image.Image, side: int = 160) -> Image.Image:
 
 
 def _elide(name: str, length: int) -> str:
+    known = _characters()
+    name = "".join(c if ord(c) in known else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
     # The middle goes, because names are often told apart by their ends.
     tail = length // 3
     short = name if len(name) <= length else f"{name[: length - tail - 1]}…{name[-tail:]}"
-    known = _characters()
-    shown = (c if ord(c) in known else c.encode("unicode_escape", "surrogatepass").decode() for c in short)
-    return "".join(shown).replace("$", r"\$")  # dollar signs would start matplotlib's maths
+    return short.replace("$", r"\$")  # dollar signs would start matplotlib's maths
 
 
 @functools.cache
