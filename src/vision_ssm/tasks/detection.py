@@ -103,8 +103,8 @@ class Detection(Task):
         names = [f"{kind}_{figure}" for kind in kinds for figure in FIGURES]
         if config.monitor not in (None, *names):
             raise InputError(f"--monitor must be one of {', '.join(names)}, got {config.monitor}")
-        self.monitor = config.monitor or f"{kinds[-1]}_ap"
-        self.epoch_metrics = ("loss", *(f"{kind}_{figure}" for kind in kinds for figure in ("ap", "ap50")))
+        self.monitor = config.monitor or f"{kinds[-1]}_AP"
+        self.epoch_metrics = ("loss", *(f"{kind}_{figure}" for kind in kinds for figure in ("AP", "AP50")))
 
     @property
     def masks(self) -> bool:
@@ -151,7 +151,7 @@ class Detection(Task):
         describe_data(splits, None, console, what="objects")
         parameters = sum(p.numel() for p in self.model.parameters())
         line = f"Model  {self.spec.detector} on {self.spec.model}, {parameters / 1e6:.2f} M parameters"
-        console.out(f"{line}, best epoch by {readable(self.monitor)}", highlight=False)
+        console.out(f"{line}, best epoch by {self.monitor.replace('_', ' ')}", highlight=False)
         if self.config.detector != self.spec.detector:
             console.out("Note   the data has no masks, so the detector predicts boxes only", highlight=False)
 
@@ -159,15 +159,15 @@ class Detection(Task):
         return model(batch["image"], batch["size"], batch["original_size"])
 
     def metrics(self, **options: Any) -> Any:
-        from vision_ssm.tasks.coco_metric import CocoMetric
+        from vision_ssm.tasks.coco_metric import CocoMetric  # seconds, for torchmetrics
 
-        return CocoMetric(self.spec.classes, masks=self.masks, **options)
+        return CocoMetric(len(self.spec.classes), **options)
 
     def evaluation_step(self, model: nn.Module, batch: Batch, metrics: Any) -> Sequence[Any]:
         """Update metrics; return the predictions as JSON has them."""
         predictions = self.decode(self.forward(model, batch), batch)
         rows = [prediction.row(threshold=0.0) for prediction in predictions]
-        metrics.update(rows, batch["targets"])
+        metrics.update([as_coco(row, self.masks) for row in rows], batch["targets"])
         return rows
 
     def evaluation(self, values: Any, records: Sequence[Any]) -> DetectionResults:
