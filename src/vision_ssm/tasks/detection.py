@@ -1,18 +1,18 @@
-import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from vision_ssm.data import Images, Sample, Splits, Transform, seeded
+from vision_ssm.checkpoints import CheckpointError
+from vision_ssm.data import Images, Sample, Splits, Transform, open_image, seeded
 from vision_ssm.data.coco import load_coco, read_coco
 from vision_ssm.data.joint import collate, eval_transform, train_transform
 from vision_ssm.detectors import create_detector
+from vision_ssm.engine.files import atomic_write
 from vision_ssm.engine.run_folder import weights_file
 from vision_ssm.engine.task import Batch, Task
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
@@ -20,6 +20,8 @@ from vision_ssm.errors import InputError, shorten
 from vision_ssm.models.create import default_cfg
 from vision_ssm.recipes import DetectionConfig
 from vision_ssm.recipes.config import Config, limited
+from vision_ssm.tasks.detection_results import FIGURES, DetectionPrediction, DetectionResults, as_coco, coco_document
+from vision_ssm.tasks.results import describe_data
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,6 +116,8 @@ class Detection(Task):
     @classmethod
     def from_config(cls, config: DetectionConfig, splits: Splits, *, resume: bool = False) -> "Detection":
         spec = DetectorSpec.from_config(config, splits.train)
+        if "masks" not in splits.val.targets and config.monitor is None:  # type: ignore[union-attr]
+            config = replace(config, monitor="box_AP")
         return cls(first_model(config, spec, resume=resume), spec, config)
 
     @classmethod
@@ -126,15 +130,17 @@ class Detection(Task):
 
     @classmethod
     def load_data(cls, config: DetectionConfig) -> Splits:
-        return load_coco(config, config.seed)
+        splits = load_coco(config, config.seed, filter_empty=config.filter_empty)
+        splits.train.grouped = config.batch_size  # type: ignore[union-attr]
+        return splits
 
     def read_images(self, path: Path) -> Images:
         return read_coco(path, self.spec.classes)
 
     @property
     def train_transform(self) -> Transform:
-        names = ("short_sides", "long_side", "random_crop", "jitter", "jitter_size", "hflip")
-        augment = {name: getattr(self.config, name) for name in names}
+        names = ("short_sides", "long_side", "jitter", "jitter_size", "hflip")
+        augment = {name: getattr(self.config, name) for name in names} | {"crop": self.config.random_crop}
         return train_transform(mean=self.spec.mean, std=self.spec.std, masks=self.masks, **augment)
 
     @property
@@ -175,9 +181,8 @@ class Detection(Task):
 
     def decode(self, outputs: Any, batch: Batch) -> list[DetectionPrediction]:
         """Boxes, scores, labels and masks of the objects."""
-        spec = self.spec
         pairs = zip(batch["id"], outputs, strict=True)
-        return [DetectionPrediction(name, spec.classes, found.cpu()) for name, found in pairs]
+        return [DetectionPrediction(name, self.spec.classes, found.cpu()) for name, found in pairs]
 
     def write_picture(self, prediction: Any, path: Path, **options: Any) -> None:
         picture = prediction.draw(open_image(prediction.id), **options)

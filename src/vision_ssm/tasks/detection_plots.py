@@ -87,11 +87,11 @@ def draw_pairs(
     grid = figure.subplots(rows, 2 * columns, squeeze=False).flat
     for axes in figure.axes:
         axes.axis("off")
-    for name, truth, found in pictures:
-        for picture, text in ((truth, elide(name, 40)), (found, "")):
+    for name, truth, picture in pictures:
+        for drawn, text in ((truth, elide(name, 40)), (picture, "")):
             axes = next(grid)
-            picture.thumbnail((_SIDE, _SIDE))
-            axes.imshow(picture)
+            drawn.thumbnail((_SIDE, _SIDE))
+            axes.imshow(drawn)
             axes.set_title(text, fontsize=9, loc="left")
     save_figure(figure, path)
 

@@ -204,7 +204,8 @@ def coco_document(
     rows: Sequence[Mapping[str, Any]], classes: Sequence[str], category_ids: Sequence[int]
 ) -> dict[str, Any]:
     """Rows of predictions as a data set in COCO format; its annotations have scores too."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, row in enumerate(rows, start=1):
         size = {name: row[name] for name in ("height", "width")}
         images.append({"id": number, "file_name": row["image"], **size})
