@@ -14,15 +14,17 @@ from vision_ssm.cli import INTERRUPTED
 from vision_ssm.cli.options import parse_options
 from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
+from vision_ssm.recipes.config import Config
 
-COMMANDS = {"classify": "classification", "digits": "classification"}
-"""The commands of `vision-ssm train`, and their tasks."""
+COMMANDS = {"classify": "small", "digits": "digits", "detect": "detect"}
+"""The commands of `vision-ssm train`, and the recipes that they use by default."""
 
 _USAGE = """usage: vision-ssm train classify --data PATH [OPTIONS]    an image classifier, on your images
-       vision-ssm train digits [OPTIONS]                  the same on embedded digits, a minute or two on two cores
+       vision-ssm train detect --data PATH [OPTIONS]      a detector of objects, with masks where the data has them
+       vision-ssm train digits [OPTIONS]                  a classifier of embedded digits, in a minute or two
        vision-ssm train --resume RUN                      continue a stopped run at the batch where it stopped
 
-`vision-ssm train classify --help` lists all options.
+`vision-ssm train classify --help` and `vision-ssm train detect --help` list all options.
 """
 
 
@@ -46,7 +48,7 @@ def train(words: Sequence[str]) -> int:
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--resume", nargs="?", const=True, default=False)
     peek.add_argument("--out", default=None)
-    peek.add_argument("--recipe", default="digits" if command == "digits" else "small")
+    peek.add_argument("--recipe", default=COMMANDS[command or "classify"])
     peeked, _ = peek.parse_known_args(rest)
     if command is None and not peeked.resume:
         wants_help = not words or words[0] in ("-h", "--help")
@@ -61,8 +63,8 @@ def train(words: Sequence[str]) -> int:
         default, text = RunFolder(Path(place)).read_config(), f"Continue {place}."
     else:
         recipe = recipes.find(peeked.recipe)
-        if recipe.config.task != COMMANDS[command or ""]:
-            raise InputError(f"the recipe {recipe.name} is for {recipe.config.task}, not {COMMANDS[command or '']}")
+        if recipe.config.task != (task := recipes.find(COMMANDS[command or ""]).config.task):
+            raise InputError(f"the recipe {recipe.name} is for {recipe.config.task}, not {task}")
         default = recipe(data="digits") if command == "digits" else recipe()
         text = f"Defaults of the recipe {recipe.name}: {recipe.text}."
     config, run = _parse(rest, f"train {command or ''}".strip(), default, RunOptions(recipe=peeked.recipe), text)
@@ -76,7 +78,8 @@ def _parse(
     fields: list[Any] = [("run_folder", RunOptions, field(default=run))]
     for kind in default.groups:
         part = kind(**{item.name: getattr(default, item.name) for item in dataclasses.fields(kind)})
-        fields += [(kind.__name__.removesuffix("Config").lower(), kind, field(default=part))]
+        group = next(base for base in kind.__mro__ if Config in base.__bases__).__name__
+        fields += [(group.removesuffix("Config").lower(), kind, field(default=part))]
     parsed = parse_options(make_dataclass("Options", fields), words, command, pairs=True, description=text)
     run = parsed.run_folder
     values = {name: value for part in vars(parsed).values() if part is not run for name, value in vars(part).items()}

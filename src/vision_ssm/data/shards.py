@@ -16,7 +16,7 @@ from vision_ssm.data.dataset import ImageDataset, Strings
 from vision_ssm.data.streams import ImageStream
 from vision_ssm.data.tars import TarMember, TarReader, list_members
 from vision_ssm.errors import InputError
-from vision_ssm.recipes.config import DataConfig
+from vision_ssm.recipes.config import ClassDataConfig
 
 # Seconds to wait before a shard is asked for again.
 _WAITS = (1.0, 5.0, 25.0)
@@ -36,7 +36,7 @@ class Fields:
     target: str
 
     @classmethod
-    def of(cls, config: DataConfig) -> "Fields":
+    def of(cls, config: ClassDataConfig) -> "Fields":
         """The fields that a configuration names."""
         images = (config.input_key or "jpg;jpeg;png;webp").lower().split(";")
         return cls(tuple(key.strip() for key in images), config.target_key or "cls")
@@ -65,7 +65,7 @@ class Fields:
             raise InputError(f"{sample}: no class in .{self.file}{under}") from None
 
 
-def read_shards(shards: list[str], config: DataConfig, classes: tuple[str, ...]) -> ImageDataset | ImageStream:
+def read_shards(shards: list[str], config: ClassDataConfig, classes: tuple[str, ...]) -> ImageDataset | ImageStream:
     """Webdataset shards: indexed, so that they can be read in any order, or as a stream if they are URLs.
 
     Raises:

@@ -16,7 +16,7 @@ from vision_ssm.data.streams import ImageStream
 from vision_ssm.data.tables import find_split, read_table
 from vision_ssm.data.tars import TarReader, list_members
 from vision_ssm.errors import InputError, shorten
-from vision_ssm.recipes.config import DataConfig
+from vision_ssm.recipes.config import ClassDataConfig
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif"),
@@ -28,7 +28,7 @@ _VAL = ("val", "valid", "validation", "test", "testing", "eval", "evaluation")
 Names = tuple[str, ...]
 
 
-def load_splits(config: DataConfig, seed: int = 0) -> Splits:
+def load_splits(config: ClassDataConfig, seed: int = 0) -> Splits:
     """The training and validation images of a configuration.
 
     Args:
@@ -45,7 +45,7 @@ def load_splits(config: DataConfig, seed: int = 0) -> Splits:
     return splits
 
 
-def _load_splits(kind: str, config: DataConfig, seed: int) -> Splits:
+def _load_splits(kind: str, config: ClassDataConfig, seed: int) -> Splits:
     train, val = _load(kind, config)
     if len(train.classes) < 2:
         raise InputError(f"the training images have one class only ({train.classes[0]}); at least two are needed")
@@ -62,7 +62,7 @@ def _load_splits(kind: str, config: DataConfig, seed: int) -> Splits:
     return Splits(train, val)
 
 
-def _load(kind: str, config: DataConfig) -> tuple[Images, Images | None]:
+def _load(kind: str, config: ClassDataConfig) -> tuple[Images, Images | None]:
     find, read = _FORMATS[kind]
     names: Names = (config.train_split,) if config.train_split else _TRAIN
     place = find(config.data, names)
@@ -296,7 +296,7 @@ def expand_braces(pattern: str) -> list[str]:
     return [f"{pattern[: match.start()]}{option}{rest}" for option in options for rest in rests]
 
 
-def _class_names(config: DataConfig) -> Names | None:
+def _class_names(config: ClassDataConfig) -> Names | None:
     if config.class_map is None:
         return config.num_classes and tuple(map(str, range(config.num_classes)))  # type: ignore[return-value]
     if not config.class_map.is_file():
@@ -308,7 +308,7 @@ def _class_names(config: DataConfig) -> Names | None:
     return names
 
 
-def _read_shards(shards: Any, config: DataConfig, classes: Names | None) -> Images:
+def _read_shards(shards: Any, config: ClassDataConfig, classes: Names | None) -> Images:
     if isinstance(shards, str):
         raise InputError(f"{shards} has no shards of a training split; name them with --train-split")
     if classes is None:
@@ -318,7 +318,7 @@ def _read_shards(shards: Any, config: DataConfig, classes: Names | None) -> Imag
 
 # How images of a format are found and read: the place of a split, by its possible names, in what --data names, or None
 # if it has no splits; and the images of such a place.
-_FORMATS: dict[str, tuple[Callable[[str, Names], Any], Callable[[Any, DataConfig, Names | None], Images]]] = {
+_FORMATS: dict[str, tuple[Callable[[str, Names], Any], Callable[[Any, ClassDataConfig, Names | None], Images]]] = {
     "folder": (_find_place, lambda place, config, classes: read_folder(Path(place), classes)),
     "tar": (_find_place, lambda place, config, classes: read_tars(Path(place), classes)),
     "wds": (_find_shards, _read_shards),

@@ -11,7 +11,7 @@ import numpy as np
 from vision_ssm.data.dataset import ImageDataset, Strings
 from vision_ssm.data.streams import ImageStream
 from vision_ssm.errors import InputError
-from vision_ssm.recipes.config import DataConfig
+from vision_ssm.recipes.config import ClassDataConfig
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def find_split(data: str, names: tuple[str, ...]) -> Place | None:
     return next(((data, name) for name in names if name in available), None)
 
 
-def read_table(place: Place | str, config: DataConfig, named: tuple[str, ...] | None) -> ImageDataset | ImageStream:
+def read_table(place: Place | str, config: ClassDataConfig, named: tuple[str, ...] | None) -> ImageDataset | ImageStream:
     """A split of a Hugging Face dataset, or of a local folder of its files, downloaded or as a stream.
 
     Args:

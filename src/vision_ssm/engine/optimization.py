@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, TanhLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -15,7 +15,7 @@ class LearningRate:
     """The learning rate as a function of the steps taken, by timm's schedules.
 
     Where warmup and cooldown do not fit into `epochs`, one epoch is left to the schedule; the cooldown gives way first,
-    then the warmup.
+    then the warmup. A warmup in steps gets at most half of all.
 
     Args:
         optimizer: Whose learning rates to set; they begin at those of step 0.
@@ -25,23 +25,31 @@ class LearningRate:
 
     def __init__(self, optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int) -> None:
         self.optim, self.steps = optim, steps
-        self.warmup = min(optim.warmup_epochs, optim.epochs - 1)
-        cooldown = min(optim.cooldown_epochs, optim.epochs - 1 - self.warmup)
-        self.scheduler: Scheduler = create_scheduler_v2(
-            optimizer,
-            sched=optim.schedule,
-            num_epochs=optim.epochs - cooldown - (self.warmup if optim.warmup_prefix else 0),
-            min_lr=optim.min_lr,
-            warmup_lr=optim.lr / 100 if optim.warmup_lr is None else optim.warmup_lr,
-            warmup_epochs=self.warmup,
-            warmup_prefix=optim.warmup_prefix,
-            step_on_epochs=False,
-            updates_per_epoch=steps,
-        )[0]
+        warmup = min(optim.warmup_epochs, optim.epochs - 1)
+        self.warmup = warmup * steps  # in steps, as all that follows
+        if optim.warmup_steps is not None:
+            warmup, self.warmup = 0, min(optim.warmup_steps, optim.epochs * steps // 2)
+        cooldown = min(optim.cooldown_epochs, optim.epochs - 1 - warmup)
+        prefix = optim.warmup_prefix and optim.schedule != "multistep"  # whose milestones count from the start
+        length = (optim.epochs - cooldown) * steps - (self.warmup if prefix else 0)
+        common: dict[str, Any] = dict(
+            warmup_t=self.warmup,
+            warmup_lr_init=optim.lr / 100 if optim.warmup_lr is None else optim.warmup_lr,
+            warmup_prefix=prefix,
+            t_in_epochs=False,
+        )
+        self.scheduler: Scheduler
+        if optim.schedule == "multistep":
+            # timm looks one step ahead
+            milestones = [epoch * steps + 1 for epoch in optim.milestones]
+            self.scheduler = MultiStepLRScheduler(optimizer, milestones, optim.decay_rate, **common)
+        else:
+            kind = {"cosine": CosineLRScheduler, "tanh": TanhLRScheduler}[optim.schedule]
+            self.scheduler = kind(optimizer, length, lr_min=optim.min_lr, **common)
 
     def set(self, step: int) -> None:
         """Set the rates for the step that follows `step` others."""
-        by_epoch = self.optim.warmup_by_epoch if step < self.warmup * self.steps else self.optim.decay_by_epoch
+        by_epoch = self.optim.warmup_by_epoch if step < self.warmup else self.optim.decay_by_epoch
         self.scheduler.step_update(step - step % self.steps if by_epoch else step)
 
 

@@ -5,8 +5,8 @@ nothing heavy, so that the command line can describe the recipes quickly.
 """
 
 from vision_ssm.errors import InputError, nearest
-from vision_ssm.recipes.config import ClassificationConfig, Precision, TrainConfig, from_dict, to_dict
-from vision_ssm.recipes.own import digits, finetune, scratch, small
+from vision_ssm.recipes.config import ClassificationConfig, DetectionConfig, Precision, TrainConfig, from_dict, to_dict
+from vision_ssm.recipes.own import detect, digits, finetune, scratch, small
 from vision_ssm.recipes.published import PUBLISHED
 from vision_ssm.recipes.recipe import Recipe
 
@@ -14,9 +14,11 @@ __all__ = [
     "CONFIGS",
     "RECIPES",
     "ClassificationConfig",
+    "DetectionConfig",
     "Precision",
     "Recipe",
     "TrainConfig",
+    "detect",
     "digits",
     "find",
     "finetune",
@@ -26,10 +28,10 @@ __all__ = [
     "to_dict",
 ]
 
-CONFIGS: dict[str, type[TrainConfig]] = {"classification": ClassificationConfig}
+CONFIGS: dict[str, type[TrainConfig]] = {config.task: config for config in (ClassificationConfig, DetectionConfig)}
 """The configuration of each task."""
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (digits, small, scratch, finetune, *PUBLISHED)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (digits, small, scratch, finetune, detect, *PUBLISHED)}
 """All recipes, by name."""
 
 

@@ -86,16 +86,22 @@ def _check_limits(name: str, value: Any, least: float, above: float, most: float
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
-    """Model and its input."""
+    """Model."""
 
     model: str = "vmamba_atto"
-    """Name of a timm model."""
+    """Name of a timm model; a backbone for tasks other than classification."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model, such as stem_stride=2 drop_rate=0.1."""
-    pretrained: bool | Path = False
-    """Start from the published weights, from a checkpoint file, or from the best weights in the folder of a run."""
     drop_path_rate: float = limited(0.0, least=0, below=1)
     """Stochastic depth rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(ModelConfig):
+    """Model and its input."""
+
+    pretrained: bool | Path = False
+    """Start from the published weights, from a checkpoint file, or from the best weights in the folder of a run."""
     img_size: int | None = limited(None, least=1)
     """Height and width of the square input in pixels; by default what the model expects."""
     crop_pct: float | None = limited(None, above=0, most=1)
@@ -107,20 +113,40 @@ class DataConfig(Config):
     """Training and validation images."""
 
     data: str = ""
-    """Folder with one sub-folder per class, or one that holds train and val; tar file or folder of tar files; folder,
-    pattern or URLs of webdataset shards, such as https://HOST/train-{0000..0146}.tar; hfds/NAME or hfids/NAME for a
-    Hugging Face dataset or a stream of one; or digits."""
+    """Where the images are."""
     val_data: str | None = None
     """Validation images, if they are not in --data."""
     val_fraction: float | None = limited(None, above=0, below=1)
     """Share of the training images held out for validation (0.1 if there are no validation images)."""
-    data_format: DataFormat = "auto"
-    """How to read --data: class folders, tar files, webdataset shards, Hugging Face dataset or stream; by default
-    found by looking at it."""
     train_split: str | None = None
     """Name of the training split, if it is not train."""
     val_split: str | None = None
     """Name of the validation split, if it is not val, validation or test."""
+    max_unreadable: float = limited(0.01, least=0, most=1)
+    """Largest share of the training images that may be unreadable (at least one image, unless it is 0); others take
+    their places."""
+    max_pixels: int | None = limited(None, least=1)
+    """Largest number of pixels of an image, if not Pillow's limit of 179 million."""
+    num_workers: int | None = limited(None, least=0, most=1024)
+    """Processes that load images; by default chosen from the number of cores. Results do not depend on it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_data is not None and self.val_fraction is not None:
+            raise InputError("--val-data and --val-fraction exclude each other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassDataConfig(DataConfig):
+    """Training and validation images, each of one class."""
+
+    data: str = ""
+    """Folder with one sub-folder per class, or one that holds train and val; tar file or folder of tar files; folder,
+    pattern or URLs of webdataset shards, such as https://HOST/train-{0000..0146}.tar; hfds/NAME or hfids/NAME for a
+    Hugging Face dataset or a stream of one; or digits."""
+    data_format: DataFormat = "auto"
+    """How to read --data: class folders, tar files, webdataset shards, Hugging Face dataset or stream; by default
+    found by looking at it."""
     class_map: Path | None = None
     """Text file that names one class per line, where the data does not name its classes."""
     num_classes: int | None = limited(None, least=2)
@@ -135,18 +161,6 @@ class DataConfig(Config):
     """Images of a stream's shard from which the next one is drawn; 1 keeps their order."""
     cache_dir: Path | None = None
     """Folder for downloads of Hugging Face datasets."""
-    max_unreadable: float = limited(0.01, least=0, most=1)
-    """Largest share of the training images that may be unreadable (at least one image, unless it is 0); others take
-    their places."""
-    max_pixels: int | None = limited(None, least=1)
-    """Largest number of pixels of an image, if not Pillow's limit of 179 million."""
-    num_workers: int | None = limited(None, least=0, most=1024)
-    """Processes that load images; by default chosen from the number of cores. Results do not depend on it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.val_data is not None and self.val_fraction is not None:
-            raise InputError("--val-data and --val-fraction exclude each other")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,10 +232,16 @@ class OptimConfig(Config):
     step size)."""
     layer_decay: float | None = limited(None, above=0, most=1)
     """Factor on the learning rate from each layer to the one below it."""
-    schedule: Literal["cosine", "tanh"] = "cosine"
+    schedule: Literal["cosine", "tanh", "multistep"] = "cosine"
     """timm's name of the learning rate schedule."""
+    milestones: tuple[int, ...] = limited((), least=1)
+    """Epochs after which the schedule multistep multiplies the learning rate by --decay-rate."""
+    decay_rate: float = limited(0.1, above=0, most=1)
+    """Factor of the schedule multistep."""
     warmup_epochs: int = limited(5, least=0)
     """Epochs of warmup; at most all but one."""
+    warmup_steps: int | None = limited(None, least=0)
+    """Steps of warmup, instead of --warmup-epochs; at most half of all."""
     warmup_prefix: bool = False
     """The schedule starts after the warmup, not below it."""
     warmup_by_epoch: bool = False
@@ -237,8 +257,8 @@ class OptimConfig(Config):
     ema_warmup: bool = True
     """Average over fewer steps at the beginning."""
     monitor: str | None = None
-    """Metric that decides which epoch is the best; by default accuracy, or balanced_accuracy where the largest class
-    has over 1.5 times as many training images as the smallest."""
+    """Metric that decides which epoch is the best: by default accuracy, or balanced_accuracy where the largest class
+    has over 1.5 times as many training images as the smallest; of detectors mask_ap, or box_ap without masks."""
     max_skipped: int = limited(10, least=1)
     """Stop after this many steps in a row without a finite loss and gradient, each of which is skipped."""
 
@@ -249,6 +269,8 @@ class OptimConfig(Config):
                 raise InputError(f"{option(name)} must be at most --lr {self.lr:g}, got {rate:g}")
         if self.published_decay and self.layer_decay is not None:
             raise InputError("--published-decay and --layer-decay exclude each other")
+        if bool(self.milestones) != (self.schedule == "multistep"):
+            raise InputError("--milestones belongs to --schedule multistep, which needs it")
 
     def scaled(self, images: int) -> Any:
         """The same configuration with the learning rates for steps of this many images."""
@@ -317,18 +339,91 @@ class LossConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationConfig(LossConfig, AugmentConfig, TrainConfig):
+class ClassificationConfig(LossConfig, AugmentConfig, ClassDataConfig, ClassifierConfig, TrainConfig):
     """Training of an image classifier."""
 
     task: ClassVar[str] = "classification"
     groups: ClassVar[tuple[type[Config], ...]] = (
-        ModelConfig, DataConfig, AugmentConfig, LossConfig, OptimConfig, RunConfig,
+        ClassifierConfig, ClassDataConfig, AugmentConfig, LossConfig, OptimConfig, RunConfig,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise InputError(f"mixup and CutMix need an even --batch-size, got {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig(ModelConfig):
+    """Detector, its backbone and its input."""
+
+    detector: Literal["mask-rcnn", "faster-rcnn", "retinanet"] = "mask-rcnn"
+    """Kind of the detector; where the data has no masks, mask-rcnn becomes faster-rcnn."""
+    backbone_weights: bool | Path = False
+    """Start the backbone from its published weights, from a file of a classifier's weights, or from the best weights
+    in the folder of a classifier's run."""
+    pretrained: Path | None = None
+    """Start from a whole detector: the folder of a run, or a weights file, such as vision-ssm convert makes. What
+    depends on the classes is left out where they differ."""
+    test_size: tuple[int, int] = limited((1333, 800), least=32, most=16_384)
+    """Longest and shortest side of the resized image in evaluation and use: the largest that fits into both."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backbone_weights is not False and self.pretrained is not None:
+            raise InputError("--backbone-weights and --pretrained exclude each other: a detector has its backbone")
+        if self.test_size[0] < self.test_size[1]:
+            raise InputError(f"--test-size takes the longer side first, got {' '.join(map(str, self.test_size))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoDataConfig(DataConfig):
+    """Training and validation images with boxes, and masks where there are some."""
+
+    data: str = ""
+    """Folder of a data set in COCO format (annotations/instances_train*.json and images, or _annotations.coco.json in
+    train and valid), or its annotation file."""
+    filter_empty: bool = False
+    """Leave out training images without objects, and those with a side below 32 pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxAugmentConfig(Config):
+    """Random changes to training images, with their boxes and masks."""
+
+    short_sides: tuple[int, ...] = limited((800,), least=32, most=16_384)
+    """Shortest side of the resized image, one of these at random."""
+    long_side: int = limited(1333, least=32, most=16_384)
+    """Largest length of the longest side."""
+    random_crop: bool = False
+    """Half of the images are first resized to a shortest side of 400, 500 or 600, and cropped to sides from 384 to
+    600."""
+    jitter: tuple[float, float] | None = limited(None, above=0)
+    """Large-scale jitter instead: smallest and largest scale relative to a square of --jitter-size, to which the image
+    is cropped, such as 0.1 2.0."""
+    jitter_size: int = limited(1024, least=32, most=16_384)
+    """Side of that square."""
+    hflip: float = limited(0.5, least=0, most=1)
+    """Probability of a horizontal flip."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.short_sides:
+            raise InputError("--short-sides needs at least one length")
+        if self.jitter is not None and self.jitter[0] > self.jitter[1]:
+            raise InputError(f"--jitter takes the smaller value first, got {self.jitter[0]} {self.jitter[1]}")
+        if self.jitter is not None and self.random_crop:
+            raise InputError("--jitter and --random-crop exclude each other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionConfig(BoxAugmentConfig, CocoDataConfig, DetectorConfig, TrainConfig):
+    """Training of an object detector, with masks where the data has them."""
+
+    task: ClassVar[str] = "detection"
+    groups: ClassVar[tuple[type[Config], ...]] = (
+        DetectorConfig, CocoDataConfig, BoxAugmentConfig, OptimConfig, RunConfig,
+    )  # fmt: skip
 
 
 def to_dict(config: Any) -> dict[str, Any]:

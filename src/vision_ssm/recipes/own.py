@@ -1,7 +1,8 @@
+from vision_ssm.recipes.config import DetectionConfig
 from vision_ssm.recipes.recipe import OURS, Sourced, recipe
 
 
-@recipe
+@recipe()
 def digits() -> Sourced:
     """Handwritten digits, enlarged from 8x8 to 16x16 pixels: about 99 % accuracy, in a minute or two on two cores."""
     model = dict(data="digits", model="vmamba_atto", img_size=16, num_workers=0)
@@ -9,7 +10,7 @@ def digits() -> Sourced:
     return {OURS: dict(model, **augment, epochs=15, batch_size=64, lr=4e-3, warmup_epochs=3)}
 
 
-@recipe
+@recipe()
 def small() -> Sourced:
     """Small images (32 by 32) from scratch, sized for a CPU."""
     augment = dict(scale=(0.5, 1.0), color_jitter=0.2)
@@ -17,7 +18,7 @@ def small() -> Sourced:
     return {OURS: dict(augment, **optim, model="vmamba_atto", img_size=32)}
 
 
-@recipe
+@recipe()
 def scratch() -> Sourced:
     """Photographs from random weights, with the augmentation customary since DeiT."""
     augment = dict(auto_augment="rand-m9-mstd0.5-inc1", random_erase=0.25, mixup=0.8, cutmix=1.0)
@@ -25,10 +26,19 @@ def scratch() -> Sourced:
     return {OURS: dict(augment, **optim, model="vmamba_tiny", drop_path_rate=0.2)}
 
 
-@recipe
+@recipe()
 def finetune() -> Sourced:
     """Photographs from the published weights: few epochs, small steps, gentle augmentation."""
     model = dict(model="vmamba_tiny", pretrained=True, drop_path_rate=0.1)
     augment = dict(scale=(0.3, 1.0), color_jitter=0.3)
     optim = dict(epochs=20, batch_size=32, lr=2e-4, min_lr=1e-6, warmup_epochs=2, layer_decay=0.8)
+    return {OURS: dict(model, **augment, **optim)}
+
+
+@recipe(DetectionConfig)
+def detect() -> Sourced:
+    """Objects in your photographs, with masks where the data has them; sized for a CPU."""
+    model = dict(model="sparx_mamba_atto", model_args=dict(stem_stride=2), test_size=(400, 240))
+    augment = dict(short_sides=(192, 208, 224, 240, 256), long_side=400)
+    optim = dict(epochs=30, batch_size=4, lr=1e-3, warmup_epochs=2, weight_decay=0.05)
     return {OURS: dict(model, **augment, **optim)}

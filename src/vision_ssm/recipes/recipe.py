@@ -2,7 +2,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vision_ssm.recipes.config import ClassificationConfig
+from vision_ssm.recipes.config import ClassificationConfig, TrainConfig
 
 OURS = "this package's choice"
 """The source of values that nobody published."""
@@ -27,9 +27,9 @@ class Recipe:
     text: str
     values: Sourced
     notes: tuple[str, ...] = ()
-    config: type[ClassificationConfig] = ClassificationConfig
+    config: type[TrainConfig] = ClassificationConfig
 
-    def __call__(self, **changes: Any) -> ClassificationConfig:
+    def __call__(self, **changes: Any) -> Any:
         """The configuration, with other values for some fields.
 
         Raises:
@@ -44,6 +44,6 @@ class Recipe:
         return {name: source for source, values in self.values.items() for name in values if source != OURS}
 
 
-def recipe(make: Callable[[], Sourced]) -> Recipe:
+def recipe(config: type[TrainConfig] = ClassificationConfig) -> Callable[[Callable[[], Sourced]], Recipe]:
     """Turn a function that returns values by source into a recipe of its name, described by its docstring."""
-    return Recipe(make.__name__, (make.__doc__ or "").rstrip("."), make())
+    return lambda make: Recipe(make.__name__, (make.__doc__ or "").rstrip("."), make(), config=config)
