@@ -15,8 +15,17 @@ from vision_ssm.errors import InputError, nearest
 _OPENS_FILES = ("checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
-def create_model(name: str, args: Mapping[str, Any], num_classes: int, *, pretrained: bool = False) -> nn.Module:
+def create_model(
+    name: str, args: Mapping[str, Any], num_classes: int | None = None, *, pretrained: bool = False, **more: Any
+) -> nn.Module:
     """Timm's `create_model`, with errors that name the bad value and what is allowed.
+
+    Args:
+        name: A model of timm's or ours.
+        args: What the user gave it.
+        num_classes: Outputs of the classifier; `None` leaves it to the model.
+        pretrained: Load published weights, or those in `more`.
+        **more: Further arguments of timm's, such as `features_only` and `pretrained_cfg_overlay`.
 
     Raises:
         InputError: The model is unknown, does not take `args`, or has no published weights.
@@ -26,14 +35,16 @@ def create_model(name: str, args: Mapping[str, Any], num_classes: int, *, pretra
         raise InputError(
             f"{', '.join(wrong)} is no argument of a model here; start from weights with --pretrained FILE"
         )
-    if pretrained and not (known.url or known.hf_hub_id or known.file):
+    published = pretrained and "pretrained_cfg_overlay" not in more
+    if published and not (known.url or known.hf_hub_id or known.file):
         raise InputError(f"{name} has no published weights; give a file of your own instead")
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args)
+        more |= {} if num_classes is None else {"num_classes": num_classes}
+        return timm.create_model(name, pretrained=pretrained, **more, **args)
     except InputError:
         raise
     except Exception as error:  # models raise anything
-        if pretrained and isinstance(error, (OSError, RuntimeError)):
+        if published and isinstance(error, (OSError, RuntimeError)):
             where = known.url or known.hf_hub_id or known.file
             raise InputError(
                 f"cannot fetch the published weights of {name} from {where}: {error}; --pretrained FILE takes a file"
