@@ -1,4 +1,3 @@
-import functools
 import itertools
 import shutil
 import time
@@ -14,9 +13,9 @@ from vision_ssm.cli import fail
 from vision_ssm.cli.options import parse_options
 from vision_ssm.engine.output import make_console, make_table, print_json
 from vision_ssm.engine.run_folder import RunFolder, weights_file
-from vision_ssm.errors import InputError, printable, shorten
+from vision_ssm.errors import InputError, printable
 from vision_ssm.recipes import Precision
-from vision_ssm.recipes.config import Config, limited
+from vision_ssm.recipes.config import Config, limited, option
 
 if TYPE_CHECKING:
     from vision_ssm.data import Images
@@ -29,8 +28,8 @@ _PUBLISHED_ON = "the 50,000 validation images of ImageNet-1K"
 class ComputeOptions(Config):
     """How to compute."""
 
-    batch_size: int = limited(64, least=1)
-    """Batch size."""
+    batch_size: int | None = limited(None, least=1)
+    """Batch size: by default 64, and 1 of detectors, whose results depend on the padding of a batch."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Precision = "32-true"
@@ -47,19 +46,19 @@ class ComputeOptions(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(ComputeOptions):
-    """Measure a trained model, or any timm model: accuracy, balanced accuracy, top-5, a table of the classes."""
+    """Measure a trained model, or any timm classifier: its metrics and a table of the classes."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
     """Folder of a run, a weights file of one, or the name of a model (with --pretrained or --weights FILE)."""
     data: Path | None = None
-    """Image folder with one sub-folder per class, or a tar file of such folders; by default the run's own validation
-    images."""
+    """Image folder with one sub-folder per class, or a tar file of such folders; for detectors a data set in COCO
+    format, or its annotation file. By default the run's own validation images."""
     weights: Annotated[Literal["best", "last"] | Path | None, tyro.conf.arg(metavar="best|last|FILE")] = None
     """Which weights of the run to use (best by default), or a checkpoint file of the model."""
     pretrained: bool = False
     """Measure the model with its published weights."""
     plots: Path | None = None
-    """Also draw confusion matrix and predictions into this folder."""
+    """Also draw predictions, and what else the task draws, into this folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +71,15 @@ class PredictOptions(ComputeOptions):
     """Image files, or folders of them."""
     weights: Literal["best", "last"] = "best"
     """Which weights of the run to use."""
-    top: int = limited(5, least=1)
-    """How many classes to name per image."""
-    threshold: float = limited(0.0, least=0, most=1)
-    """Answer "unsure" if the most probable class is less probable than this."""
+    top: int | None = limited(None, least=1)
+    """How many classes a classifier names per image (5)."""
+    threshold: float | None = limited(None, least=0, most=1)
+    """Leave out objects with a lower score (0.3), or answer "unsure" if the most probable class is less probable (0)."""
     out: Path | None = None
-    """Folder for predictions.csv and predictions.json instead of a table."""
+    """Folder for predictions.csv and predictions.json instead of a table; of detectors the JSON is a data set in COCO
+    format, and the images with what was found lie beside it."""
     copy: Path | None = None
-    """Copy the images into this folder, in a sub-folder for each answer."""
+    """Copy the images of a classifier into this folder, in a sub-folder for each answer."""
 
 
 def evaluate(words: Sequence[str]) -> int:
@@ -95,7 +95,8 @@ def evaluate(words: Sequence[str]) -> int:
     task = task.ready(find_device(options.device), options.precision, optimized=options.optimize)
     evaluation: Any = measure(task, images, options.batch_size, options.num_workers, console)
     speed = evaluation.images / (time.monotonic() - start)
-    _name_absent(evaluation, console)
+    for line in evaluation.remarks():
+        console.out(line, highlight=False)
     if options.plots is not None:
         options.plots.mkdir(parents=True, exist_ok=True)
         evaluation.draw(images, options.plots)
@@ -109,11 +110,7 @@ def evaluate(words: Sequence[str]) -> int:
         same = evaluation.images == 50_000 and evaluation.confusion.sum(1).all()
         note = "" if same else ", which is not what was measured here"
         lines += [f"published accuracy {source['published_top1']:.1f}%, on {_PUBLISHED_ON}{note}"]
-    spec = task.spec
-    lines += [
-        f"{spec.model}, {spec.img_size}×{spec.img_size}, crop {spec.crop_pct:.1%}, {spec.interpolation}; "
-        f"{speed:,.1f} images/s with loading"
-    ]
+    lines += [f"{task.summary}; {speed:,.1f} images/s with loading"]
     console.out("\n".join(lines), highlight=False)
     return 0
 
@@ -123,7 +120,6 @@ Subject = tuple["Task", "Images", dict[str, Any]]
 
 
 def _run_and_images(options: EvalOptions) -> Subject:
-    from vision_ssm.data import read_images
     from vision_ssm.tasks import load
 
     if options.pretrained or isinstance(options.weights, Path):
@@ -139,7 +135,7 @@ def _run_and_images(options: EvalOptions) -> Subject:
         if images.classes != task.spec.classes:
             raise InputError(f"the images that {path.parent} was trained on have other classes now; give --data")
     else:
-        images = read_images(options.data, task.spec.classes)
+        images = task.read_images(options.data)
     return task, images, {"model": task.spec.model, "weights": str(path)}
 
 
@@ -165,7 +161,7 @@ def _model_and_images(options: EvalOptions) -> Subject:
         if known["model"] != name:
             raise InputError(f"{file} holds weights of {known['model']}, not {name}")
         task = load(file, "cpu", optimized=False)  # with its classes, image size and arguments
-        return task, read_images(options.data, task.spec.classes), {"model": name, "weights": str(file)}
+        return task, task.read_images(options.data), {"model": name, "weights": str(file)}
     images = read_images(options.data)
     task = Classification.from_timm(name, file)
     images = assign_outputs(images, len(task.spec.classes))
@@ -174,14 +170,6 @@ def _model_and_images(options: EvalOptions) -> Subject:
     top1 = published(name, cfg.to_dict())["published_top1"]
     known = {"published_top1": top1, "published_on": _PUBLISHED_ON} if file is None and top1 is not None else {}
     return task, images, source | known
-
-
-def _name_absent(evaluation: Any, console: Any) -> None:
-    names = evaluation.classes
-    present = [name for name, count in zip(names, evaluation.confusion.sum(1), strict=True) if count]
-    if absent := len(names) - len(present):
-        line = f"{absent} of {len(names)} classes have no images here; the metrics leave them out and are for "
-        console.out(line + shorten(present), highlight=False)
 
 
 def predict(words: Sequence[str]) -> int:
@@ -195,6 +183,7 @@ def predict(words: Sequence[str]) -> int:
     from rich.progress import Progress
 
     from vision_ssm.data import find_images
+    from vision_ssm.engine.files import write_csv, write_json
     from vision_ssm.tasks import load
 
     images = find_images(options.images)
@@ -202,38 +191,47 @@ def predict(words: Sequence[str]) -> int:
     if copies and any(path.is_dir() and {copies, *copies.parents} & {path.resolve()} for path in options.images):
         raise InputError(f"--copy {options.copy} lies in a folder whose images are read; give another one")
     task = load(path, options.device, options.precision, optimized=options.optimize)
+    asked: dict[str, Any] = {"top": options.top, "threshold": options.threshold, "copy": options.copy}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if wrong := [option(name) for name in asked if name != "threshold" and task.name != "classification"]:
+        raise InputError(f"{' and '.join(wrong)} is for classifiers, and {path} is of {task.name}")
+    asked.pop("copy", None)
     unreadable: dict[str, str] = {}
+    rows: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
     errors = make_console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("predicting", total=len(images))
         how: dict[str, Any] = dict(unreadable=unreadable, max_pixels=options.max_pixels)
-        how["on_batch"] = functools.partial(progress.advance, bar)
-        predictions = task.predict(images, options.batch_size, options.num_workers, **how)
-    rows = [prediction.row(options.top, options.threshold) for prediction in predictions]
+        for prediction in task.predict_each(images, options.batch_size, options.num_workers, **how):
+            rows.append(prediction.row(**asked))
+            if options.out is not None:
+                task.write_picture(prediction, options.out / _free_name(Path(prediction.id).stem, taken), **asked)
+            progress.update(bar, completed=len(rows) + len(unreadable))
     if options.out is not None:
-        _write_predictions(rows, options.out)
+        write_json(options.out / "predictions.json", task.as_json(rows))
+        write_csv(options.out / "predictions.csv", task.as_csv(rows))
+        make_console().out(f"{len(rows):,} predictions in {options.out}", highlight=False)
     if options.copy is not None:
         _copy_images(rows, options.copy)
     if options.json:
-        print_json(rows)
-    elif options.out is None and predictions:
-        places = range(len(rows[0]["predictions"]))
-        table = make_table("image", "answer", *(f"{place + 1}." for place in places))
-        for row in rows:
-            named = (f"{each['class']} {each['probability']:.1%}" for each in row["predictions"])
-            table.add_row(*(escape(printable(text)) for text in (row["image"], row["answer"], *named)))
+        print_json(task.as_json(rows))
+    elif options.out is None and rows:
+        lines = task.as_table(rows)
+        table = make_table(*lines[0])
+        for line in lines:
+            table.add_row(*(escape(printable(text)) for text in line.values()))
         make_console().print(table)
     return max(map(fail, unreadable.values()), default=0)
 
 
-def _write_predictions(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    from vision_ssm.engine.files import write_csv, write_json
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "predictions.json", rows)
-    best = [{"image": row["image"], "answer": row["answer"], **row["predictions"][0]} for row in rows]
-    write_csv(out / "predictions.csv", best)
-    make_console().out(f"{len(rows):,} predictions in {out}", highlight=False)
+def _free_name(name: str, taken: set[str]) -> str:
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    free = next(name for name in names if name not in taken)
+    taken.add(free)
+    return free
 
 
 def _copy_images(rows: Sequence[dict[str, Any]], out: Path) -> None:

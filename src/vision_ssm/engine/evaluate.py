@@ -9,14 +9,14 @@ from vision_ssm.errors import InputError
 
 
 def evaluate(
-    task: Task, images: Images, batch_size: int = 64, workers: int | None = None, console: Console | None = None
+    task: Task, images: Images, batch_size: int | None = None, workers: int | None = None, console: Console | None = None
 ) -> Evaluation:
     """Measure a model on labeled images, with a progress bar.
 
     Args:
         task: The model.
         images: The images.
-        batch_size: Batch size.
+        batch_size: Batch size; by default what the task says, or 64.
         workers: Number of loading processes; by default chosen from the number of cores.
         console: Where to show the bar; nowhere by default.
 

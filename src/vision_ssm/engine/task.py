@@ -1,7 +1,8 @@
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
 
@@ -12,27 +13,42 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, default_collate
 
-from vision_ssm.data import ImageDataset, Images, ImageStream, Sample, Splits, Transform, load_splits
+from vision_ssm.data import ImageDataset, Images, ImageStream, Sample, Splits, Transform
 from vision_ssm.data.sampling import Samples, collate_readable, loader_workers
 from vision_ssm.engine.devices import find_device
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
-from vision_ssm.errors import InputError
+from vision_ssm.errors import InputError, shorten
 from vision_ssm.optimize import optimize
-from vision_ssm.recipes import Precision, TrainConfig, from_dict
+from vision_ssm.recipes import Precision, from_dict
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torchmetrics import MetricCollection
 
 Batch = dict[str, Any]
 Picture = str | Path | Image.Image | np.ndarray
 
 
+class Prediction(Protocol):
+    """What a model says of an image."""
+
+    id: str
+
+    def row(self) -> dict[str, Any]:
+        """The prediction as JSON has it, with the image's id as `image`."""
+
+
 class Evaluation(Protocol):
     """Metrics of a model on labeled images."""
 
+    @property
+    def images(self) -> int:
+        """Number of images."""
+
+    def remarks(self) -> list[str]:
+        """What limits the metrics, in sentences, such as classes without images."""
+
     def metrics(self) -> dict[str, float]:
-        """The metrics by name, `loss` among them."""
+        """The metrics by name, shares but for what is named loss."""
 
     def details(self) -> dict[str, Any]:
         """What is known besides, such as the metrics of each class, as JSON has it."""
@@ -62,7 +78,7 @@ class Task(ABC):
     epoch_metrics: tuple[str, ...]
     """What the line of an epoch shows, as far as it is known: losses as numbers, other metrics as percentages."""
     eval_batch_size: ClassVar[int | None] = None
-    """Batch size of evaluation, if not that of training."""
+    """Batch size of evaluation and prediction, where it matters."""
 
     def __init__(self, model: nn.Module, spec: Any) -> None:
         self.model, self.spec = model, spec
@@ -85,12 +101,19 @@ class Task(ABC):
 
     @classmethod
     def load(
-        cls, path: Path, device: str = "auto", precision: Precision = "32-true", *, optimized: bool = True
+        cls,
+        path: Path,
+        device: str = "auto",
+        precision: Precision = "32-true",
+        *,
+        optimized: bool = True,
+        **changes: Any,
     ) -> "Task":
         """The task of a weights file; see `vision_ssm.load`.
 
         Raises:
-            InputError: The file is damaged or of another task, or there is no such device.
+            InputError: The file is damaged or of another task, there is no such device, or the description has no
+                such entry or does not take its value.
         """
         values = read_metadata(path)
         try:
@@ -99,6 +122,9 @@ class Task(ABC):
             spec = from_dict(cls.Spec, values)
         except (InputError, TypeError, KeyError) as error:
             raise InputError(f"{path} does not describe a model for {cls.name}: {error}") from error
+        if unknown := changes.keys() - values.keys():
+            raise InputError(f"a model for {cls.name} has no {shorten(sorted(unknown))}; it has {', '.join(values)}")
+        spec = replace(spec, **changes)
         model = cls.create_model(spec)
         load_weights(model, read_weights(path), path)
         return cls(model, spec).ready(find_device(device), precision, optimized=optimized)
@@ -116,16 +142,29 @@ class Task(ABC):
             self.autocast = {"b": torch.bfloat16, "1": torch.float16}.get(precision[0])
         return self
 
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """The model and its input, in a line."""
+
     # Data
 
     @classmethod
-    def load_data(cls, config: TrainConfig) -> Splits:
+    @abstractmethod
+    def load_data(cls, config: Any) -> Splits:
         """The images of a configuration.
 
         Raises:
             InputError: They are missing or cannot be used.
         """
-        return load_splits(config, config.seed)
+
+    @abstractmethod
+    def read_images(self, path: Path) -> Images:
+        """Labeled images of the model's classes, to measure it on.
+
+        Raises:
+            InputError: They are missing, cannot be used, or have other classes.
+        """
 
     @property
     @abstractmethod
@@ -159,16 +198,20 @@ class Task(ABC):
 
     # Evaluation
 
-    @abstractmethod
-    def metrics(self, **options: Any) -> "MetricCollection":
-        """New metrics; `options` go to each of them."""
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """What a model makes of a batch in evaluation mode."""
+        return model(batch["image"])
 
     @abstractmethod
-    def evaluation_step(self, model: nn.Module, batch: Batch, metrics: "MetricCollection") -> Sequence[Any]:
+    def metrics(self, **options: Any) -> Any:
+        """New metrics, one of torchmetrics' or a collection of them; `options` go to each of them."""
+
+    @abstractmethod
+    def evaluation_step(self, model: nn.Module, batch: Batch, metrics: Any) -> Sequence[Any]:
         """Update metrics with a batch; return what plots need to know of each image."""
 
     @abstractmethod
-    def evaluation(self, values: Mapping[str, Any], records: Sequence[Any]) -> Evaluation:
+    def evaluation(self, values: Any, records: Sequence[Any]) -> Evaluation:
         """The result of an evaluation.
 
         Args:
@@ -180,7 +223,7 @@ class Task(ABC):
     def evaluate(
         self,
         images: Images,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         workers: int | None = None,
         on_batch: Callable[[int], None] = lambda images: None,
     ) -> Evaluation:
@@ -188,7 +231,7 @@ class Task(ABC):
 
         Args:
             images: The images.
-            batch_size: Batch size.
+            batch_size: Batch size; by default what the task says, or 64.
             workers: Number of loading processes; by default chosen from the number of cores.
             on_batch: Called with the number of images of each batch that is done.
 
@@ -210,27 +253,24 @@ class Task(ABC):
     def decode(self, outputs: Any, batch: Batch) -> list[Any]:
         """A prediction for each image from what the model returns."""
 
-    @torch.inference_mode()
     def predict(
         self,
         images: Picture | Sequence[Picture],
-        batch_size: int = 64,
+        batch_size: int | None = None,
         workers: int | None = None,
         *,
         unreadable: dict[str, str] | None = None,
         max_pixels: int | None = None,
-        on_batch: Callable[[int], None] = lambda images: None,
     ) -> list[Any]:
         """Predict for images.
 
         Args:
             images: Paths, PIL images or (H, W, 3) uint8 arrays, or one of them.
-            batch_size: Batch size.
+            batch_size: Batch size; by default what the task says, or 64.
             workers: Number of loading processes; by default none for a few images.
             unreadable: Gets the names of images that cannot be read, and why; they are left out. Otherwise they are
                 errors.
             max_pixels: The largest number of pixels of an image, if not Pillow's limit.
-            on_batch: Called with the number of images of each batch that is done.
 
         Returns:
             A prediction for each image; see the task.
@@ -238,27 +278,60 @@ class Task(ABC):
         Raises:
             InputError: An image cannot be read; names it.
         """
+        how: dict[str, Any] = dict(unreadable=unreadable, max_pixels=max_pixels)
+        return list(self.predict_each(images, batch_size, workers, **how))
+
+    @torch.inference_mode()
+    def predict_each(
+        self,
+        images: Picture | Sequence[Picture],
+        batch_size: int | None = None,
+        workers: int | None = None,
+        *,
+        unreadable: dict[str, str] | None = None,
+        max_pixels: int | None = None,
+    ) -> Iterator[Any]:
+        """Yield what `predict` returns, one after the other."""
         images = [images] if isinstance(images, Picture) else images
         ids = [str(item) if isinstance(item, (str, Path)) else f"number {i}" for i, item in enumerate(images)]
         data = ImageDataset(functools.partial(_given, images), ids, {}, ())
         data.max_pixels = max_pixels
-        predictions: list[Any] = []
         for batch in self._batches(data, batch_size, workers, tolerant=unreadable is not None):
             if unreadable is not None:
                 unreadable |= batch["unreadable"]
             if batch["id"]:
                 with self._autocast():
-                    outputs = self.model(batch["image"])
-                predictions += self.decode(outputs, batch)
-            on_batch(len(batch["id"]) + len(batch["unreadable"]))
-        return predictions
+                    outputs = self.forward(self.model, batch)
+                yield from self.decode(outputs, batch)
+
+    def write_picture(self, prediction: Any, path: Path, **options: Any) -> None:  # noqa: B027
+        """Write a PNG or JPEG file of an image and what was predicted, where a task has such pictures.
+
+        Args:
+            prediction: The prediction for an image file.
+            path: The file to write, without its extension.
+            options: Those of the prediction's `row`.
+        """
+
+    def as_json(self, rows: Sequence[dict[str, Any]]) -> Any:
+        """What is written as JSON of the rows of many predictions."""
+        return rows
+
+    @abstractmethod
+    def as_csv(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The lines of a CSV file of the rows of many predictions."""
+
+    @abstractmethod
+    def as_table(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+        """The rows of many predictions as people read them."""
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     def _batches(
-        self, images: Images, batch_size: int, workers: int | None, *, tolerant: bool = False
+        self, images: Images, batch_size: int | None, workers: int | None, *, tolerant: bool = False
     ) -> Iterable[Batch]:
+        batch_size = batch_size or self.eval_batch_size or 64
         # Starting processes takes longer than loading a few images.
         few = not isinstance(images, ImageStream) and len(images) <= 4 * batch_size
         count = 0 if few and workers is None else loader_workers(workers)

@@ -12,7 +12,10 @@ from vision_ssm.recipes import Precision, TrainConfig
 
 __all__ = ["TASKS", "load", "task_type", "train"]
 
-TASKS = {"classification": "vision_ssm.tasks.classification:Classification"}
+TASKS = {
+    "classification": "vision_ssm.tasks.classification:Classification",
+    "detection": "vision_ssm.tasks.detection:Detection",
+}
 """Name of each task: where its class is."""
 
 
@@ -28,7 +31,14 @@ def task_type(name: str) -> type[Task]:
     return getattr(importlib.import_module(module), kind)
 
 
-def load(path: str | Path, device: str = "auto", precision: Precision = "32-true", *, optimized: bool = True) -> Task:
+def load(
+    path: str | Path,
+    device: str = "auto",
+    precision: Precision = "32-true",
+    *,
+    optimized: bool = True,
+    **changes: Any,
+) -> Task:
     """A trained model of any task, ready to predict: `vision_ssm.load("runs/x").predict(["a.jpg"])`.
 
     Args:
@@ -36,12 +46,14 @@ def load(path: str | Path, device: str = "auto", precision: Precision = "32-true
         device: auto, cpu, cuda, cuda:1 or mps.
         precision: Number format of the computation.
         optimized: Whether to use `vision_ssm.optimize` on a CPU.
+        changes: Other values for the description of the model, such as `test_size=(1333, 800)` of a detector.
 
     Raises:
-        InputError: The file is missing, damaged or does not fit its model, or there is no such device.
+        InputError: The file is missing, damaged or does not fit its model, there is no such device, or the description
+            has no such entry.
     """
     file = weights_file(Path(path))
-    return task_type(read_metadata(file)["task"]).load(file, device, precision, optimized=optimized)
+    return task_type(read_metadata(file)["task"]).load(file, device, precision, optimized=optimized, **changes)
 
 
 def train(config: TrainConfig, folder: str | Path | RunFolder, **options: Any) -> Evaluation:

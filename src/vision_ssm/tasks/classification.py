@@ -11,7 +11,8 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from vision_ssm.checkpoints import classifier_names
-from vision_ssm.data import Sample, Splits, Transform, seeded
+from vision_ssm.data import Images, Sample, Splits, Transform, load_splits, read_images, seeded
+from vision_ssm.engine.output import readable
 from vision_ssm.engine.run_folder import weights_file
 from vision_ssm.engine.task import Batch, Task
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights, stored_metadata
@@ -24,7 +25,6 @@ from vision_ssm.tasks.results import ClassificationResults, Prediction, describe
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torchmetrics import MetricCollection
 
 _logger = logging.getLogger(__name__)
 
@@ -226,6 +226,18 @@ class Classification(Task):
         return create_model(spec.model, spec.model_args, len(spec.classes))
 
     @property
+    def summary(self) -> str:
+        size, crop = self.spec.img_size, self.spec.crop_pct
+        return f"{self.spec.model}, {size}×{size}, crop {crop:.1%}, {self.spec.interpolation}"
+
+    @classmethod
+    def load_data(cls, config: ClassificationConfig) -> Splits:
+        return load_splits(config, config.seed)
+
+    def read_images(self, path: Path) -> Images:
+        return read_images(path, self.spec.classes)
+
+    @property
     def train_transform(self) -> Transform:
         return OnImage(self.spec.train_transform(self.config))
 
@@ -262,10 +274,10 @@ class Classification(Task):
         parameters = sum(p.numel() for p in self.model.parameters())
         teacher = "" if self.teacher is None else f", learns from {self.config.teacher}"
         size = f"{parameters / 1e6:.2f} M parameters, {self.spec.img_size}×{self.spec.img_size} input"
-        best = "" if self.monitor == "accuracy" else f", best epoch by {self.monitor.replace('_', ' ')}"
+        best = "" if self.monitor == "accuracy" else f", best epoch by {readable(self.monitor)}"
         console.out(f"Model  {self.spec.model}, {size}{teacher}{best}", highlight=False)
 
-    def metrics(self, **options: Any) -> "MetricCollection":
+    def metrics(self, **options: Any) -> Any:
         from torchmetrics import MeanMetric, MetricCollection
         from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
@@ -279,14 +291,14 @@ class Classification(Task):
             metrics["top5"] = MulticlassAccuracy(count, top_k=5, average="micro", **options)
         return MetricCollection(metrics, compute_groups=False)
 
-    def evaluation_step(self, model: nn.Module, batch: Batch, metrics: "MetricCollection") -> Sequence[Any]:
+    def evaluation_step(self, model: nn.Module, batch: Batch, metrics: Any) -> Sequence[Any]:
         """Update metrics; return id, predicted class, its probability and true class of each image."""
         logits, labels = model(batch["image"]).float(), batch["label"]
         metrics.update(preds=logits, target=labels, value=F.cross_entropy(logits, labels), weight=len(labels))
         best = logits.softmax(1).max(1)
         return list(zip(batch["id"], best.indices.tolist(), best.values.tolist(), labels.tolist(), strict=True))
 
-    def evaluation(self, values: Mapping[str, Any], records: Sequence[Any]) -> ClassificationResults:
+    def evaluation(self, values: Any, records: Sequence[Any]) -> ClassificationResults:
         top5 = float(values["top5"]) if "top5" in values else None
         return ClassificationResults(
             self.spec.classes, float(values["loss"]), values["confusion"].cpu(), top5, tuple(records)
@@ -297,6 +309,17 @@ class Classification(Task):
         probabilities = outputs.float().softmax(1).cpu()
         pairs = zip(batch["id"], probabilities, strict=True)
         return [Prediction(name, self.spec.classes, values) for name, values in pairs]
+
+    def as_csv(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{"image": row["image"], "answer": row["answer"], **row["predictions"][0]} for row in rows]
+
+    def as_table(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+        lines = []
+        for row in rows:
+            best = [f"{each['class']} {each['probability']:.1%}" for each in row["predictions"]]
+            named = {f"{place}.": text for place, text in enumerate(best, start=1)}
+            lines += [{"image": row["image"], "answer": row["answer"], **named}]
+        return lines
 
 
 def first_model(config: ClassificationConfig, spec: ClassifierSpec, *, resume: bool = False) -> nn.Module:

@@ -58,3 +58,179 @@ class DetectorSpec(Config):
             raise InputError(f"{len(self.classes)} classes have {len(self.category_ids)} category numbers")
         if self.test_size[0] < self.test_size[1]:
             raise InputError(f"--test-size takes the longer side first, got {' '.join(map(str, self.test_size))}")
+
+    @classmethod
+    def from_config(cls, config: DetectionConfig, images: Images) -> "DetectorSpec":
+        """The detector of a configuration.
+
+        Args:
+            config: The configuration.
+            images: The training images, which decide on the classes and on whether there are masks.
+
+        Raises:
+            InputError: timm does not know the backbone.
+        """
+        known = default_cfg(config.model)
+        args = dict(config.model_args)
+        if config.drop_path_rate:
+            args.setdefault("drop_path_rate", config.drop_path_rate)
+        masks = "masks" in images.targets  # type: ignore[union-attr]
+        detector = "faster-rcnn" if config.detector == "mask-rcnn" and not masks else config.detector
+        how: dict[str, Any] = dict(mean=tuple(known.mean), std=tuple(known.std), test_size=config.test_size)
+        names: dict[str, Any] = dict(classes=images.classes, category_ids=images.category_ids)  # type: ignore[union-attr]
+        return cls(detector=detector, model=config.model, model_args=args, **names, **how)
+
+
+class Detection(Task):
+    """Object detection, with masks of the objects where the detector predicts them.
+
+    Args:
+        model: The detector (see `vision_ssm.detectors`).
+        spec: Its description.
+        config: How to train it, where it is trained; only augmentation is used here.
+    """
+
+    name: ClassVar[str] = "detection"
+    Spec: ClassVar[type] = DetectorSpec
+    spec: DetectorSpec
+    # Norms and gates of the backbones look at the whole map, padding included.
+    eval_batch_size: ClassVar[int | None] = 1
+
+    def __init__(self, model: nn.Module, spec: DetectorSpec, config: DetectionConfig | None = None) -> None:
+        super().__init__(model, spec)
+        self.config = config = config or DetectionConfig()
+        kinds = ("box", "mask") if self.masks else ("box",)
+        names = [f"{kind}_{figure}" for kind in kinds for figure in FIGURES]
+        if config.monitor not in (None, *names):
+            raise InputError(f"--monitor must be one of {', '.join(names)}, got {config.monitor}")
+        self.monitor = config.monitor or f"{kinds[-1]}_ap"
+        self.epoch_metrics = ("loss", *(f"{kind}_{figure}" for kind in kinds for figure in ("ap", "ap50")))
+
+    @property
+    def masks(self) -> bool:
+        """Whether the detector predicts masks."""
+        return self.spec.detector == "mask-rcnn"
+
+    @classmethod
+    def from_config(cls, config: DetectionConfig, splits: Splits, *, resume: bool = False) -> "Detection":
+        spec = DetectorSpec.from_config(config, splits.train)
+        return cls(first_model(config, spec, resume=resume), spec, config)
+
+    @classmethod
+    def create_model(cls, spec: DetectorSpec) -> nn.Module:
+        return create_detector(spec.detector, spec.model, spec.model_args, len(spec.classes))
+
+    @property
+    def summary(self) -> str:
+        return f"{self.spec.detector}, {self.spec.model}, resized to {'×'.join(map(str, self.spec.test_size))} at most"
+
+    @classmethod
+    def load_data(cls, config: DetectionConfig) -> Splits:
+        return load_coco(config, config.seed)
+
+    def read_images(self, path: Path) -> Images:
+        return read_coco(path, self.spec.classes)
+
+    @property
+    def train_transform(self) -> Transform:
+        names = ("short_sides", "long_side", "random_crop", "jitter", "jitter_size", "hflip")
+        augment = {name: getattr(self.config, name) for name in names}
+        return train_transform(mean=self.spec.mean, std=self.spec.std, masks=self.masks, **augment)
+
+    @property
+    def eval_transform(self) -> Transform:
+        return eval_transform(mean=self.spec.mean, std=self.spec.std, test_size=self.spec.test_size)
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        return collate(samples)
+
+    def training_step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return model.losses(batch["image"], batch["size"], batch["targets"]), {}  # type: ignore[operator]
+
+    def describe(self, splits: Splits, console: "Console") -> None:
+        describe_data(splits, None, console, what="objects")
+        parameters = sum(p.numel() for p in self.model.parameters())
+        line = f"Model  {self.spec.detector} on {self.spec.model}, {parameters / 1e6:.2f} M parameters"
+        console.out(f"{line}, best epoch by {readable(self.monitor)}", highlight=False)
+        if self.config.detector != self.spec.detector:
+            console.out("Note   the data has no masks, so the detector predicts boxes only", highlight=False)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        return model(batch["image"], batch["size"], batch["original_size"])
+
+    def metrics(self, **options: Any) -> Any:
+        from vision_ssm.tasks.coco_metric import CocoMetric
+
+        return CocoMetric(self.spec.classes, masks=self.masks, **options)
+
+    def evaluation_step(self, model: nn.Module, batch: Batch, metrics: Any) -> Sequence[Any]:
+        """Update metrics; return the predictions as JSON has them."""
+        predictions = self.decode(self.forward(model, batch), batch)
+        rows = [prediction.row(threshold=0.0) for prediction in predictions]
+        metrics.update(rows, batch["targets"])
+        return rows
+
+    def evaluation(self, values: Any, records: Sequence[Any]) -> DetectionResults:
+        return DetectionResults(self.spec.classes, values, tuple(records))
+
+    def decode(self, outputs: Any, batch: Batch) -> list[DetectionPrediction]:
+        """Boxes, scores, labels and masks of the objects."""
+        spec = self.spec
+        pairs = zip(batch["id"], outputs, strict=True)
+        return [DetectionPrediction(name, spec.classes, found.cpu()) for name, found in pairs]
+
+    def write_picture(self, prediction: Any, path: Path, **options: Any) -> None:
+        picture = prediction.draw(open_image(prediction.id), **options)
+        with atomic_write(path.with_name(f"{path.name}.jpg")) as file:
+            picture.save(file, "JPEG", quality=92)
+
+    def as_json(self, rows: Sequence[dict[str, Any]]) -> Any:
+        """A data set in COCO format whose annotations have scores."""
+        return coco_document(rows, self.spec.classes, self.spec.category_ids)
+
+    def as_csv(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {"image": row["image"], "class": found["class"], "score": found["score"]}
+            | dict(zip(("x1", "y1", "x2", "y2"), found["box"], strict=True))
+            for row in rows
+            for found in row["objects"]
+        ]
+
+    def as_table(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+        lines = []
+        for row in rows:
+            counts = Counter(found["class"] for found in row["objects"])
+            found = ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+            lines += [{"image": row["image"], "found": found}]
+        return lines
+
+
+def first_model(config: DetectionConfig, spec: DetectorSpec, *, resume: bool = False) -> nn.Module:
+    """The detector that training starts from.
+
+    Raises:
+        InputError: It cannot be made, or its weights cannot be read or do not fit.
+    """
+    start: dict[str, Any] = {}
+    if isinstance(path := config.backbone_weights, Path) and not resume:
+        path = weights_file(path) if path.is_dir() else path
+        start["backbone_state"] = read_weights(path, config.model)
+    elif path is True and not resume:
+        start["backbone_pretrained"] = True
+    try:
+        with seeded(config.seed, _WEIGHTS):
+            model = create_detector(spec.detector, spec.model, spec.model_args, len(spec.classes), **start)
+    except CheckpointError as error:
+        raise InputError(f"--backbone-weights {config.backbone_weights}: {error}") from None
+    if config.pretrained is not None and not resume:
+        path = weights_file(config.pretrained)
+        stored, state, wanted = read_metadata(path), read_weights(path), model.state_dict()
+        if stored["task"] != "detection" or (stored["detector"], stored["model"]) != (spec.detector, spec.model):
+            of = f"{stored.get('detector', stored['task'])} on {stored['model']}"
+            raise InputError(f"--pretrained {path} is of {of}, not of {spec.detector} on {spec.model}")
+        others = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+        if tuple(stored["classes"]) != spec.classes:
+            others = model.class_keys()  # type: ignore[operator]
+            _logger.warning("%s: what depends on its classes, which are others, was left out", path)
+        load_weights(model, state | {key: wanted[key] for key in others}, path)
+    return model

@@ -35,7 +35,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
     n = len(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = float(np.clip(2.6 + 0.42 * n, 4.2, 15))
-    names = [_elide(name, 24) for name in classes]
+    names = [elide(name, 24) for name in classes]
     margin = 0.075 * max(map(len, names)) if n <= 100 else 0.5
     figure = Figure(figsize=(side + margin + 0.9, side + margin), layout="constrained")
     axes = figure.subplots()
@@ -98,8 +98,8 @@ def draw_predictions(
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=2.5)
         axes.imshow(_thumbnail(sample["image"]))
-        title = f"{_elide(classes[guess], 16)} ({confidence:.0%})"
-        below = "" if target == guess else f"is {_elide(classes[target], 18)}"
+        title = f"{elide(classes[guess], 16)} ({confidence:.0%})"
+        below = "" if target == guess else f"is {elide(classes[target], 18)}"
         axes.set_title(title, fontsize=9, color=color, pad=4)
         axes.set_xlabel(below, fontsize=9, color=color, labelpad=3)
     save_figure(figure, path)
@@ -115,7 +115,8 @@ def _thumbnail(image: Image.Image, side: int = 160) -> Image.Image:
     return square
 
 
-def _elide(name: str, length: int) -> str:
+def elide(name: str, length: int) -> str:
+    """A name as matplotlib can show it, shortened in its middle."""
     known = _characters()
     name = "".join(c if ord(c) in known else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
     # The middle goes, because names are often told apart by their ends.

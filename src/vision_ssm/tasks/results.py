@@ -9,7 +9,7 @@ from torch import Tensor
 from vision_ssm.data import Images, ImageStream, Splits
 from vision_ssm.data.dataset import equal_images, how_many
 from vision_ssm.engine.output import make_table
-from vision_ssm.errors import InputError, printable
+from vision_ssm.errors import InputError, printable, shorten
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,6 +98,13 @@ class ClassificationResults:
         middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
+    def remarks(self) -> list[str]:
+        """Which classes have no images."""
+        present = [name for name, count in zip(self.classes, self.confusion.sum(1), strict=True) if count]
+        absent = f"{len(self.classes) - len(present)} of {len(self.classes)} classes have no images here"
+        left_out = f"{absent}; the metrics leave them out and are for {shorten(present)}"
+        return [left_out] if len(present) < len(self.classes) else []
+
     def metrics(self) -> dict[str, float]:
         """The metrics by name, over the classes that occur; top-5 only where there are more than five classes."""
         top5 = {} if self.top5 is None else {"top5_accuracy": self.top5}
@@ -169,22 +176,23 @@ class ClassificationResults:
         return {"Confusion": confusion, "Predictions": predictions}
 
 
-def describe_data(splits: Splits, size: int, console: "Console") -> None:
-    """Print how many images there are, of each class where that is known, and what is odd about them.
+def describe_data(splits: Splits, size: int | None, console: "Console", *, what: str = "images") -> None:
+    """Print how many images there are, how many of each class where that is known, and what is odd about them.
 
     Args:
         splits: The images.
-        size: Pixels to which images are resized.
+        size: Pixels to which images are resized, if that may be too few.
         console: Where to print.
+        what: What is counted of each class.
     """
     from rich.markup import escape
 
     train, val = splits.train, splits.val
     counted = f"{how_many(train)} training and {how_many(val)} validation images"
     console.print(f"Data   {counted} in {len(train.classes)} classes", highlight=False)
-    for images, what in ((train, "training"), (val, "validation")):
+    for images, name in ((train, "training"), (val, "validation")):
         if isinstance(images, ImageStream):
-            console.print(f"       {what} images are read as a stream, shards: {len(images.shards):,}", highlight=False)
+            console.print(f"       {name} images are read as a stream, shards: {len(images.shards):,}", highlight=False)
     for note in _notes(train, val, size):
         console.out(f"Note   {note}", highlight=False)
     counts, val_counts = train.counts(), val.counts()
@@ -192,15 +200,15 @@ def describe_data(splits: Splits, size: int, console: "Console") -> None:
         return
     if len(train.classes) > _MANY:
         few, many = min(counts), max(counts)
-        console.print(f"       {few:,} to {many:,} training images per class", highlight=False)
+        console.print(f"       {few:,} to {many:,} training {what} per class", highlight=False)
         return
-    table = make_table("class", ">training", ">validation")
+    table = make_table("class", f">training {what}", f">validation {what}")
     for name, a, b in zip(train.classes, counts, val_counts, strict=True):
         table.add_row(escape(printable(name)), f"{a:,}", f"{b:,}")
     console.print(table)
 
 
-def _notes(train: Images, val: Images, size: int) -> list[str]:
+def _notes(train: Images, val: Images, size: int | None) -> list[str]:
     if isinstance(train, ImageStream) or isinstance(val, ImageStream):
         return []
     notes = [*dict.fromkeys([*train.notes, *val.notes])]
@@ -210,6 +218,8 @@ def _notes(train: Images, val: Images, size: int) -> list[str]:
     elif equal:
         first = " and ".join(map(printable, equal[0]))
         notes += [f"{len(equal):,} validation images have the same bytes as training images, such as {first}"]
+    if size is None:
+        return notes
     sides = []
     for key in range(0, len(train), max(1, len(train) // 8)):
         with contextlib.suppress(InputError):
