@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error.line)
     except ModuleNotFoundError as error:
         needed = f"{words[0]} needs {error.name}, which is not installed"
-        return fail(f"{needed}; pip install 'vision-ssm[train]' installs all that it needs")
+        extra = "detection" if error.name == "faster_coco_eval" else "train"
+        return fail(f"{needed}; pip install 'vision-ssm[{extra}]' installs all that it needs")
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return fail(f"{error.strerror or error}{where}")

@@ -47,6 +47,32 @@ class Strings(Sequence[str]):
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]])
 
 
+class Ragged:
+    """Arrays of different lengths in two arrays, which forked processes share.
+
+    Args:
+        values: (total, ...) all of them, one after the other.
+        lengths: (count,) the length of each.
+    """
+
+    def __init__(self, values: np.ndarray, lengths: np.ndarray | Sequence[int]) -> None:
+        self.values, self.ends = values, np.cumsum([0, *lengths])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        """The array of a number, or a `Ragged` of the arrays of several numbers."""
+        if not isinstance(index, np.ndarray):
+            return self.values[self.ends[index] : self.ends[index + 1]]
+        parts = [self.values[:0], *(self[number] for number in index.tolist())]
+        return Ragged(np.concatenate(parts), np.diff(self.ends)[index])
+
+    def tobytes(self) -> bytes:
+        """All bytes, for digests."""
+        return self.ends.tobytes() + self.values.tobytes()
+
+
 class ImageDataset:
     """Images with targets that can be read in any order.
 
@@ -55,7 +81,9 @@ class ImageDataset:
     Args:
         read: Returns the path, the opened file or the image of a number.
         ids: What to call each image in messages and plots.
-        targets: What a sample holds besides: an array for each name, such as `label` for the index of the class.
+        targets: What a sample holds besides: for each name an array or a `Ragged`, such as `label` for the index of the
+            class, or `labels` and others for several objects. Where `original_size` is among them, (images, 2) heights
+            and widths, images of other sizes are errors.
         classes: Names of the classes.
         index: Which of these images to take, in this order; all by default.
         sizes: Bytes of each image's file, where they are known.
@@ -63,15 +91,20 @@ class ImageDataset:
 
     Attributes:
         max_pixels: The largest number of pixels to decode, if not Pillow's limit.
+        grouped: Batch size for which the order puts images of one orientation, wide or tall by `original_size`, into
+            a batch.
+        category_ids: Number of each class in the files that declare them, where it has one.
     """
 
     max_pixels: int | None = None
+    grouped: int | None = None
+    category_ids: tuple[int, ...] = ()
 
     def __init__(
         self,
         read: Callable[[int], Path | BinaryIO | Image.Image],
         ids: Sequence[str],
-        targets: Mapping[str, np.ndarray],
+        targets: Mapping[str, Any],
         classes: tuple[str, ...],
         index: np.ndarray | None = None,
         sizes: np.ndarray | None = None,
@@ -88,16 +121,16 @@ class ImageDataset:
         """One image as 8-bit RGB, with its id and targets.
 
         Raises:
-            InputError: The image cannot be read.
+            InputError: The image cannot be read, or its size is not the one that is known.
         """
         number, name = int(self.index[key]), self.id(key)
+        targets = {what: values[number] for what, values in self.targets.items()}
         try:
             image = self.read(number)
         except Exception as error:  # readers raise anything
             raise InputError(f"cannot read image {name}: {error or type(error).__name__}") from error
         if not isinstance(image, Image.Image):
-            image = open_image(image, name, self.max_pixels)
-        targets = {what: values[number] for what, values in self.targets.items()}
+            image = open_image(image, name, self.max_pixels, targets.get("original_size"))
         return {
             "image": image,
             "id": name,
@@ -119,8 +152,11 @@ class ImageDataset:
     def order(self, seed: int, epoch: int, start: int, stop: int, rank: int = 0, world: int = 1) -> Iterator[int]:
         """The training keys of one of several processes, from `start` to `stop`, as a function of (seed, epoch)."""
         with seeded(seed, ORDER, epoch):
-            order = torch.randperm(len(self))
-        return iter(order[rank::world][start:stop].tolist())
+            order = torch.randperm(len(self))[rank::world].numpy()
+        if self.grouped:
+            height, width = self.targets["original_size"][self.index[order]].T
+            order = order[_batches_of_one_kind(width >= height, self.grouped)]
+        return iter(order[start:stop].tolist())
 
     def in_order(self, rank: int = 0, world: int = 1) -> range:
         """The keys of one of several processes, in order; over all processes each key once."""
@@ -135,13 +171,20 @@ class ImageDataset:
         return self.targets["label"][self.index]
 
     def counts(self) -> list[int] | None:
-        """Number of images of each class."""
-        return np.bincount(self.labels(), minlength=len(self.classes)).tolist()
+        """Number of images of each class, or of objects without crowds, where images hold several."""
+        if "labels" in self.targets:
+            crowd = self.targets["crowd"][self.index].values
+            labels = self.targets["labels"][self.index].values[~crowd]
+        else:
+            labels = self.labels()
+        return np.bincount(labels, minlength=len(self.classes)).tolist()
 
     def subset(self, keys: Sequence[int]) -> "ImageDataset":
         """The images of these keys, in this order."""
         index = self.index[np.asarray(keys, np.int64)]
-        return ImageDataset(self.read, self.ids, self.targets, self.classes, index, self.sizes, self.notes)
+        images = ImageDataset(self.read, self.ids, self.targets, self.classes, index, self.sizes, self.notes)
+        images.category_ids = self.category_ids
+        return images
 
     def with_labels(self, labels: np.ndarray, classes: tuple[str, ...]) -> "ImageDataset":
         """The same images under other classes.
@@ -162,6 +205,17 @@ class ImageDataset:
         for number in self.index.tolist():
             digest.update(os.fsencode(self.ids[number]) + b"\n")
         return digest.hexdigest()
+
+
+def _batches_of_one_kind(kind: np.ndarray, batch_size: int) -> np.ndarray:
+    """The places of `kind` (bool) in full batches of one kind, by where their last one stands; then what is left."""
+    batches, left = [], []
+    for places in (np.flatnonzero(kind), np.flatnonzero(~kind)):
+        full = len(places) // batch_size * batch_size
+        batches.append(places[:full].reshape(-1, batch_size))
+        left.append(places[full:])
+    ordered = np.concatenate(batches)
+    return np.concatenate([ordered[np.argsort(ordered[:, -1])].ravel(), *left])
 
 
 Images = ImageDataset | ImageStream
@@ -213,7 +267,7 @@ def load_digits() -> Splits:
 
 
 def hold_out(images: ImageDataset, fraction: float, seed: int) -> Splits:
-    """Split images in two at random, with the same share of every class.
+    """Split images in two at random, with the same share of every class, where each image has one.
 
     Args:
         images: All images.
@@ -225,9 +279,9 @@ def hold_out(images: ImageDataset, fraction: float, seed: int) -> Splits:
     """
     # scikit-learn's stratified split refuses classes of one image and may leave small ones out of validation.
     order = np.random.default_rng(seed).permutation(len(images))
-    labels = images.labels()[order]
+    labels = images.labels()[order] if "label" in images.targets else np.zeros(len(images), np.int64)
     held: list[int] = []
-    for label, count in enumerate(images.counts() or ()):
+    for label, count in enumerate(np.bincount(labels).tolist()):
         share = min(count - 1, max(1, round(fraction * count)))
         held += order[labels == label][:share].tolist()
     if not held:

@@ -1,16 +1,20 @@
 import contextlib
 import warnings
+from collections.abc import Sequence
 from os import PathLike
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from vision_ssm.errors import InputError
 
 
 def open_image(
-    file: str | PathLike[str] | BinaryIO, name: str | None = None, max_pixels: int | None = None
+    file: str | PathLike[str] | BinaryIO,
+    name: str | None = None,
+    max_pixels: int | None = None,
+    size: Sequence[int] | None = None,
 ) -> Image.Image:
     """Read an image file as 8-bit RGB.
 
@@ -21,9 +25,12 @@ def open_image(
         file: Its path, or its content.
         name: What to call it in messages, if not by its path.
         max_pixels: The largest number of pixels to decode, if not Pillow's limit.
+        size: The height and width that it must have. Where only the image as it is stored has them, and the EXIF
+            orientation would swap its sides, the orientation is not applied: boxes that were drawn by a program that
+            ignores it belong to the stored pixels.
 
     Raises:
-        InputError: The file is missing, truncated, not an image, or too large.
+        InputError: The file is missing, truncated, not an image, too large, or of another size.
     """
     limit = Image.MAX_IMAGE_PIXELS
     try:
@@ -34,7 +41,11 @@ def open_image(
             with Image.open(file) as image:
                 image.load()
                 with contextlib.suppress(Exception):  # tags of wrong types
-                    ImageOps.exif_transpose(image, in_place=True)
+                    if size is None or not _is_stored_as(image, size):
+                        ImageOps.exif_transpose(image, in_place=True)
+                if size is not None and (image.height, image.width) != tuple(size):
+                    expected = f"the annotations say {size[1]}x{size[0]}"
+                    raise ValueError(f"it has {image.width}x{image.height} pixels, {expected}")
                 return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise InputError(f"cannot read image {name or file}: {error}; --max-pixels raises the limit") from error
@@ -48,6 +59,12 @@ def open_image(
         raise InputError(f"cannot read image {name or file}: {reason}") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def _is_stored_as(image: Image.Image, size: Sequence[int]) -> bool:
+    """Whether an image has a height and width that its EXIF orientation would swap."""
+    swaps = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return swaps and image.height != image.width and (image.height, image.width) == tuple(size)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

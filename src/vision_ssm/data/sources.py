@@ -147,10 +147,10 @@ def read_folder(root: Path, classes: Names | None = None) -> ImageDataset:
         raise InputError(f"{root} holds no images in its sub-folders (looked for {' '.join(EXTENSIONS)})")
     if classes is None and (empty := [found[i] for i in sorted({*range(len(found))} - {*labels})]):
         raise InputError(f"no images in {root} for {shorten(empty)}; remove the folder or fill it")
-    ids, sizes = Strings(file[len(base) :] for file in files), np.array([*map(_size, files)])
+    ids, sizes = Strings(file[len(base) :] for file in files), np.array([*map(file_size, files)])
     counted = shorten([f"{count:,} {extension}" for extension, count in skipped.most_common()])
     notes = [f"no images, left out: {counted}"] if skipped else []
-    read = functools.partial(_path, root, ids)
+    read = functools.partial(file_below, root, ids)
     return ImageDataset(read, ids, {"label": np.array(labels)}, tuple(index), sizes=sizes, notes=notes)
 
 
@@ -203,7 +203,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return images
 
 
-def _path(root: Path, names: Strings, number: int) -> Path:
+def file_below(root: Path, names: Strings, number: int) -> Path:
+    """The path of one of some names in a folder."""
     return root / names[number]
 
 
@@ -227,7 +228,8 @@ def _walk(folder: str | Path, skipped: Counter[str] | None = None, others: Colle
         seen.add(real)
 
 
-def _size(file: str) -> int:
+def file_size(file: str) -> int:
+    """Bytes of a file; -1 where there is none."""
     with contextlib.suppress(OSError):  # a link to nothing
         return os.path.getsize(file)
     return -1

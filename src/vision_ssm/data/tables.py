@@ -57,7 +57,9 @@ def find_split(data: str, names: tuple[str, ...]) -> Place | None:
     return next(((data, name) for name in names if name in available), None)
 
 
-def read_table(place: Place | str, config: ClassDataConfig, named: tuple[str, ...] | None) -> ImageDataset | ImageStream:
+def read_table(
+    place: Place | str, config: ClassDataConfig, named: tuple[str, ...] | None
+) -> ImageDataset | ImageStream:
     """A split of a Hugging Face dataset, or of a local folder of its files, downloaded or as a stream.
 
     Args:

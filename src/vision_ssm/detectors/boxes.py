@@ -18,49 +18,42 @@ _MAX_LOG_SIZE = abs(math.log(16 / 1000))  # of a decoded box against its anchor,
 _JOINT_NMS = 10_000  # from this number of boxes on, NMS runs on each group alone
 
 
-def make_anchors(height: int, width: int, stride: int, sizes: Sequence[float], device: torch.device) -> Tensor:
-    """Return the anchors of one pyramid level.
+def make_anchors(level: Tensor, stride: int, sizes: Sequence[float]) -> Tensor:
+    """Return the anchors of a pyramid level: (H * W * 3 * len(sizes), 4), ordered by row, column, ratio, size.
 
     Args:
-        height: Height of the level's map.
-        width: Width of the map.
-        stride: Pixels of the image per place of the map.
+        level: The level's map, (B, C, H, W).
+        stride: Pixels of the image per place of the map; the places' multiples of it are the centers.
         sizes: Square roots of the anchors' areas, as multiples of the stride.
-        device: Where they are made.
-
-    Returns:
-        (height * width * 3 * len(sizes), 4), ordered by row, column, ratio, size; centered on multiples of the stride.
     """
-    h_ratios = torch.tensor(_RATIOS, device=device).sqrt()
-    multiples = torch.tensor(sizes, device=device)
+    height, width = level.shape[-2:]
+    h_ratios = torch.tensor(_RATIOS, device=level.device).sqrt()
+    multiples = torch.tensor(sizes, device=level.device)
     w = (stride * (1 / h_ratios)[:, None] * multiples).flatten()
     h = (stride * h_ratios[:, None] * multiples).flatten()
     base = torch.stack([-0.5 * w, -0.5 * h, 0.5 * w, 0.5 * h], dim=1)  # (A, 4)
-    y = torch.arange(height, device=device) * stride
-    x = torch.arange(width, device=device) * stride
+    y = torch.arange(height, device=level.device) * stride
+    x = torch.arange(width, device=level.device) * stride
     centers = torch.stack([x.repeat(height), y.repeat_interleave(width)], dim=1).repeat(1, 2)
     return (centers[:, None] + base).flatten(0, 1)
 
 
-def inside_own_padding(
-    height: int, width: int, stride: int, size: tuple[int, int], divisor: int, device: torch.device
-) -> Tensor:
-    """Return which places of a map belong to an image that is padded on its own, not to the size of its batch.
+def inside_own_padding(level: Tensor, stride: int, size: tuple[int, int], divisor: int) -> Tensor:
+    """Return which places of a map an image reaches that is padded on its own, not to the size of its batch.
 
     Args:
-        height: Height of the map.
-        width: Width of the map.
+        level: The map, (B, C, H, W).
         stride: Pixels of the image per place of the map.
         size: (height, width) of the image before padding.
         divisor: Number whose multiples images are padded to.
-        device: Where the result is made.
 
     Returns:
-        Bool, (height * width,).
+        Bool, (H * W,).
     """
     rows, columns = (math.ceil(math.ceil(side / divisor) * divisor / stride) for side in size)
-    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
-    return ((y < rows)[:, None] & (x < columns)).flatten()
+    inside = torch.zeros(level.shape[-2:], dtype=torch.bool, device=level.device)
+    inside[:rows, :columns] = True
+    return inside.flatten()
 
 
 def encode_boxes(anchors: Tensor, boxes: Tensor, stds: Sequence[float]) -> Tensor:

@@ -18,7 +18,11 @@ from vision_ssm.errors import InputError, nearest
 from vision_ssm.models.create import create_model, default_cfg
 from vision_ssm.models.registry import registered_models
 
-DETECTORS: dict[str, type[Detector]] = {"mask-rcnn": MaskRCNN, "faster-rcnn": FasterRCNN, "retinanet": RetinaNet}
+DETECTORS: dict[str, type[FasterRCNN | RetinaNet]] = {
+    "mask-rcnn": MaskRCNN,
+    "faster-rcnn": FasterRCNN,
+    "retinanet": RetinaNet,
+}
 
 # Arguments that models get where they take them: what the published detection backbones have, and free image sizes.
 _ARGS = {"feature_norm": True, "learnable_scale": True, "strict_img_size": False, "dynamic_img_size": True}
@@ -95,7 +99,7 @@ def _levels(detector: str, model: str, plain: nn.Module) -> list[int]:
 
 
 def _freeze_unused_norms(backbone: nn.Module, taken: list[int]) -> None:
-    """Freeze the norms of maps that the pyramid does not take: DistributedDataParallel would wait for their gradients."""
+    """Freeze the norms of maps that are not taken: DistributedDataParallel would wait for their gradients."""
     for name, parameter in backbone.named_parameters():
         if name.startswith("model.feature_norms.") and int(name.split(".")[2]) not in taken:
             parameter.requires_grad_(False)
@@ -105,7 +109,7 @@ def _freeze_unused_norms(backbone: nn.Module, taken: list[int]) -> None:
 def _check_maps(backbone: nn.Module, model: str) -> None:
     """Refuse a backbone that does not take images of any size, or whose maps are not those that it announces."""
     height, width = 64, 96
-    info = backbone.feature_info
+    info: Any = backbone.feature_info
     expected = [
         (channels, -(-height // stride), -(-width // stride))
         for channels, stride in zip(info.channels(), info.reduction(), strict=True)

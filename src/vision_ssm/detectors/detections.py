@@ -31,6 +31,11 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def cpu(self) -> Detections:
+        """Return the same in the memory of the CPU."""
+        probs = None if self.mask_probs is None else self.mask_probs.cpu()
+        return Detections(self.boxes.cpu(), self.scores.cpu(), self.labels.cpu(), self.size, probs)
+
     def masks(self) -> Tensor:
         """Return the masks in the original image, bool (N, height, width).
 

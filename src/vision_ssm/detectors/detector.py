@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.layers import Format
@@ -44,7 +45,7 @@ class Detector(nn.Module, ABC):
         super().__init__()
         self.anchor_sizes = tuple(anchor_sizes)
         self.divisor = divisor
-        info = backbone.feature_info
+        info: Any = backbone.feature_info
         self.backbone_strides: list[int] = info.reduction()
         self.strides = [
             *self.backbone_strides,
@@ -91,16 +92,13 @@ class Detector(nn.Module, ABC):
 
     def anchors(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return the anchors of each level, float32 (places * anchors per place, 4)."""
-        return [
-            make_anchors(*x.shape[-2:], stride, self.anchor_sizes, x.device)
-            for x, stride in zip(maps, self.strides, strict=True)
-        ]
+        return [make_anchors(x, stride, self.anchor_sizes) for x, stride in zip(maps, self.strides, strict=True)]
 
     def usable_anchors(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Return the indices, among the anchors of all levels, of those within an image's own padding."""
         per_place = 3 * len(self.anchor_sizes)
         inside = [
-            inside_own_padding(*x.shape[-2:], stride, size, self.divisor, x.device).repeat_interleave(per_place)
+            inside_own_padding(x, stride, size, self.divisor).repeat_interleave(per_place)
             for x, stride in zip(maps, self.strides, strict=True)
         ]
         return torch.cat(inside).nonzero().flatten()

@@ -6,6 +6,7 @@ Paper: "Focal Loss for Dense Object Detection", arXiv 1708.02002. The layers are
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class RetinaNet(Detector):
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int, *, divisor: int = 32) -> None:
-        extra = _P6P7(backbone.feature_info.channels()[-1], 256)
+        info: Any = backbone.feature_info
+        extra = _P6P7(info.channels()[-1], 256)
         sizes = [4 * 2 ** (octave / 3) for octave in range(3)]
         super().__init__(backbone, extra, extra_levels=2, anchor_sizes=sizes, divisor=divisor)
         self.num_classes = num_classes

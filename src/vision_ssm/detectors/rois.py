@@ -37,7 +37,7 @@ def roi_levels(boxes: Tensor, strides: Sequence[int]) -> Tensor:
     return (side / (14 * strides[0]) + 1e-6).log2().floor().clamp(0, len(strides) - 1).long()
 
 
-def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, padded: tuple[int, int]) -> Tensor:
+def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, padded: Sequence[int]) -> Tensor:
     """Return what the mask head is to predict: float32 (n, 28, 28), 0 or 1.
 
     Args:

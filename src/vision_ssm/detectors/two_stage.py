@@ -213,7 +213,7 @@ class FasterRCNN(Detector):
         maps: Sequence[Tensor],
         samples: Sequence[Sample],
         targets: Sequence[Mapping[str, Tensor]],
-        padded: tuple[int, int],
+        padded: Sequence[int],
     ) -> dict[str, Tensor]:
         """Return the losses of the heads, given the maps of the pyramid and the (height, width) of the batch."""
         logits, deltas = self.predict_boxes(self.roi_features(maps, [sample.boxes for sample in samples], 7))
@@ -263,7 +263,7 @@ class MaskRCNN(FasterRCNN):
         maps: Sequence[Tensor],
         samples: Sequence[Sample],
         targets: Sequence[Mapping[str, Tensor]],
-        padded: tuple[int, int],
+        padded: Sequence[int],
     ) -> dict[str, Tensor]:
         losses = super().roi_losses(maps, samples, targets, padded)
         logits = self.predict_masks(self.roi_features(maps, [sample.positive for sample in samples], 14))

@@ -9,7 +9,11 @@ from vision_ssm.errors import InputError
 
 
 def evaluate(
-    task: Task, images: Images, batch_size: int | None = None, workers: int | None = None, console: Console | None = None
+    task: Task,
+    images: Images,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    console: Console | None = None,
 ) -> Evaluation:
     """Measure a model on labeled images, with a progress bar.
 

@@ -25,7 +25,6 @@ from vision_ssm.engine.files import write_json
 from vision_ssm.engine.loggers import check_logger, make_loggers
 from vision_ssm.engine.module import TrainingModule
 from vision_ssm.engine.optimization import make_optimizer
-from vision_ssm.engine.output import readable
 from vision_ssm.engine.plots import draw_curves
 from vision_ssm.engine.processes import environment_of, lost_another, process_rank
 from vision_ssm.engine.progress import TrainingProgress
@@ -218,7 +217,7 @@ def _finish(
     plots = {"Curves": folder.curves, **evaluation.draw(splits.val, folder.path)}
     console.print()
     evaluation.report(console, title=f"Best epoch, {best['epoch']} of {last['epoch']}")
-    console.print(f"Last epoch: {readable(monitor)} {last[f'val_{monitor}']:.2%}", highlight=False)
+    console.print(f"Last epoch: {monitor.replace('_', ' ')} {last[f'val_{monitor}']:.2%}", highlight=False)
     for what, path in {**plots, "Weights": folder.best}.items():
         console.out(f"{what:<12} {path}", highlight=False)
 

@@ -1,13 +1,7 @@
 import json
 import os
-import re
 import sys
 from typing import Any
-
-
-def readable(metric: str) -> str:
-    """The name of a metric as people write it: box_ap50 is box AP50."""
-    return re.sub(r"\b(ap|ar)", lambda found: found[0].upper(), metric.replace("_", " "))
 
 
 def make_table(*columns: str, header: bool = True) -> Any:

@@ -6,7 +6,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from vision_ssm.engine.files import atomic_write
-from vision_ssm.engine.output import readable
 
 _TRAIN, _VAL, _BEST = "#8c8c8c", "#1f5fa8", "#c0392b"
 
@@ -30,7 +29,7 @@ def draw_curves(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any], m
                 axes.plot(epochs, values, label=label, color=color, marker=marker, markersize=3, linewidth=1.6)
         if (value := best.get(f"val_{what}")) is not None:
             axes.plot(best["epoch"], value, "o", color=_BEST, markersize=7, fillstyle="none", label="best")
-        axes.set(xlabel="epoch", title=(name := readable(what))[0].upper() + name[1:])
+        axes.set(xlabel="epoch", title=what[0].upper() + what[1:].replace("_", " "))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from vision_ssm.engine.output import readable
 from vision_ssm.engine.recorder import RunRecorder
 
 
@@ -103,7 +102,7 @@ class TrainingProgress(Callback):
 
 def _shown(values: Mapping[str, float], names: tuple[str, ...]) -> str:
     parts = [
-        f"{name} {values[name]:.3f}" if name.startswith("loss") else f"{readable(name)} {values[name]:6.1%}"
+        f"{name} {values[name]:.3f}" if name.startswith("loss") else f"{name.replace('_', ' ')} {values[name]:6.1%}"
         for name in names
         if name in values
     ]

@@ -258,7 +258,7 @@ class OptimConfig(Config):
     """Average over fewer steps at the beginning."""
     monitor: str | None = None
     """Metric that decides which epoch is the best: by default accuracy, or balanced_accuracy where the largest class
-    has over 1.5 times as many training images as the smallest; of detectors mask_ap, or box_ap without masks."""
+    has over 1.5 times as many training images as the smallest; of detectors mask_AP, or box_AP without masks."""
     max_skipped: int = limited(10, least=1)
     """Stop after this many steps in a row without a finite loss and gradient, each of which is skipped."""
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vision_ssm.checkpoints import classifier_names
 from vision_ssm.data import Images, Sample, Splits, Transform, load_splits, read_images, seeded
-from vision_ssm.engine.output import readable
 from vision_ssm.engine.run_folder import weights_file
 from vision_ssm.engine.task import Batch, Task
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights, stored_metadata
@@ -274,7 +273,7 @@ class Classification(Task):
         parameters = sum(p.numel() for p in self.model.parameters())
         teacher = "" if self.teacher is None else f", learns from {self.config.teacher}"
         size = f"{parameters / 1e6:.2f} M parameters, {self.spec.img_size}×{self.spec.img_size} input"
-        best = "" if self.monitor == "accuracy" else f", best epoch by {readable(self.monitor)}"
+        best = "" if self.monitor == "accuracy" else f", best epoch by {self.monitor.replace('_', ' ')}"
         console.out(f"Model  {self.spec.model}, {size}{teacher}{best}", highlight=False)
 
     def metrics(self, **options: Any) -> Any:

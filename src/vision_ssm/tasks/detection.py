@@ -1,18 +1,18 @@
-import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from vision_ssm.data import Images, Sample, Splits, Transform, seeded
+from vision_ssm.checkpoints import CheckpointError
+from vision_ssm.data import Images, Sample, Splits, Transform, open_image, seeded
 from vision_ssm.data.coco import load_coco, read_coco
 from vision_ssm.data.joint import collate, eval_transform, train_transform
 from vision_ssm.detectors import create_detector
+from vision_ssm.engine.files import atomic_write
 from vision_ssm.engine.run_folder import weights_file
 from vision_ssm.engine.task import Batch, Task
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
@@ -20,6 +20,8 @@ from vision_ssm.errors import InputError, shorten
 from vision_ssm.models.create import default_cfg
 from vision_ssm.recipes import DetectionConfig
 from vision_ssm.recipes.config import Config, limited
+from vision_ssm.tasks.detection_results import FIGURES, DetectionPrediction, DetectionResults, as_coco, coco_document
+from vision_ssm.tasks.results import describe_data
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,8 +105,8 @@ class Detection(Task):
         names = [f"{kind}_{figure}" for kind in kinds for figure in FIGURES]
         if config.monitor not in (None, *names):
             raise InputError(f"--monitor must be one of {', '.join(names)}, got {config.monitor}")
-        self.monitor = config.monitor or f"{kinds[-1]}_ap"
-        self.epoch_metrics = ("loss", *(f"{kind}_{figure}" for kind in kinds for figure in ("ap", "ap50")))
+        self.monitor = config.monitor or f"{kinds[-1]}_AP"
+        self.epoch_metrics = ("loss", *(f"{kind}_{figure}" for kind in kinds for figure in ("AP", "AP50")))
 
     @property
     def masks(self) -> bool:
@@ -114,6 +116,8 @@ class Detection(Task):
     @classmethod
     def from_config(cls, config: DetectionConfig, splits: Splits, *, resume: bool = False) -> "Detection":
         spec = DetectorSpec.from_config(config, splits.train)
+        if "masks" not in splits.val.targets and config.monitor is None:  # type: ignore[union-attr]
+            config = replace(config, monitor="box_AP")
         return cls(first_model(config, spec, resume=resume), spec, config)
 
     @classmethod
@@ -126,15 +130,17 @@ class Detection(Task):
 
     @classmethod
     def load_data(cls, config: DetectionConfig) -> Splits:
-        return load_coco(config, config.seed)
+        splits = load_coco(config, config.seed, filter_empty=config.filter_empty)
+        splits.train.grouped = config.batch_size  # type: ignore[union-attr]
+        return splits
 
     def read_images(self, path: Path) -> Images:
         return read_coco(path, self.spec.classes)
 
     @property
     def train_transform(self) -> Transform:
-        names = ("short_sides", "long_side", "random_crop", "jitter", "jitter_size", "hflip")
-        augment = {name: getattr(self.config, name) for name in names}
+        names = ("short_sides", "long_side", "jitter", "jitter_size", "hflip")
+        augment = {name: getattr(self.config, name) for name in names} | {"crop": self.config.random_crop}
         return train_transform(mean=self.spec.mean, std=self.spec.std, masks=self.masks, **augment)
 
     @property
@@ -151,7 +157,7 @@ class Detection(Task):
         describe_data(splits, None, console, what="objects")
         parameters = sum(p.numel() for p in self.model.parameters())
         line = f"Model  {self.spec.detector} on {self.spec.model}, {parameters / 1e6:.2f} M parameters"
-        console.out(f"{line}, best epoch by {readable(self.monitor)}", highlight=False)
+        console.out(f"{line}, best epoch by {self.monitor.replace('_', ' ')}", highlight=False)
         if self.config.detector != self.spec.detector:
             console.out("Note   the data has no masks, so the detector predicts boxes only", highlight=False)
 
@@ -159,15 +165,15 @@ class Detection(Task):
         return model(batch["image"], batch["size"], batch["original_size"])
 
     def metrics(self, **options: Any) -> Any:
-        from vision_ssm.tasks.coco_metric import CocoMetric
+        from vision_ssm.tasks.coco_metric import CocoMetric  # seconds, for torchmetrics
 
-        return CocoMetric(self.spec.classes, masks=self.masks, **options)
+        return CocoMetric(len(self.spec.classes), **options)
 
     def evaluation_step(self, model: nn.Module, batch: Batch, metrics: Any) -> Sequence[Any]:
         """Update metrics; return the predictions as JSON has them."""
         predictions = self.decode(self.forward(model, batch), batch)
         rows = [prediction.row(threshold=0.0) for prediction in predictions]
-        metrics.update(rows, batch["targets"])
+        metrics.update([as_coco(row, self.masks) for row in rows], batch["targets"])
         return rows
 
     def evaluation(self, values: Any, records: Sequence[Any]) -> DetectionResults:
@@ -175,9 +181,8 @@ class Detection(Task):
 
     def decode(self, outputs: Any, batch: Batch) -> list[DetectionPrediction]:
         """Boxes, scores, labels and masks of the objects."""
-        spec = self.spec
         pairs = zip(batch["id"], outputs, strict=True)
-        return [DetectionPrediction(name, spec.classes, found.cpu()) for name, found in pairs]
+        return [DetectionPrediction(name, self.spec.classes, found.cpu()) for name, found in pairs]
 
     def write_picture(self, prediction: Any, path: Path, **options: Any) -> None:
         picture = prediction.draw(open_image(prediction.id), **options)

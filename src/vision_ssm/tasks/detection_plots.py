@@ -1,4 +1,4 @@
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from vision_ssm.data import Images
-from vision_ssm.data.coco import decode_masks
+from vision_ssm.data.coco import outlines
+from vision_ssm.data.rle import decode_masks, to_rle
 from vision_ssm.engine.plots import save_figure
-from vision_ssm.tasks.coco_metric import CocoScores
+from vision_ssm.tasks.coco_metric import RECALLS, CocoFigures
 from vision_ssm.tasks.plots import elide
 
 _COLORS = [tuple(round(255 * part) for part in color) for color in colormaps["tab10"].colors]  # type: ignore[attr-defined]
@@ -23,7 +24,11 @@ _SIDE = 640  # pixels of the longest side in a sheet
 
 
 def draw_objects(
-    image: Image.Image, boxes: Sequence[Sequence[float]], names: Sequence[str], numbers: Sequence[int], masks: Any = None
+    image: Image.Image,
+    boxes: Sequence[Sequence[float]],
+    names: Sequence[str],
+    numbers: Sequence[int],
+    masks: Any = None,
 ) -> Image.Image:
     """Draw boxes, masks and names on an image.
 
@@ -52,7 +57,8 @@ def draw_row(image: Image.Image, row: Mapping[str, Any], classes: Sequence[str])
     objects = row["objects"]
     names = [f"{elide(found['class'], 24)} {found['score']:.0%}" for found in objects]
     numbers = [found["label"] if len(classes) > 1 else i for i, found in enumerate(objects)]
-    masks = decode_masks([found["mask"] for found in objects]) if objects and "mask" in objects[0] else None
+    size = image.height, image.width
+    masks = decode_masks([found["mask"] for found in objects], *size) if objects and "mask" in objects[0] else None
     return draw_objects(image, [found["box"] for found in objects], names, numbers, masks)
 
 
@@ -81,42 +87,45 @@ def draw_pairs(
     grid = figure.subplots(rows, 2 * columns, squeeze=False).flat
     for axes in figure.axes:
         axes.axis("off")
-    for name, truth, found in pictures:
-        for picture, text in ((truth, elide(name, 40)), (found, "")):
+    for name, truth, picture in pictures:
+        for drawn, text in ((truth, elide(name, 40)), (picture, "")):
             axes = next(grid)
-            picture.thumbnail((_SIDE, _SIDE))
-            axes.imshow(picture)
+            drawn.thumbnail((_SIDE, _SIDE))
+            axes.imshow(drawn)
             axes.set_title(text, fontsize=9, loc="left")
     save_figure(figure, path)
 
 
 def _truth(sample: Mapping[str, Any], classes: Sequence[str]) -> Image.Image:
-    labels = sample["labels"].tolist()
+    image, labels = sample["image"], sample["labels"].tolist()
     names = [elide(classes[label], 24) for label in labels]
     numbers = labels if len(classes) > 1 else range(len(labels))
-    masks = decode_masks(sample["masks"]) if labels and "masks" in sample else None
-    return draw_objects(sample["image"], sample["boxes"].tolist(), names, numbers, masks)
+    size = image.height, image.width
+    rles = [to_rle(outline, *size) for outline in outlines(sample["masks"])] if "masks" in sample else None
+    masks = None if rles is None else decode_masks(rles, *size)
+    return draw_objects(image, sample["boxes"].tolist(), names, numbers, masks)
 
 
-def draw_precision(scores: CocoScores, classes: Sequence[str], path: Path, *, most: int = 8) -> None:
+def draw_precision(
+    kinds: Mapping[str, CocoFigures], classes: Sequence[str], objects: np.ndarray, path: Path, *, most: int = 8
+) -> None:
     """Draw precision by recall at an IoU of 0.5: the mean over all classes, and those with most objects.
 
     Args:
-        scores: The metrics.
+        kinds: The figures of boxes, and of masks.
         classes: Names of the classes.
+        objects: Number of objects of each.
         path: The PNG file to write.
         most: Number of classes.
     """
-    curves = {"boxes": scores.box_precision, "masks": scores.mask_precision}  # (101, classes)
-    curves = {kind: values for kind, values in curves.items() if values is not None}
-    figure = Figure(figsize=(5.4 * len(curves), 4.2), layout="constrained")
-    chosen = np.argsort(-np.asarray(scores.objects), kind="stable")[:most]
-    recall = np.linspace(0, 1, 101)
-    for axes, (kind, precision) in zip(figure.subplots(1, len(curves), squeeze=False).flat, curves.items(), strict=True):
-        for number in chosen if len(classes) > 1 else ():
-            axes.plot(recall, precision[:, number], label=elide(classes[number], 20), linewidth=1, alpha=0.7)
-        axes.plot(recall, np.nanmean(precision, 1), color="black", label="mean", linewidth=2)
-        axes.set(xlabel="recall", ylabel="precision", title=f"{kind}, IoU 0.5", xlim=(0, 1), ylim=(0, 1.02))
+    figure = Figure(figsize=(5.4 * len(kinds), 4.2), layout="constrained")
+    chosen = np.argsort(-objects, kind="stable")[:most].tolist() if len(classes) > 1 else []
+    for axes, (kind, found) in zip(figure.subplots(1, len(kinds), squeeze=False).flat, kinds.items(), strict=True):
+        for label in chosen:
+            axes.plot(RECALLS, found.precision[label], label=elide(classes[label], 20), linewidth=1, alpha=0.7)
+        axes.plot(RECALLS, found.curve, color="black", label="mean over all" if chosen else classes[0], linewidth=2)
+        title = f"{kind}es, AP50 {found.AP50:.1%}" if kind == "box" else f"{kind}s, AP50 {found.AP50:.1%}"
+        axes.set(xlabel="recall", ylabel="precision", title=title, xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower left")

@@ -1,24 +1,40 @@
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from vision_ssm.data import Images
-from vision_ssm.data.coco import decode_masks, encode_mask
+from vision_ssm.data.rle import encode_masks
 from vision_ssm.detectors import Detections, paste_mask
 from vision_ssm.engine.output import make_table
 from vision_ssm.errors import printable, shorten
-from vision_ssm.tasks.coco_metric import CocoScores
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vision_ssm.tasks.coco_metric import CocoFigures, CocoResults
+
 _MANY = 20  # rows of a table
+
+FIGURES = {
+    "AP": "AP, IoU 0.5 to 0.95",
+    "AP50": "AP, IoU 0.5",
+    "AP75": "AP, IoU 0.75",
+    "APs": "AP, small objects, below 32² pixels",
+    "APm": "AP, medium objects",
+    "APl": "AP, large objects, above 96² pixels",
+    "AR1": "AR, 1 object per image",
+    "AR10": "AR, 10 objects per image",
+    "AR100": "AR, 100 objects per image",
+    "ARs": "AR, small objects",
+    "ARm": "AR, medium objects",
+    "ARl": "AR, large objects",
+}
+"""COCO's twelve figures, and what they are."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +94,17 @@ class DetectionPrediction:
                 "box": found.boxes[i].tolist(),
             }
             if found.mask_probs is not None:
-                entry["mask"] = encode_mask(paste_mask(found.mask_probs[i], found.boxes[i], found.size).numpy())
+                entry["mask"] = encode_masks(paste_mask(found.mask_probs[i], found.boxes[i], found.size)[None].numpy())[
+                    0
+                ]
             objects.append(entry)
         height, width = found.size
         return {"image": self.id, "height": height, "width": width, "objects": objects}
 
     def draw(self, image: Image.Image, threshold: float = 0.3) -> Image.Image:
         """The image with the objects of at least this score: boxes, masks, names and scores."""
+        from vision_ssm.tasks.detection_plots import draw_row  # seconds, for matplotlib
+
         return draw_row(image, self.row(threshold), self.classes)
 
 
@@ -94,37 +114,50 @@ class DetectionResults:
 
     Args:
         classes: Names of the classes.
-        scores: COCO's figures.
+        coco: COCO's figures.
         records: Predictions of each image as JSON has them.
     """
 
     classes: tuple[str, ...]
-    scores: CocoScores
+    coco: "CocoResults"
     records: tuple[dict[str, Any], ...] = ()
 
     @property
     def images(self) -> int:
         """Number of images."""
-        return self.scores.images
+        return self.coco.images
+
+    @property
+    def kinds(self) -> dict[str, "CocoFigures"]:
+        """The figures of boxes and, where there are some, of masks."""
+        masks = {} if self.coco.masks is None else {"mask": self.coco.masks}
+        return {"box": self.coco.boxes, **masks}
 
     def remarks(self) -> list[str]:
         """Which classes have no objects."""
-        absent = [name for name, count in zip(self.classes, self.scores.objects, strict=True) if not count]
+        absent = [name for name, count in zip(self.classes, self.coco.objects, strict=True) if not count]
         left_out = f"{len(absent)} of {len(self.classes)} classes have no objects here; the metrics leave them out"
         return [f"{left_out}: {shorten(absent)}"] if absent else []
 
     def metrics(self) -> dict[str, float]:
-        """COCO's twelve figures for boxes, and for masks where there are some, as shares."""
-        kinds = {"box": self.scores.box, "mask": self.scores.mask}
-        return {f"{kind}_{name}": value for kind, figures in kinds.items() if figures for name, value in figures.items()}
+        """COCO's twelve figures as shares; NaN where there is nothing to measure them on."""
+        return {f"{kind}_{name}": getattr(found, name) for kind, found in self.kinds.items() for name in FIGURES}
 
     def details(self) -> dict[str, Any]:
         """Counts, and the metrics of each class (None where it has no objects)."""
-        return {"images": self.images, "objects": sum(self.scores.objects), "per_class": self._per_class()}
+        return {"images": self.images, "objects": int(self.coco.objects.sum()), "per_class": self._per_class()}
 
     def _per_class(self) -> list[dict[str, Any]]:
-        columns = {"class": self.classes, "objects": self.scores.objects, **self.scores.per_class}
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        rows = []
+        for i, name in enumerate(self.classes):
+            count = int(self.coco.objects[i])
+            figures = {
+                f"{kind}_{figure}": float(getattr(found, f"class_{figure}")[i]) if count else None
+                for kind, found in self.kinds.items()
+                for figure in ("AP", "AP50")
+            }
+            rows.append({"class": name, "objects": count, **figures})
+        return rows
 
     def report(self, console: "Console", *, title: str | None = None, details: bool = False) -> None:
         """Print the metrics, with `details` a row for each class; of many, those with the lowest AP."""
@@ -134,9 +167,9 @@ class DetectionResults:
             rows = self._per_class()
             hidden = max(0, len(rows) - _MANY)
             if hidden:
-                rows = sorted((row for row in rows if row["objects"]), key=lambda row: row["box_ap"])[:_MANY]
-            figures = list(self.scores.per_class)
-            table = make_table("class", ">objects", *(f">{_label(name)}" for name in figures))
+                rows = sorted((row for row in rows if row["objects"]), key=lambda row: row["box_AP"])[:_MANY]
+            figures = [name for name in rows[0] if "AP" in name]
+            table = make_table("class", ">objects", *(f">{name.replace('_', ' ')}" for name in figures))
             for row in rows:
                 shown = (_percent(row[name]) for name in figures)
                 table.add_row(escape(printable(row["class"])), f"{row['objects']:,}", *shown)
@@ -145,13 +178,11 @@ class DetectionResults:
                 console.print(f"and {hidden:,} other classes; --json lists all", highlight=False)
         if title:
             console.print(title, style="italic", highlight=False)
-        kinds = {"boxes": self.scores.box, "masks": self.scores.mask}
-        kinds = {kind: values for kind, values in kinds.items() if values}
-        table = make_table("%", *(f">{kind}" for kind in kinds))
+        table = make_table("%", *(f">{kind}" for kind in self.kinds))
         for name, text in FIGURES.items():
-            table.add_row(text, *(_percent(values[name]) for values in kinds.values()))
+            table.add_row(text, *(_percent(getattr(found, name)) for found in self.kinds.values()))
         console.print(table)
-        console.print(f"{self.images:,} images with {sum(self.scores.objects):,} objects", highlight=False)
+        console.print(f"{self.images:,} images with {int(self.coco.objects.sum()):,} objects", highlight=False)
 
     def draw(self, images: Images, folder: Path) -> dict[str, Path]:
         """Draw predictions beside the truth, and precision by recall, into a folder; returns their files by title."""
@@ -159,15 +190,22 @@ class DetectionResults:
 
         pairs, precision = folder / "predictions.png", folder / "precision.png"
         draw_pairs(self.records, self.classes, images, pairs)
-        draw_precision(self.scores, self.classes, precision)
+        draw_precision(self.kinds, self.classes, self.coco.objects, precision)
         return {"Predictions": pairs, "Precision": precision}
+
+
+def as_coco(row: Mapping[str, Any], masks: bool) -> dict[str, Any]:
+    """A row as `CocoMetric` takes it."""
+    names = {"boxes": "box", "scores": "score", "labels": "label"} | ({"masks": "mask"} if masks else {})
+    return {name: [found[key] for found in row["objects"]] for name, key in names.items()}
 
 
 def coco_document(
     rows: Sequence[Mapping[str, Any]], classes: Sequence[str], category_ids: Sequence[int]
 ) -> dict[str, Any]:
     """Rows of predictions as a data set in COCO format; its annotations have scores too."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, row in enumerate(rows, start=1):
         size = {name: row[name] for name in ("height", "width")}
         images.append({"id": number, "file_name": row["image"], **size})
@@ -179,11 +217,6 @@ def coco_document(
             annotations.append({**entry, "iscrowd": 0})
     categories = [{"id": number, "name": name} for number, name in zip(category_ids, classes, strict=True)]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _label(name: str) -> str:
-    kind, figure = name.split("_")
-    return f"{kind} {FIGURES[figure]}"
 
 
 def _percent(value: float | None) -> str:
