@@ -68,16 +68,19 @@ def detector_no_decay(detector: nn.Module, model: str) -> set[str]:
     """Return the names of the parameters that the published training of a detector excludes from weight decay.
 
     Those are the ones whose full published name contains "norm". So norms that it calls by a number, biases, and the
-    parameters of the scan are decayed. A backbone without a published layout goes by its own names.
+    parameters of the scan are decayed. A backbone without a published layout goes by its own names. RetinaNet decays
+    all.
 
     Args:
         detector: The detector.
         model: Its backbone's name in timm's registry.
 
-    Source: ``norm_decay_mult`` in mmengine's ``optim/optimizer/default_constructor.py``, as VMamba's and SparX's
-    configurations set it.
+    Source: ``norm_decay_mult`` in mmengine's ``optim/optimizer/default_constructor.py``, set by the configurations of
+    Mask R-CNN on VMamba and SparX and not by that of RetinaNet on PVT.
     """
     names = [name for name, _ in detector.named_parameters()]
+    if detector_of(names) == "retinanet":
+        return set()
     published = invert(_rules(model, names), names) if can_convert(model) else {name: [name] for name in names}
     return {name for name, theirs in published.items() if any("norm" in key for key in theirs)}
 

@@ -35,11 +35,11 @@ class PublishedDetector:
     note: str | None = None
 
 
-def _vmamba(model: str, schedule: str, box_ap: float, mask_ap: float, cost: tuple[int, int], file: str,
+def _vmamba(model: str, schedule: str, box_ap: float, mask_ap: float, cost: tuple[float, float], file: str,
             note: str | None = None) -> PublishedDetector:  # fmt: skip
     """Source: MzeroMiko/VMamba@2ed52ea, README.md and assets/performance.md."""
     url = f"{_VMAMBA}{file}.pth"
-    return PublishedDetector(model, "mask-rcnn", schedule, box_ap, mask_ap, *map(float, cost), url, note)
+    return PublishedDetector(model, "mask-rcnn", schedule, box_ap, mask_ap, *cost, url, note)
 
 
 def _sparx(size: str, schedule: str, box_ap: float, mask_ap: float) -> PublishedDetector:
@@ -49,11 +49,11 @@ def _sparx(size: str, schedule: str, box_ap: float, mask_ap: float) -> Published
 
 
 def _efficient(
-    size: str, schedule: str, box_ap: float, mask_ap: float, cost: tuple[int, int], note: str | None = None
+    size: str, schedule: str, box_ap: float, mask_ap: float, cost: tuple[float, float], note: str | None = None
 ) -> PublishedDetector:
     """Source: arXiv 2403.09977, table 7."""
     model = f"efficient_vmamba_{size}"
-    return PublishedDetector(model, "mask-rcnn", schedule, box_ap, mask_ap, *map(float, cost), note=note)
+    return PublishedDetector(model, "mask-rcnn", schedule, box_ap, mask_ap, *cost, note=note)
 
 
 def _efficient_retinanet(size: str, box_ap: float, parameters: float, note: str | None = None) -> PublishedDetector:

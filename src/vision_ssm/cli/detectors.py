@@ -106,10 +106,10 @@ def show_detector(model: str, detector: str, size: tuple[int, int], classes: int
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"{detector} on {model} cannot take images of {size[0]}x{size[1]}: {error}") from None
     results = [r for r in PUBLISHED_DETECTORS if (r.model, r.detector) == (model, detector)] if classes == 80 else []
-    published = next((r for r in results), None)
-    flops = published.flops if published is not None and size == COST_SIZE else None
+    parameters, flops = (results[0].parameters, results[0].flops) if results else (None, None)
+    flops = flops if size == COST_SIZE else None
     differences = {
-        "parameters_difference": _percent(cost.parameters / 1e6, published and published.parameters),
+        "parameters_difference": _percent(cost.parameters / 1e6, parameters),
         "flops_difference": _percent(cost.paper_ops / 1e9, flops),
     }
     values = {"model": model, "detector": detector, "num_classes": classes, "input_size": [3, *size]}
@@ -123,8 +123,8 @@ def show_detector(model: str, detector: str, size: tuple[int, int], classes: int
     table.add_row("detector", _NAMES[detector], f"{classes} classes")
     table.add_row("backbone", model)
     table.add_row("input", f"3 x {size[0]} x {size[1]}")
-    parameters = _beside(published and published.parameters, "M", differences["parameters_difference"])
-    table.add_row("parameters", f"{cost.parameters:,}", parameters)
+    beside = _beside(parameters, "M", differences["parameters_difference"])
+    table.add_row("parameters", f"{cost.parameters:,}", beside)
     table.add_row("MACs", f"{cost.macs:,}", "1,000 proposals, 100 masks" if detector != "retinanet" else "")
     table.add_row("papers' ops", f"{cost.paper_ops:,}", _beside(flops, "G", differences["flops_difference"]))
     table.add_row("FLOPs", f"{cost.flops:,}", "2 per MAC, as torch counts")

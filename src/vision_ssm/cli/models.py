@@ -233,7 +233,7 @@ def bench(words: Sequence[str]) -> int:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(built) * len(options.batch))
         for name, model in built:
-            height, width = _size(options.size, model.pretrained_cfg["input_size"])  # type: ignore[index]
+            height, width = _size(options.size, model.pretrained_cfg["input_size"])  # type: ignore[index, arg-type]
             model = model.to(device, dtype)
             if optimized:
                 model = optimize(model, dtype=torch.float32 if options.precision == "32-true" else torch.bfloat16)
