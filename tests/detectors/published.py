@@ -72,6 +72,7 @@ class Published:
         self.sizes = torch.tensor(self.inputs.img_shapes)
         self.original_sizes = torch.tensor(self.inputs.ori_shapes)
         self.pyramid_levels = 3 if name == "retinanet" else 5
+        self.small_object = name == "maskrcnn"  # the third object of an image; RetinaNet's golden has it whole
         self.images = torch.zeros(2, 3, *self.inputs.batch_input_shape)
 
     def state(self, scales: Mapping[str, float] | None = None) -> dict[str, Tensor]:
@@ -93,11 +94,12 @@ class Published:
         """Return the objects of a training case."""
         targets = []
         for b, (h, w) in enumerate(self.inputs.img_shapes):
-            count = next(value for key, value in self.facts["losses"].items() if key == case)["ground_truth"][b]
+            count = self.facts["losses"][case]["ground_truth"][b]
             boxes = fill_dense.boxes(f"gt_boxes{b}", count, h, w, smallest=12)
             if count > 2:
                 boxes[1] = np.clip(boxes[0] + np.float32([4, -3, 6, 2]), 0, np.float32([w, h, w, h]))
-                boxes[2, 2:] = boxes[2, :2] + np.float32([9, 7])
+                if self.small_object:
+                    boxes[2, 2:] = boxes[2, :2] + np.float32([9, 7])
             labels = fill_dense.labels(f"gt_labels{b}", (count,), 80)
             masks = fill_dense.ellipses(boxes, h, w)
             targets.append(dict(boxes=tensor(boxes), labels=tensor(labels), masks=tensor(masks)))
@@ -161,6 +163,7 @@ def backbone_state(facts: Mapping[str, Any], backbone_keys: Sequence[tuple[str, 
     """Return a VMamba backbone's weights under our names, from its official keys."""
     prefix = "backbone."
     official = {
-        key: tensor(np.array(goldens.fill.value(prefix + key, tuple(shape), facts["seed"]))) for key, shape in backbone_keys
+        key: tensor(np.array(goldens.fill.value(prefix + key, tuple(shape), facts["seed"])))
+        for key, shape in backbone_keys
     }
     return {f"backbone.model.{key}": value for key, value in convert_vmamba(official).items()}

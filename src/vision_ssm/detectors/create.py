@@ -77,7 +77,6 @@ def create_detector(
         for cfg in (getattr(module, "pretrained_cfg", None), getattr(module, "default_cfg", None)):
             if isinstance(cfg, dict) and "state_dict" in cfg:
                 cfg["state_dict"] = None
-    _freeze_unused_norms(backbone, taken)
     _check_maps(backbone, model)
     return DETECTORS[detector](backbone, num_classes)
 
@@ -98,31 +97,33 @@ def _levels(detector: str, model: str, plain: nn.Module) -> list[int]:
     return taken[-3:] if detector == "retinanet" else taken
 
 
-def _freeze_unused_norms(backbone: nn.Module, taken: list[int]) -> None:
-    """Freeze the norms of maps that are not taken: DistributedDataParallel would wait for their gradients."""
-    for name, parameter in backbone.named_parameters():
-        if name.startswith("model.feature_norms.") and int(name.split(".")[2]) not in taken:
-            parameter.requires_grad_(False)
-
-
-@torch.no_grad()
 def _check_maps(backbone: nn.Module, model: str) -> None:
-    """Refuse a backbone that does not take images of any size, or whose maps are not those that it announces."""
+    """Refuse a backbone that does not take images of any size, and freeze what its maps do not depend on.
+
+    RetinaNet leaves out the first map, and with it the norm of that stage: DistributedDataParallel would wait for its
+    gradient.
+    """
     height, width = 64, 96
     info: Any = backbone.feature_info
     expected = [
         (channels, -(-height // stride), -(-width // stride))
         for channels, stride in zip(info.channels(), info.reduction(), strict=True)
     ]
+    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     try:
-        maps = to_nchw(
-            backbone, backbone.eval()(torch.zeros(1, 3, height, width, device=next(backbone.parameters()).device))
-        )
+        images = torch.zeros(1, 3, height, width, device=next(backbone.parameters()).device)
+        maps = to_nchw(backbone, backbone.eval()(images))
     except Exception as error:  # models raise anything
         reason = str(error) or type(error).__name__
         raise InputError(
-            f"{model} cannot take images of {height}x{width}, as a detector needs it to ({reason})"
+            f"{model} does not take images of {height}x{width}, as a detector needs it to: {reason}"
         ) from error
     if (found := [tuple(x.shape[1:]) for x in maps]) != expected:
-        raise InputError(f"{model} gives maps of shapes {found} for an image of {height}x{width}, expected {expected}")
+        raise InputError(f"{model} gives maps of shapes {found} for images of {height}x{width}, expected {expected}")
+    if torch.is_grad_enabled():
+        total = torch.stack([x.sum() for x in maps]).sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                parameter.requires_grad_(False)
     backbone.train()

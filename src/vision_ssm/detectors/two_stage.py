@@ -80,17 +80,17 @@ class FasterRCNN(Detector):
             nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor, sizes: Tensor, original_sizes: Tensor) -> list[Detections]:
-        maps = self.pyramid(images)
-        proposals = [boxes for boxes, _ in self.propose(*self.rpn(maps), self.anchors(maps), pairs(sizes))]
-        return self.detect(maps, proposals, pairs(sizes), pairs(original_sizes))
+        maps, inside = self.pyramid(images), pairs(sizes)
+        proposals = [boxes for boxes, _ in self.propose(*self.rpn(maps), self.anchors(maps), inside)]
+        return self.detect(maps, proposals, inside, pairs(original_sizes))
 
     def losses(self, images: Tensor, sizes: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        maps = self.pyramid(images)
+        maps, inside = self.pyramid(images), pairs(sizes)
         anchors, (logits, deltas) = self.anchors(maps), self.rpn(maps)
-        usable = [self.usable_anchors(maps, size) for size in pairs(sizes)]
-        losses = self.rpn_losses(logits, deltas, anchors, usable, targets)
+        usable = [self.usable_anchors(maps, size) for size in inside]
+        losses = self.rpn_losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), usable, targets)
         with torch.no_grad():
-            proposals = [boxes for boxes, _ in self.propose(logits, deltas, anchors, pairs(sizes), per_level=2000)]
+            proposals = [boxes for boxes, _ in self.propose(logits, deltas, anchors, inside, per_level=2000)]
         samples = [self.sample(*both) for both in zip(proposals, targets, strict=True)]
         return losses | self.roi_losses(maps, samples, targets, images.shape[-2:])
 
@@ -145,36 +145,39 @@ class FasterRCNN(Detector):
 
     def rpn_losses(
         self,
-        logits: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        anchors: Sequence[Tensor],
+        logits: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
         usable: Sequence[Tensor],
         targets: Sequence[Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
-        """Return the losses of the proposals, given the indices of the anchors that each image may use."""
-        all_logits, all_deltas, all_anchors = (
-            torch.cat(list(logits), 1),
-            torch.cat(list(deltas), 1),
-            torch.cat(list(anchors)),
-        )
+        """Return the losses of the proposals.
+
+        Args:
+            logits: (B, N), of the anchors of all levels.
+            deltas: (B, N, 4).
+            anchors: (N, 4).
+            usable: Indices of the anchors that each image may use.
+            targets: See :meth:`losses`.
+        """
         cls, box, count = [], [], 0
-        for logit, delta, inside, target in zip(all_logits, all_deltas, usable, targets, strict=True):
-            matched = match_boxes(all_anchors[inside], target["boxes"], 0.7, 0.3, 0.3)
+        for logit, delta, inside, target in zip(logits, deltas, usable, targets, strict=True):
+            matched = match_boxes(anchors[inside], target["boxes"], 0.7, 0.3, 0.3)
             positive, negative = sample_boxes(matched, self.rpn_samples, 0.5)
-            logit, delta, anchor = logit[inside], delta[inside], all_anchors[inside]
+            logit, delta, anchor = logit[inside], delta[inside], anchors[inside]
             for chosen, value in ((positive, 1.0), (negative, 0.0)):
                 goal = torch.full_like(logit[chosen], value)
                 cls.append(F.binary_cross_entropy_with_logits(logit[chosen], goal, reduction="sum"))
             goal = encode_boxes(anchor[positive], target["boxes"][matched[positive]], _RPN_STDS)
             box.append((delta[positive] - goal).abs().sum())
             count += max(len(positive), 1) + max(len(negative), 1)
-        return {"rpn_cls": sum(cls) / count, "rpn_box": sum(box) / count}
+        return {"rpn_cls": torch.stack(cls).sum() / count, "rpn_box": torch.stack(box).sum() / count}
 
     def detect(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sizes, original_sizes: Sizes
     ) -> list[Detections]:
         """Return the objects in each image, given the maps of the pyramid and the proposals, (n, 4)."""
-        # Without masks, mmdet brings boxes to the original image before NMS, which its offsets make another one.
+        # Without masks, mmdet brings boxes to the original image before NMS; with masks, after it.
         scales = [rescaling(*both, maps[0].float()) for both in zip(sizes, original_sizes, strict=True)]
         return [
             Detections(*found, original)
