@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import vision_ssm  # noqa: F401  (registers the models)
 from official_names import official
 from vision_ssm.checkpoints import CheckpointError
 from vision_ssm.checkpoints.vmamba import convert_vmamba
+from vision_ssm.engine.weights import save_weights
 
 NAME = "vmamba_atto"
 
@@ -140,6 +142,63 @@ def test_a_backbone_is_no_classifier(server: tuple[str, Path], backbone: Any) ->
     torch.save(backbone[1], server[1] / "w.pth")
     with pytest.raises(CheckpointError, match=r"4 missing: norm\.weight"):
         create(f"{server[0]}/w.pth", feature_norm=True)
+
+
+FAMILIES = {
+    **{f"{name}_atto": {} for name in ("vmamba", "efficient_vmamba", "vim2", "viqs", "sparx_swin")},
+    "group_mamba_atto": {},  # whose classifier has the only norm that its features lack otherwise
+    "sparx_mamba_atto": dict(learnable_scale=True),
+}
+
+
+def classifier_file(folder: Path, model: nn.Module, form: str) -> dict[str, Any]:
+    """Return the overlay that names a classifier's weights: a file of a run, an official one, or the weights."""
+    if form == "run":
+        save_weights(folder / "last.safetensors", model.state_dict(), "classification", Spec())
+        return {"file": str(folder / "last.safetensors")}
+    if form == "official":
+        torch.save({"model": official(model.state_dict())}, folder / "w.pth")
+        return {"file": str(folder / "w.pth")}
+    return {"state_dict": model.state_dict()}
+
+
+@dataclasses.dataclass
+class Spec:
+    model: str = ""
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name in FAMILIES for form in ("run", "given")] + [("vmamba_atto", "official")],
+    ids=str,
+)
+def test_features_from_a_classifier(tmp_path: Path, name: str, form: str, caplog: pytest.LogCaptureFixture) -> None:
+    classifier = timm.create_model(name, num_classes=7).eval()
+    overlay = classifier_file(tmp_path, classifier, form)
+    options = dict(features_only=True, feature_norm=True, **FAMILIES[name])
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options).eval()
+    own, theirs = model.model.state_dict(), classifier.state_dict()
+    first = timm.create_model(name, **options).model.state_dict()
+    untrained = [key for key in own if key not in theirs]
+    assert all(torch.equal(value, (theirs if key in theirs else first)[key]) for key, value in own.items())
+    assert all(key.startswith("feature_norms.") or key.endswith(".attention.scale") for key in untrained)
+    said = [record.message for record in caplog.records if "these keep their first values" in record.message]
+    assert len(said) == (len(untrained) > 0) == (name != "group_mamba_atto")
+    assert all(line.startswith(f"{overlay.get('file', 'the given weights')}: without ") for line in said)
+    assert all(key in line for line in said for key in untrained)
+    assert any(key.endswith(".scale") for key in untrained) == ("learnable_scale" in options)
+    assert model.pretrained_cfg.get("state_dict") is None
+
+
+@pytest.mark.parametrize(
+    "left_out", ["feature_norms.2.weight", "stages.3.blocks.1.dmca.attention.scale", "stem.conv1.weight"]
+)
+def test_some_of_what_classifiers_lack_is_an_error(left_out: str) -> None:
+    options = dict(features_only=True, feature_norm=True, learnable_scale=True, depths=(1, 1, 2, 2))
+    state = timm.create_model("sparx_mamba_atto", **options).model.state_dict()
+    del state[left_out]
+    with pytest.raises(CheckpointError, match=rf"1 missing: {left_out}$"):
+        timm.create_model("sparx_mamba_atto", pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
 
 
 def test_safetensors(server: tuple[str, Path], source: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Which rules belong to which model."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -9,24 +9,24 @@ from torch import Tensor
 from vision_ssm.checkpoints.efficient_vmamba import EFFICIENT_VMAMBA
 from vision_ssm.checkpoints.group_mamba import GROUP_MAMBA
 from vision_ssm.checkpoints.reader import CheckpointError
-from vision_ssm.checkpoints.rules import Rules, State, apply_rules, convert
+from vision_ssm.checkpoints.rules import Rules, State, apply_rules, convert, invert
 from vision_ssm.checkpoints.sparx import sparx_rules
 from vision_ssm.checkpoints.vmamba import VMAMBA
 
-# The rules, or a function that chooses them by the published state dict, by the beginning of a model's name.
-_FAMILIES: dict[str, Rules | Callable[[Mapping[str, Tensor]], Rules]] = {
+# The rules, or a function that chooses them by the names of the tensors, by the beginning of a model's name.
+_FAMILIES: dict[str, Rules | Callable[[Iterable[str]], Rules]] = {
     "efficient_vmamba_": EFFICIENT_VMAMBA,
     "sparx_mamba_": sparx_rules,
     "group_mamba_": GROUP_MAMBA,
     "vmamba_": VMAMBA,
 }
 # Tensors that a model has with an option only: output norms, and what SparX's detection backbone adds.
-_OPTIONS = {r"feature_norms\.": "feature_norm", r".*\.attention\.scale$": "learnable_scale"}
+OPTIONS = {r"feature_norms\.": "feature_norm", r".*\.attention\.scale$": "learnable_scale"}
 
 
 def options_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the options that a model needs to have these weights, which have our names."""
-    return {option: True for pattern, option in _OPTIONS.items() if any(re.match(pattern, key) for key in state)}
+    return {option: True for pattern, option in OPTIONS.items() if any(re.match(pattern, key) for key in state)}
 
 
 def can_convert(model: str) -> bool:
@@ -45,19 +45,37 @@ def convert_official(model: str, state: State) -> State:
     Raises:
         CheckpointError: If there is no conversion for that model, or tensors that are joined do not fit together.
     """
-    return convert(_rules(model, state), state)
+    return convert(rules_of(model, state), state)
 
 
 def trace_official(model: str, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Return the names of the published tensors of which each of ours is made."""
-    return {key: theirs for key, (_, theirs) in apply_rules(_rules(model, state), state).items()}
+    return {key: theirs for key, (_, theirs) in apply_rules(rules_of(model, state), state).items()}
 
 
-def _rules(model: str, state: Mapping[str, Tensor]) -> Rules:
+def published_names(model: str, names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the published names of a model's tensors, by ours: several where one of ours is made of several.
+
+    Source: the tables in this package, inverted. EfficientVMamba's merging of patches has two published places,
+    ``layers.#.downsample`` and, after stages of inverted residuals, a number; the first is taken.
+
+    Raises:
+        CheckpointError: If there is no conversion for that model.
+    """
+    names = list(names)
+    return invert(rules_of(model, names), names)
+
+
+def rules_of(model: str, names: Iterable[str]) -> Rules:
+    """Return the rules of a model; ``names`` are those of its tensors, published or ours.
+
+    Raises:
+        CheckpointError: If there is no conversion for that model.
+    """
     if (family := _family(model)) is None:
         families = ", ".join(f"{prefix}*" for prefix in _FAMILIES)
         raise CheckpointError(f"no conversion of official checkpoints for {model}; there is one for {families}")
-    return rules(state) if callable(rules := _FAMILIES[family]) else rules
+    return rules(names) if callable(rules := _FAMILIES[family]) else rules
 
 
 def _family(model: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models._hub import download_cached_file
 from torch import nn
 
+from vision_ssm.checkpoints.families import OPTIONS
 from vision_ssm.checkpoints.reader import CheckpointError, read_checkpoint
 from vision_ssm.checkpoints.rules import State
 from vision_ssm.errors import shorten
@@ -73,6 +75,15 @@ def _left_out_of_features(model: nn.Module) -> list[str]:
     return [*(model.state_dict().keys() - features.state_dict().keys())]
 
 
+def _not_in_classifiers(own: State, state: State) -> State:
+    """Return the model's own output norms and attention scales, each kind only if the file has none of it."""
+    found: State = {}
+    for pattern in OPTIONS:
+        if not any(re.match(pattern, key) for key in state):
+            found |= {key: value for key, value in own.items() if re.match(pattern, key)}
+    return found
+
+
 def build_from_official(
     cls: type[Model],
     variant: str,
@@ -86,7 +97,8 @@ def build_from_official(
 
     timm adapts them to other ``in_chans`` and ``num_classes``; without ``num_classes`` the model has as many as the
     file. With ``features_only``, final norm and classifier may be missing, as they are in the files of detection and
-    segmentation backbones. Loading is strict otherwise.
+    segmentation backbones. Output norms and attention scales, which a model has for them alone, keep their first
+    values where a file, such as a classifier's, has none of them. Loading is strict otherwise.
 
     Raises:
         CheckpointError: If the downloaded or given file is damaged or does not fit.
@@ -113,8 +125,12 @@ def build_from_official(
         # a model with one classifier can start from weights with two
         own = model.state_dict()
         state = {key: value for key, value in convert(state).items() if key in own or key not in heads}
-        check_fit(model, state, adapted)
-        return state
+        untrained = _not_in_classifiers(own, state)
+        check_fit(model, state | untrained, adapted)
+        if untrained:
+            where = (resolved.file or resolved.url) if not resolved.state_dict else "the given weights"
+            _logger.warning("%s: without %s; these keep their first values", where, shorten(list(untrained), most=20))
+        return state | untrained
 
     if pretrained:
         path = resolved.file

@@ -7,7 +7,7 @@ published key, and ``#+1`` or ``#-1`` the one after or before it.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -95,15 +95,51 @@ def apply_rules(rules: Rules, state: Mapping[str, Tensor]) -> dict[str, tuple[Te
     return ours
 
 
+def invert(rules: Rules, names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the published keys of each of our names; a name that no rule makes stays as it is.
+
+    Where several published forms give the same name, that is the form of the first rule, but a rule for a part of a
+    module goes before one for all the rest of it. Rules whose published key has a number that ours lacks are left out.
+    """
+    inverse = []
+    for theirs, to in rules.items():
+        for ours in _target(to).keys:
+            parts = re.split(r"#([+-]1)?", ours)
+            literals, steps = parts[::2], [int(step or 0) for step in parts[1::2]]
+            if theirs.count("#") == len(steps):
+                pattern = r"(\d{1,9})".join(map(re.escape, literals)) + _rest(theirs)
+                inverse.append((-ours.count("."), re.compile(pattern), steps, theirs))
+    inverse.sort(key=lambda rule: rule[0])
+    return {name: _published(inverse, name) for name in names}
+
+
+def _published(inverse: Sequence[tuple[int, re.Pattern[str], list[int], str]], name: str) -> list[str]:
+    for _, pattern, steps, theirs in inverse:
+        if match := pattern.fullmatch(name):
+            key = theirs
+            for number, step in zip(match.groups(), steps, strict=False):
+                key = key.replace("#", str(int(number) - step), 1)
+            return [re.sub(r"\{.+\}", part, key) + match["rest"] for part in _alternatives(theirs) or [""]]
+    return [name]
+
+
 def _target(to: str | To) -> To:
     return to if isinstance(to, To) else To(to)
 
 
 def _compile(theirs: str) -> tuple[re.Pattern[str], list[str]]:
     """Return the regular expression of a published key, and the alternatives in its braces."""
-    parts = found[1].split(",") if (found := re.search(r"\{(.+)\}", theirs)) else []
-    escaped = re.sub(r"\\\{.+\\\}", f"(?P<part>{'|'.join(parts)})", re.escape(theirs)).replace(r"\#", r"(\d{1,9})")
-    return re.compile(f"{escaped}(?P<rest>{'.+' if theirs.endswith('.') or not theirs else ''})"), parts
+    parts = _alternatives(theirs)
+    escaped = re.sub(r"\\{.+\\}", f"(?P<part>{'|'.join(parts)})", re.escape(theirs)).replace(r"\#", r"(\d{1,9})")
+    return re.compile(escaped + _rest(theirs)), parts
+
+
+def _alternatives(theirs: str) -> list[str]:
+    return found[1].split(",") if (found := re.search(r"\{(.+)\}", theirs)) else []
+
+
+def _rest(theirs: str) -> str:
+    return f"(?P<rest>{'.+' if theirs.endswith('.') or not theirs else ''})"
 
 
 def _fill(ours: str, match: re.Match[str]) -> str:

@@ -3,7 +3,7 @@
 Covers classification, and the detection and segmentation backbones (``norm.0``.., ``op.scale``).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -43,9 +43,9 @@ _STEM: Rules = {"0.": "conv1.", "1.": "norm1.", "3.": "conv2.", "4.": "norm2."}
 _STEM_OF_THREE: Rules = {**_STEM, "3.": "middle.0.", "4.": "middle.1.", "6.": "conv2.", "7.": "norm2."}
 
 
-def sparx_rules(state: Mapping[str, Tensor]) -> Rules:
-    """Return the rules for an official SparX-Mamba, whose stem has two convolutions or three."""
-    stem = _STEM_OF_THREE if any(key.startswith("patch_embed.6.") for key in state) else _STEM
+def sparx_rules(names: Iterable[str]) -> Rules:
+    """Return the rules for a SparX-Mamba with these names, whose stem has two convolutions or three."""
+    stem = _STEM_OF_THREE if any(name.startswith(("patch_embed.6.", "stem.middle.")) for name in names) else _STEM
     return {**within("patch_embed.", "stem.", stem), **_SPARX}
 
 

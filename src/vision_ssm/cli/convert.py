@@ -1,10 +1,11 @@
 import contextlib
+import functools
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -26,17 +27,43 @@ class ConvertOptions:
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT.safetensors")]
     """The .safetensors file to write."""
     model: str
-    """The model it belongs to, such as vmamba_tiny."""
+    """The model it belongs to, or the backbone of the detector, such as vmamba_tiny."""
+    task: Literal["classify", "detect"] = "classify"
+    """Convert a model (or with --backbone that of a detector or segmenter), or a whole detector."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model, where the file is of none of the named variants."""
+    class_map: Path | None = None
+    """Text file that names one class of the detector per line; by default those of COCO, where there are 80, or else
+    numbers."""
     ema: bool = False
     """Take the averaged weights where the file has both."""
     backbone: bool = False
     """Take the backbone alone from the file of a detector or segmenter."""
     verify: Annotated[Path | None, tyro.conf.arg(metavar="IMAGE")] = None
-    """Classify an image with the converted weights, and print the five likeliest classes."""
+    """Use the converted weights on an image, and print the five likeliest classes, or the objects that are found."""
     overwrite: bool = False
     """Replace the output file if it is there."""
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """Weights with our names, and how to write and use them.
+
+    Args:
+        theirs: The weights as published.
+        ours: The same with our names.
+        sources: The published names of which each of ours is made.
+        save: Writes the file.
+        call: The Python call that loads it.
+        verify: Prints what the model makes of an image.
+    """
+
+    theirs: State
+    ours: State
+    sources: Mapping[str, list[str]]
+    save: Callable[[], None]
+    call: str
+    verify: Callable[[Any, Any], None]
 
 
 def convert(words: Sequence[str]) -> int:
@@ -52,57 +79,130 @@ def convert(words: Sequence[str]) -> int:
         raise InputError(f"no such checkpoint file: {options.source}")
     if "num_classes" in options.model_args:
         raise InputError("--model-args takes no num_classes: the number of classes comes from the file")
-    import safetensors.torch
+    whole = options.task == "detect"
+    if options.backbone and whole:
+        raise InputError("--backbone and --task detect exclude each other: one takes the backbone, the other the whole")
+    if options.class_map is not None and not whole:
+        raise InputError("--class-map is for detectors: give --task detect too")
     from rich.console import Console
 
-    from vision_ssm.checkpoints import convert_official
+    from vision_ssm.checkpoints import read_checkpoint
     from vision_ssm.data import open_image
-    from vision_ssm.engine.files import atomic_write
 
     _create(options.model, 1000, **{**options.model_args, "device": "meta"})  # refuses unknown models and arguments
     image = None if options.verify is None else open_image(options.verify)
-    checkpoint, theirs = _read(options)
+    checkpoint = read_checkpoint(options.source, ema=options.ema)
+    if options.ema and not checkpoint.averaged:
+        raise InputError(f"{options.source} keeps no averaged weights apart; leave --ema out")
+    made = (_detector if whole else _model)(options, checkpoint)
+    if broken := [name for name, tensor in made.theirs.items() if not tensor.isfinite().all()]:
+        problem = f"{len(broken)} tensors hold numbers that are not finite: {shorten(broken)}"
+        if image is not None:
+            raise InputError(f"{options.source}: {problem}; there is nothing to verify an image with")
+        sys.stderr.write(f"vision-ssm: warning: {problem}\n")
+    made.save()
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    _report(options, checkpoint, made, console)
+    console.print(f"wrote {options.out}; nothing of {options.model} is missing. To load it:\n  {made.call}")
+    if image is not None:
+        console.print(f"\n{options.verify}, as {options.model} sees it:")
+        made.verify(image, console)
+    return 0
+
+
+def _model(options: ConvertOptions, checkpoint: Any) -> _Converted:
+    """Convert a model, or with `--backbone` that of a detector or segmenter."""
+    import safetensors.torch
+
+    from vision_ssm.checkpoints import convert_official, detector_of, take_backbone, trace_official
+    from vision_ssm.engine.files import atomic_write
+
+    theirs, others = take_backbone(checkpoint.state)
+    if others and not options.backbone:
+        kind = detector_of(checkpoint.state)
+        raise InputError(
+            f"{options.source} is of a whole {kind or 'detector or segmenter'}: {len(theirs)} tensors of a backbone "
+            f"and {_listed(others)}; {'--task detect takes all, ' if kind else ''}--backbone takes the backbone alone"
+        )
+    if options.backbone and not others and "backbone." not in checkpoint.prefix:
+        raise InputError(f"{options.source} has no names that begin with backbone.; leave --backbone out")
     ours = convert_official(options.model, theirs)
     try:
         args = _fit(options, options.model, options.model_args, ours)
     except InputError as error:
         raise _explain(options, theirs, error) from None
-    if image is not None and not args["num_classes"]:
+    if options.verify is not None and not args["num_classes"]:
         raise InputError(f"{options.source} holds no classifier; there is nothing to verify an image with")
-    if broken := [name for name, tensor in theirs.items() if not tensor.isfinite().all()]:
-        problem = f"{len(broken)} tensors hold numbers that are not finite: {shorten(broken)}"
-        if image is not None:
-            raise InputError(f"{options.source}: {problem}; there is nothing to verify an image with")
-        sys.stderr.write(f"vision-ssm: warning: {problem}\n")
-    # Cloned, because safetensors refuses tensors that share memory.
-    tensors = {name: tensor.contiguous().clone() for name, tensor in ours.items()}
-    metadata = {"model": options.model, "source": options.source.name, "format": "pt"}
-    with atomic_write(options.out) as file:
-        file.write(safetensors.torch.save(tensors, metadata))
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    _report(options, checkpoint, theirs, ours, console)
-    console.print(f"wrote {options.out}; nothing of {options.model} is missing. To load it:\n  {_call(options, args)}")
-    if image is not None:
-        _verify(options, args, ours, image, console)
-    return 0
+
+    def save() -> None:
+        # Cloned, because safetensors refuses tensors that share memory.
+        tensors = {name: tensor.contiguous().clone() for name, tensor in ours.items()}
+        metadata = {"model": options.model, "source": options.source.name, "format": "pt"}
+        with atomic_write(options.out) as file:
+            file.write(safetensors.torch.save(tensors, metadata))
+
+    sources = trace_official(options.model, theirs)
+    verify = functools.partial(_classify, options, args, ours)
+    return _Converted(theirs, ours, sources, save, _call(options, args), verify)
 
 
-def _read(options: ConvertOptions) -> tuple[Any, State]:
-    """Return the file and the tensors to convert."""
-    from vision_ssm.checkpoints import read_checkpoint, take_backbone
+def _detector(options: ConvertOptions, checkpoint: Any) -> _Converted:
+    """Convert a whole detector."""
+    import torch
 
-    checkpoint = read_checkpoint(options.source, ema=options.ema)
-    if options.ema and not checkpoint.averaged:
-        raise InputError(f"{options.source} keeps no averaged weights apart; leave --ema out")
-    taken, others = take_backbone(checkpoint.state)
-    if others and not options.backbone:
-        raise InputError(
-            f"{options.source} is of a whole detector or segmenter: {len(taken)} tensors of a backbone and "
-            f"{_listed(others)}; --backbone takes the backbone alone"
+    import vision_ssm
+    from vision_ssm.checkpoints import check_fit, convert_detector, detector_of, take_backbone, trace_detector
+    from vision_ssm.detectors import create_detector
+    from vision_ssm.engine.weights import save_weights
+    from vision_ssm.tasks.detection import DetectorSpec
+
+    theirs = checkpoint.state
+    if (kind := detector_of(theirs)) is None:
+        others = take_backbone(theirs)[1]
+        what = (
+            f"but a segmenter: {_listed(others)}" if "decode_head" in others else "as no weights of its heads are there"
         )
-    if options.backbone and not others and "backbone." not in checkpoint.prefix:
-        raise InputError(f"{options.source} has no names that begin with backbone.; leave --backbone out")
-    return checkpoint, taken
+        raise InputError(f"{options.source} holds no detector, {what}; leave --task detect out")
+    ours = convert_detector(options.model, theirs)
+    head, rows = ("head.classification_head.cls_logits", 9) if kind == "retinanet" else ("bbox_pred", 4)
+    classes = _class_names(options, len(ours.get(f"{head}.bias", ())) // rows)
+    try:
+        with torch.device("meta"):
+            check_fit(create_detector(kind, options.model, options.model_args, len(classes)), ours)
+    except InputError as error:
+        raise _explain(options, take_backbone(theirs)[0], error) from None
+    names, numbers = tuple(classes.values()), tuple(classes)
+    spec = DetectorSpec(
+        detector=kind, model=options.model, model_args=options.model_args, classes=names, category_ids=numbers
+    )
+
+    def verify(image: Any, console: Any) -> None:
+        (prediction,) = vision_ssm.load(options.out).predict([image])
+        table = make_table("class", ">score", ">x1", ">y1", ">x2", ">y2")
+        for found in prediction.row()["objects"]:
+            table.add_row(found["class"], f"{found['score']:.1%}", *(f"{side:.1f}" for side in found["box"]))
+        console.print(table if table.row_count else "nothing")
+
+    save = functools.partial(save_weights, options.out, ours, "detection", spec)
+    return _Converted(
+        theirs, ours, trace_detector(options.model, theirs), save, f"vision_ssm.load({str(options.out)!r})", verify
+    )
+
+
+def _class_names(options: ConvertOptions, count: int) -> dict[int, str]:
+    """Return the names of the classes by their numbers in COCO files."""
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+    if options.class_map is not None:
+        if not options.class_map.is_file():
+            raise InputError(f"no such file of class names: {options.class_map}")
+        names = list(filter(None, map(str.strip, options.class_map.read_text("utf-8").splitlines())))
+        if len(names) != count:
+            raise InputError(f"{options.class_map} names {len(names)} classes, {options.source} is of {count}")
+        return dict(enumerate(names))
+    coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    known = {i: name for i, name in enumerate(coco) if name not in ("__background__", "N/A")}
+    return known if count == len(known) else {i: str(i) for i in range(count)}
 
 
 def _fit(options: ConvertOptions, name: str, model_args: Mapping[str, Any], ours: State) -> dict[str, Any]:
@@ -138,7 +238,8 @@ def _explain(options: ConvertOptions, theirs: State, error: InputError) -> Input
             f"{options.source} lacks the second classifier, {', '.join(missing)}; "
             "--model-args distilled=False makes a model without one"
         )
-    for name in sorted(registered_models(), key=lambda name: not same_family(name, options.model)):
+    others = (name for name in registered_models() if name != options.model)  # whose backbone may fit without the heads
+    for name in sorted(others, key=lambda name: not same_family(name, options.model)):
         with contextlib.suppress(InputError):
             ours = convert_official(name, theirs)
             if all(key.startswith(_PARTS) for key in ours):  # spares building the others
@@ -147,9 +248,9 @@ def _explain(options: ConvertOptions, theirs: State, error: InputError) -> Input
     return error
 
 
-def _report(options: ConvertOptions, checkpoint: Any, theirs: State, ours: State, console: Any) -> None:
+def _report(options: ConvertOptions, checkpoint: Any, made: _Converted, console: Any) -> None:
     """Print which tensors were read, and where they went."""
-    from vision_ssm.checkpoints import take_backbone, trace_official
+    from vision_ssm.checkpoints import take_backbone
 
     where = f" under {checkpoint.source!r}" if checkpoint.source else ""
     prefix = f", all names without {checkpoint.prefix!r}" if checkpoint.prefix else ""
@@ -157,19 +258,18 @@ def _report(options: ConvertOptions, checkpoint: Any, theirs: State, ours: State
     if checkpoint.other is not None:
         kind, way = ("plain", "leaving --ema out") if options.ema else ("averaged", "--ema")
         console.print(f"the file also holds {kind} weights under {checkpoint.other!r}; {way} takes those")
-    if left_out := take_backbone(checkpoint.state)[1]:
+    if options.backbone and (left_out := take_backbone(checkpoint.state)[1]):
         console.print(f"left out, not of the backbone: {_listed(left_out)}")
-    sources = trace_official(options.model, theirs)
     rows: dict[tuple[str, str], tuple[set[str], list[int]]] = {}  # in the file's order, as are our tensors
-    for name, tensor in ours.items():
-        pair = " + ".join(dict.fromkeys(map(_group, sources[name]))), _group(name)
+    for name, tensor in made.ours.items():
+        pair = " + ".join(dict.fromkeys(map(_group, made.sources[name]))), _group(name)
         names, numbers = rows.setdefault(pair, (set(), []))
-        names.update(sources[name])
+        names.update(made.sources[name])
         numbers.append(tensor.numel())
     table = make_table("published", ">tensors", "goes to", ">tensors", ">numbers")
     for (published, goes_to), (names, numbers) in rows.items():
         table.add_row(published, str(len(names)), goes_to, str(len(numbers)), f"{sum(numbers):,}")
-    unused = theirs.keys() - {key for keys in sources.values() for key in keys}
+    unused = made.theirs.keys() - {key for keys in made.sources.values() for key in keys}
     for group, count in sorted(Counter(map(_group, unused)).items()):
         table.add_row(group, str(count), "not needed", "-", "-")
     console.print(table)
@@ -178,7 +278,10 @@ def _report(options: ConvertOptions, checkpoint: Any, theirs: State, ours: State
 
 
 def _group(name: str) -> str:
-    """Return the part of the model that a name belongs to: stem, stages.0, block1."""
+    """Return the part of the model that a name belongs to: stem, stages.0, block1, backbone.stem."""
+    for prefix in ("backbone.model.", "backbone."):
+        if name.startswith(prefix):
+            return prefix + _group(name.removeprefix(prefix))
     first, *rest = name.split(".")
     return f"{first}.{rest[0]}" if len(rest) > 2 and rest[0].isdigit() and not first[-1].isdigit() else first
 
@@ -198,7 +301,7 @@ def _call(options: ConvertOptions, args: Mapping[str, Any]) -> str:
     return f"timm.create_model({', '.join([repr(options.model), *(f'{k}={v!r}' for k, v in words.items())])})"
 
 
-def _verify(options: ConvertOptions, args: Mapping[str, Any], ours: State, image: Any, console: Any) -> None:
+def _classify(options: ConvertOptions, args: Mapping[str, Any], ours: State, image: Any, console: Any) -> None:
     """Print the likeliest classes of an image."""
     import torch
     from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
@@ -213,4 +316,4 @@ def _verify(options: ConvertOptions, args: Mapping[str, Any], ours: State, image
     table = make_table(">", ">probability", ">index", "class")
     for rank, (value, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), start=1):
         table.add_row(f"{rank}.", f"{value:.1%}", str(index), names.index_to_description(index) if names else "-")
-    console.print(f"\n{options.verify}, as {options.model} sees it:", table, sep="\n")
+    console.print(table)

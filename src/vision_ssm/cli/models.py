@@ -3,7 +3,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -25,6 +25,8 @@ class ModelsOptions:
 
     pattern: Positional[str] = "*"
     """Only names that match, such as 'vmamba_*'."""
+    task: Literal["classify", "detect"] = "classify"
+    """What the models are for: their classifiers, or the published detectors on them."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -35,10 +37,14 @@ class InfoOptions(Config):
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Any timm name, ours included."""
+    task: Literal["classify", "detect"] = "classify"
+    """The model as a classifier, or a detector on it."""
+    detector: Literal["mask-rcnn", "faster-rcnn", "retinanet"] = "mask-rcnn"
+    """Kind of the detector."""
     size: _Size = limited((), least=1)  # noqa: RUF009
-    """Height and width of the input in pixels, or one number for both."""
+    """Height and width of the input in pixels, or one number for both; of detectors 800 1280 by default."""
     num_classes: int | None = limited(None, least=0)
-    """Outputs of the classifier."""
+    """Number of classes; by default 1000, of detectors 80."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -76,6 +82,10 @@ class BenchOptions(Config):
 def models(words: Sequence[str]) -> int:
     """List the package's models; `words` follow `vision-ssm models`."""
     options = parse_options(ModelsOptions, words, "models")
+    if options.task == "detect":
+        from vision_ssm.cli.detectors import list_detectors
+
+        return list_detectors(options.pattern, json=options.json)
     import timm
     from rich.console import Console
     from rich.progress import Progress
@@ -142,6 +152,13 @@ def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
 def info(words: Sequence[str]) -> int:
     """Show one model; `words` follow `vision-ssm info`."""
     options = parse_options(InfoOptions, words, "info")
+    if options.task == "detect":
+        from vision_ssm.cli.detectors import COST_SIZE, show_detector
+
+        classes = 80 if options.num_classes is None else options.num_classes
+        return show_detector(
+            options.model, options.detector, _size(options.size, COST_SIZE), classes, json=options.json
+        )
     import torch
     from rich.console import Console
 
@@ -150,7 +167,7 @@ def info(words: Sequence[str]) -> int:
 
     model = create_model(options.model, {}, 1000 if options.num_classes is None else options.num_classes)
     cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    size = (cfg["input_size"][0], *_size(options.size, cfg))
+    size = (cfg["input_size"][0], *_size(options.size, cfg["input_size"]))
     try:
         cost = complexity(model, size)
         shapes = feature_shapes(model, size) if hasattr(model, "forward_intermediates") else []
@@ -216,7 +233,7 @@ def bench(words: Sequence[str]) -> int:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(built) * len(options.batch))
         for name, model in built:
-            height, width = _size(options.size, model.pretrained_cfg)  # type: ignore[arg-type]
+            height, width = _size(options.size, model.pretrained_cfg["input_size"])  # type: ignore[index, arg-type]
             model = model.to(device, dtype)
             if optimized:
                 model = optimize(model, dtype=torch.float32 if options.precision == "32-true" else torch.bfloat16)
@@ -266,12 +283,12 @@ def bench(words: Sequence[str]) -> int:
     return 0
 
 
-def _size(given: tuple[int, ...], cfg: Mapping[str, Any]) -> tuple[int, int]:
+def _size(given: tuple[int, ...], default: Sequence[int]) -> tuple[int, int]:
+    """Return height and width as `--size` gives them, or the default, whose last two numbers they are."""
     if len(given) > 2:
         raise InputError(f"--size takes one or two numbers, got {' '.join(map(str, given))}")
-    if not given:
-        return cfg["input_size"][1], cfg["input_size"][2]
-    return given[0], given[-1]
+    height, width = given or default[-2:] if len(given) != 1 else given * 2
+    return height, width
 
 
 def _blocks(model: Any, stage: int) -> int | None:

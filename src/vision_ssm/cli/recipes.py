@@ -43,15 +43,20 @@ def recipes(words: Sequence[str]) -> int:
     console = Console()
     for text, group in itertools.groupby(rows, key=lambda row: row["text"]):
         console.print(f"[bold]{text}[/]", highlight=False)
-        table = make_table("recipe", "model", ">epochs", ">batch", ">lr")
-        table.columns[0].min_width, table.columns[1].min_width = 26, 22
-        for row in group:
-            table.add_row(row["name"], row["model"], str(row["epochs"]), str(row["batch"]), f"{row['lr']:g}")
+        shown = [(row["name"], row["model"], str(row["epochs"]), str(row["batch"]), f"{row['lr']:g}") for row in group]
+        if fits := max(len(name) + len(model) for name, model, *_ in shown) < console.width - 27:
+            table = make_table("recipe", "model", ">epochs", ">batch", ">lr")
+            table.columns[1].min_width = 22
+        else:  # the names of these begin with that of the model
+            table = make_table("recipe", ">epochs", ">batch", ">lr")
+        table.columns[0].min_width = 26
+        for name, model, *numbers in shown:
+            table.add_row(name, *([model] if fits else []), *numbers)
         console.print(table)
         console.print()
     console.print(
         "batch: images per step; lr: highest learning rate at that batch.\n"
-        "vision-ssm recipes NAME shows all values; vision-ssm train classify --recipe NAME uses them.",
+        "vision-ssm recipes NAME shows all values; vision-ssm train classify or detect --recipe NAME uses them.",
         style="dim",
         highlight=False,
     )
@@ -66,8 +71,9 @@ def _row(recipe: library.Recipe) -> dict[str, Any]:
 
 
 def _show(recipe: library.Recipe, *, json: bool) -> int:
-    where = {item.name for kind in (DataConfig, RunConfig) for item in dataclasses.fields(kind)}
-    left_out = where - {"data", "seed", "precision"} | {"max_skipped"}
+    groups = [kind for kind in recipe.config.groups if issubclass(kind, (DataConfig, RunConfig))]
+    where = {item.name for kind in groups for item in dataclasses.fields(kind)}
+    left_out = where - {"data", "seed", "precision", "filter_empty"} | {"max_skipped"}
     values = {
         name: {"value": value, "source": recipe.sources.get(name)}
         for name, value in library.to_dict(recipe()).items()

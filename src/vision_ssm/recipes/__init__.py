@@ -6,6 +6,7 @@ nothing heavy, so that the command line can describe the recipes quickly.
 
 from vision_ssm.errors import InputError, nearest
 from vision_ssm.recipes.config import ClassificationConfig, DetectionConfig, Precision, TrainConfig, from_dict, to_dict
+from vision_ssm.recipes.detection import DETECTION
 from vision_ssm.recipes.own import detect, digits, finetune, scratch, small
 from vision_ssm.recipes.published import PUBLISHED
 from vision_ssm.recipes.recipe import Recipe
@@ -31,7 +32,8 @@ __all__ = [
 CONFIGS: dict[str, type[TrainConfig]] = {config.task: config for config in (ClassificationConfig, DetectionConfig)}
 """The configuration of each task."""
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (digits, small, scratch, finetune, detect, *PUBLISHED)}
+_OWN = (digits, small, scratch, finetune, detect)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_OWN, *PUBLISHED, *DETECTION)}
 """All recipes, by name."""
 
 

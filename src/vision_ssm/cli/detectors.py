@@ -1,0 +1,145 @@
+"""What `vision-ssm models` and `vision-ssm info` show with `--task detect`."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vision_ssm.engine.output import make_table, print_json
+from vision_ssm.errors import InputError
+
+COST_SIZE = (800, 1280)
+"""Height and width of the images for which the papers count FLOPs."""
+
+_NAMES = {"mask-rcnn": "Mask R-CNN", "faster-rcnn": "Faster R-CNN", "retinanet": "RetinaNet"}
+
+
+def list_detectors(pattern: str, *, json: bool) -> int:
+    """List the published detectors whose backbone matches, with their results."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vision_ssm.checkpoints.published_detectors import PUBLISHED_DETECTORS
+
+    results = [result for result in PUBLISHED_DETECTORS if fnmatch.fnmatch(result.model, pattern)]
+    if not results:
+        known = dict.fromkeys(result.model for result in PUBLISHED_DETECTORS)
+        raise InputError(f"no backbone of a published detector matches {pattern}; there are {', '.join(known)}")
+    kinds = dict.fromkeys((result.model, result.detector) for result in results)
+    counts: dict[tuple[str, str], int] = {}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for model, detector in progress.track(kinds, description="counting"):
+            counts[model, detector] = sum(p.numel() for p in _on_meta(detector, model, 80).parameters())
+    rows = [_row(result, counts[result.model, result.detector]) for result in results]
+    if json:
+        print_json(rows)
+    else:
+        _show(rows, Console())
+    return 0
+
+
+def _on_meta(detector: str, model: str, classes: int) -> Any:
+    import torch
+
+    from vision_ssm.detectors import create_detector
+
+    with torch.device("meta"):
+        return create_detector(detector, model, {}, classes)
+
+
+def _row(result: Any, parameters: int) -> dict[str, Any]:
+    row = dataclasses.asdict(result)
+    published = {f"published_{name}": row.pop(name) for name in ("parameters", "flops")}
+    file = result.weights.rsplit("/", 1)[-1] if result.weights else None
+    return {**row, **published, "parameters": parameters, "weights_file": file}
+
+
+def _show(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
+    for detector in dict.fromkeys(row["detector"] for row in rows):
+        group = [row for row in rows if row["detector"] == detector]
+        console.print(f"[bold]{_NAMES[detector]}[/] on COCO val2017", highlight=False)
+        table = make_table("backbone", "schedule", ">box/mask AP", ">params", ">published", "weights")
+        for row in group:
+            file = f" {row['weights_file'] or ''}" if console.width >= 140 else ""
+            table.add_row(
+                row["model"],
+                row["schedule"],
+                _aps(row["box_ap"], row["mask_ap"]),
+                f"{row['parameters'] / 1e6:.2f} M",
+                _cost(row["published_parameters"], row["published_flops"]),
+                ("convert" if row["weights"] else "-") + file,
+            )
+        console.print(table)
+        for model, schedule, note in dict.fromkeys((row["model"], row["schedule"], row["note"]) for row in group):
+            if note:
+                console.print(f"{model} {schedule}: {note}", style="dim", highlight=False)
+        console.print()
+    legend = [
+        "AP: in %, of the weights of the papers' authors, not of this package's training.",
+        "schedule: 1x is 12 epochs, 3x is 36 at several scales; params: counted here.",
+        "published: parameters and multiply-accumulates at 1280x800, by the papers.",
+        "weights: vision-ssm convert --task detect takes a file that you have; --json shows addresses.",
+    ]
+    console.print("\n".join(legend), style="dim", highlight=False)
+
+
+def _aps(box_ap: float, mask_ap: float | None) -> str:
+    return f"{box_ap:.1f}" + ("" if mask_ap is None else f" / {mask_ap:.1f}")
+
+
+def _cost(parameters: float | None, flops: float | None) -> str:
+    given = ((parameters, "M"), (flops, "G"))
+    return ", ".join(f"{value:.0f} {unit}" for value, unit in given if value is not None) or "-"
+
+
+def show_detector(model: str, detector: str, size: tuple[int, int], classes: int, *, json: bool) -> int:
+    """Show what a detector costs, beside what was published."""
+    import torch
+    from rich.console import Console
+
+    from vision_ssm.analysis import complexity
+    from vision_ssm.checkpoints.published_detectors import PUBLISHED_DETECTORS
+
+    made = _on_meta(detector, model, classes)
+    try:
+        cost = complexity(made, (3, *size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InputError(f"{detector} on {model} cannot take images of {size[0]}x{size[1]}: {error}") from None
+    results = [r for r in PUBLISHED_DETECTORS if (r.model, r.detector) == (model, detector)] if classes == 80 else []
+    parameters, flops = (results[0].parameters, results[0].flops) if results else (None, None)
+    flops = flops if size == COST_SIZE else None
+    differences = {
+        "parameters_difference": _percent(cost.parameters / 1e6, parameters),
+        "flops_difference": _percent(cost.paper_ops / 1e9, flops),
+    }
+    values = {"model": model, "detector": detector, "num_classes": classes, "input_size": [3, *size]}
+    values |= {**dataclasses.asdict(cost), **differences, "torch": torch.__version__}
+    values |= {"published": [_row(result, cost.parameters) for result in results]}
+    if json:
+        print_json(values)
+        return 0
+    console = Console()
+    table = make_table("", "", "", header=False)
+    table.add_row("detector", _NAMES[detector], f"{classes} classes")
+    table.add_row("backbone", model)
+    table.add_row("input", f"3 x {size[0]} x {size[1]}")
+    beside = _beside(parameters, "M", differences["parameters_difference"])
+    table.add_row("parameters", f"{cost.parameters:,}", beside)
+    table.add_row("MACs", f"{cost.macs:,}", "1,000 proposals, 100 masks" if detector != "retinanet" else "")
+    table.add_row("papers' ops", f"{cost.paper_ops:,}", _beside(flops, "G", differences["flops_difference"]))
+    table.add_row("FLOPs", f"{cost.flops:,}", "2 per MAC, as torch counts")
+    console.print(table)
+    for result in results:
+        what = "box AP" if result.mask_ap is None else "box/mask AP"
+        note = f" ({result.note})" if result.note else ""
+        line = f"published {result.schedule}: {_aps(result.box_ap, result.mask_ap)} {what}{note}"
+        console.out(f"{line}, weights: {result.weights or 'none'}", highlight=False)
+    return 0
+
+
+def _percent(counted: float, published: float | None) -> float | None:
+    return None if published is None else 100 * (counted / published - 1)
+
+
+def _beside(published: float | None, unit: str, difference: float | None) -> str:
+    return "" if difference is None else f"{difference:+.1f} % from the published {published:.0f} {unit}"
