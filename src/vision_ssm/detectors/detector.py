@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import Format
@@ -30,9 +30,13 @@ class Detector(nn.Module, ABC):
         extra_blocks: Makes the levels after the backbone's.
         extra_levels: Number of those levels.
         anchor_sizes: Square roots of the areas of the anchors of a place, as multiples of the level's stride.
+        width: Number of channels of the pyramid; 256 in the published form.
         divisor: Number whose multiples images are padded to. In training, anchors beyond an image's own padding are
             left out, whatever the size of the batch.
     """
+
+    class_layers: ClassVar[tuple[str, ...]]
+    """Names of the layers whose weights depend on the classes."""
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class Detector(nn.Module, ABC):
         extra_blocks: ExtraFPNBlock,
         extra_levels: int,
         anchor_sizes: Sequence[float],
+        width: int,
         divisor: int,
     ) -> None:
         super().__init__()
@@ -52,7 +57,7 @@ class Detector(nn.Module, ABC):
             *(self.backbone_strides[-1] * 2 ** (i + 1) for i in range(extra_levels)),
         ]
         self.backbone = backbone
-        self.fpn = FeaturePyramidNetwork(info.channels(), 256, extra_blocks)
+        self.fpn = FeaturePyramidNetwork(info.channels(), width, extra_blocks)
         for module in self.fpn.modules():
             if isinstance(module, nn.Conv2d):  # as in mmdet
                 nn.init.xavier_uniform_(module.weight)
@@ -86,7 +91,7 @@ class Detector(nn.Module, ABC):
         """Run every layer on inputs of fixed sizes, to count operations; works on the meta device."""
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Return the maps of all levels, (B, 256, H / stride, W / stride), finest first."""
+        """Return the maps of all levels, (B, width, H / stride, W / stride), finest first."""
         maps = to_nchw(self.backbone, self.backbone(images))
         return list(self.fpn({str(i): x for i, x in enumerate(maps)}).values())
 
