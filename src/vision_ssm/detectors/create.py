@@ -82,7 +82,9 @@ def create_detector(
             if isinstance(cfg, dict) and "state_dict" in cfg:
                 cfg["state_dict"] = None
     _check_maps(backbone, model)
-    return DETECTORS[detector](backbone, num_classes, width=width)
+    made = DETECTORS[detector](backbone, num_classes, width=width)
+    made.backbone_name = model
+    return made
 
 
 def _count_classes(model: str, state: Mapping[str, Tensor]) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
+from vision_ssm.checkpoints import detector_no_decay
 from vision_ssm.detectors.boxes import inside_own_padding, make_anchors
 from vision_ssm.detectors.detections import Detections
 
@@ -35,6 +36,8 @@ class Detector(nn.Module, ABC):
             left out, whatever the size of the batch.
     """
 
+    backbone_name: str = ""
+    """timm's name of the backbone."""
     class_layers: ClassVar[tuple[str, ...]]
     """Names of the layers whose weights depend on the classes."""
 
@@ -89,6 +92,15 @@ class Detector(nn.Module, ABC):
     @abstractmethod
     def forward_costs(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run every layer on inputs of fixed sizes, to count operations; works on the meta device."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters to exclude from weight decay, as timm's optimizers ask for them."""
+        named: Any = getattr(getattr(self.backbone, "model", None), "no_weight_decay", set)
+        return {f"backbone.model.{name}" for name in named()}
+
+    def published_no_weight_decay(self) -> set[str]:
+        """Return the names of all parameters that the published training excludes from weight decay."""
+        return detector_no_decay(self, self.backbone_name)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Return the maps of all levels, (B, width, H / stride, W / stride), finest first."""
