@@ -132,7 +132,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, module)
     assert main(["train", "digits"]) == 2
     assert "pip install 'vision-ssm[train]'" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
     monkeypatch.delitem(sys.modules, "vision_ssm.data.rle", raising=False)
     monkeypatch.setitem(COMMANDS, "train", ("vision_ssm.data.rle:decode_masks", ""))
     assert main(["train", "detect"]) == 2
