@@ -167,7 +167,7 @@ def _detector(options: ConvertOptions, checkpoint: Any) -> _Converted:
     head, rows = ("head.classification_head.cls_logits", 9) if kind == "retinanet" else ("bbox_pred", 4)
     classes = _class_names(options, len(ours.get(f"{head}.bias", ())) // rows)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), torch.no_grad():
             check_fit(create_detector(kind, options.model, options.model_args, len(classes)), ours)
     except InputError as error:
         raise _explain(options, take_backbone(theirs)[0], error) from None

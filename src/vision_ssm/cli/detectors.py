@@ -43,7 +43,7 @@ def _on_meta(detector: str, model: str, classes: int) -> Any:
 
     from vision_ssm.detectors import create_detector
 
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         return create_detector(detector, model, {}, classes)
 
 
