@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -34,6 +34,8 @@ def create_detector(
     model_args: Mapping[str, Any] | None = None,
     num_classes: int = 80,
     *,
+    width: int = 256,
+    out_indices: Sequence[int] = (),
     backbone_state: Mapping[str, Tensor] | None = None,
     backbone_pretrained: bool = False,
 ) -> Detector:
@@ -47,6 +49,8 @@ def create_detector(
         model: The backbone's name in timm.
         model_args: Arguments of the backbone; they win over those that are set here.
         num_classes: Number of classes, without background.
+        width: Number of channels of pyramid and heads; 256 in the published form.
+        out_indices: Which of the backbone's maps to take instead; the first one is 0.
         backbone_state: Weights of the classification model to start the backbone from, checked strictly.
         backbone_pretrained: Start from the weights that timm, or the authors of our models, published.
 
@@ -66,7 +70,7 @@ def create_detector(
         plain = create_model(model, args, classes)
     accepted = inspect.signature(type(plain)).parameters
     args = {key: value for key, value in _ARGS.items() if key in accepted} | args
-    taken = _levels(detector, model, plain)
+    taken = _levels(detector, model, plain, out_indices)
     more: dict[str, Any] = dict(features_only=True, out_indices=taken)
     if backbone_state is not None:
         if model.split(".")[0] not in registered_models():  # ours are checked when they are loaded
@@ -78,7 +82,9 @@ def create_detector(
             if isinstance(cfg, dict) and "state_dict" in cfg:
                 cfg["state_dict"] = None
     _check_maps(backbone, model)
-    return DETECTORS[detector](backbone, num_classes)
+    made = DETECTORS[detector](backbone, num_classes, width=width)
+    made.backbone_name = model
+    return made
 
 
 def _count_classes(model: str, state: Mapping[str, Tensor]) -> int:
@@ -86,15 +92,17 @@ def _count_classes(model: str, state: Mapping[str, Tensor]) -> int:
     return next((len(state[head]) for head in heads if head in state), 0)
 
 
-def _levels(detector: str, model: str, plain: nn.Module) -> list[int]:
+def _levels(detector: str, model: str, plain: nn.Module, chosen: Sequence[int]) -> list[int]:
     """Return the indices of the maps that the pyramid takes."""
     info = getattr(plain, "feature_info", None) or []
-    taken = list(range(len(info)))[-4:]
+    if wrong := [index for index in chosen if index not in range(len(info))]:
+        raise InputError(f"{model} has maps 0 to {len(info) - 1}, got {', '.join(map(str, wrong))}")
+    taken = list(chosen) or list(range(len(info)))[-4:][-3 if detector == "retinanet" else -4 :]
     strides = [info[i]["reduction"] for i in taken]
     if len(taken) < 2 or any(fine * 2 != coarse for fine, coarse in pairwise(strides)):
         found = f"{model} gives maps of strides {', '.join(map(str, strides))}" if strides else f"{model} gives no maps"
         raise InputError(f"{found}; a detector needs at least two, each of twice the stride of the one before")
-    return taken[-3:] if detector == "retinanet" else taken
+    return taken
 
 
 def _check_maps(backbone: nn.Module, model: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import Format
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
+from vision_ssm.checkpoints import detector_no_decay
 from vision_ssm.detectors.boxes import inside_own_padding, make_anchors
 from vision_ssm.detectors.detections import Detections
 
@@ -30,9 +31,15 @@ class Detector(nn.Module, ABC):
         extra_blocks: Makes the levels after the backbone's.
         extra_levels: Number of those levels.
         anchor_sizes: Square roots of the areas of the anchors of a place, as multiples of the level's stride.
+        width: Number of channels of the pyramid; 256 in the published form.
         divisor: Number whose multiples images are padded to. In training, anchors beyond an image's own padding are
             left out, whatever the size of the batch.
     """
+
+    backbone_name: str = ""
+    """timm's name of the backbone."""
+    class_layers: ClassVar[tuple[str, ...]]
+    """Names of the layers whose weights depend on the classes."""
 
     def __init__(
         self,
@@ -40,6 +47,7 @@ class Detector(nn.Module, ABC):
         extra_blocks: ExtraFPNBlock,
         extra_levels: int,
         anchor_sizes: Sequence[float],
+        width: int,
         divisor: int,
     ) -> None:
         super().__init__()
@@ -52,7 +60,7 @@ class Detector(nn.Module, ABC):
             *(self.backbone_strides[-1] * 2 ** (i + 1) for i in range(extra_levels)),
         ]
         self.backbone = backbone
-        self.fpn = FeaturePyramidNetwork(info.channels(), 256, extra_blocks)
+        self.fpn = FeaturePyramidNetwork(info.channels(), width, extra_blocks)
         for module in self.fpn.modules():
             if isinstance(module, nn.Conv2d):  # as in mmdet
                 nn.init.xavier_uniform_(module.weight)
@@ -85,8 +93,17 @@ class Detector(nn.Module, ABC):
     def forward_costs(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run every layer on inputs of fixed sizes, to count operations; works on the meta device."""
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters to exclude from weight decay, as timm's optimizers ask for them."""
+        named: Any = getattr(getattr(self.backbone, "model", None), "no_weight_decay", set)
+        return {f"backbone.model.{name}" for name in named()}
+
+    def published_no_weight_decay(self) -> set[str]:
+        """Return the names of all parameters that the published training excludes from weight decay."""
+        return detector_no_decay(self, self.backbone_name)
+
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Return the maps of all levels, (B, 256, H / stride, W / stride), finest first."""
+        """Return the maps of all levels, (B, width, H / stride, W / stride), finest first."""
         maps = to_nchw(self.backbone, self.backbone(images))
         return list(self.fpn({str(i): x for i, x in enumerate(maps)}).values())
 

@@ -35,16 +35,19 @@ class RetinaNet(Detector):
     Args:
         backbone: See :class:`Detector`.
         num_classes: Number of classes; there is none for background.
+        width: Number of channels of pyramid and head; 256 in the published form.
         divisor: See :class:`Detector`.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, *, divisor: int = 32) -> None:
+    class_layers = ("head.classification_head.cls_logits",)
+
+    def __init__(self, backbone: nn.Module, num_classes: int, *, width: int = 256, divisor: int = 32) -> None:
         info: Any = backbone.feature_info
-        extra = _P6P7(info.channels()[-1], 256)
+        extra = _P6P7(info.channels()[-1], width)
         sizes = [4 * 2 ** (octave / 3) for octave in range(3)]
-        super().__init__(backbone, extra, extra_levels=2, anchor_sizes=sizes, divisor=divisor)
+        super().__init__(backbone, extra, extra_levels=2, anchor_sizes=sizes, width=width, divisor=divisor)
         self.num_classes = num_classes
-        self.head = RetinaNetHead(256, 9, num_classes)
+        self.head = RetinaNetHead(width, 9, num_classes)
 
     def forward(self, images: Tensor, sizes: Tensor, original_sizes: Tensor) -> list[Detections]:
         maps = self.pyramid(images)

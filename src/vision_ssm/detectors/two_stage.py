@@ -7,7 +7,7 @@ The layers are torchvision's. What lies between them is not: anchors, proposals,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,27 +51,34 @@ class FasterRCNN(Detector):
     Args:
         backbone: See :class:`Detector`.
         num_classes: Number of classes, without background.
+        width: Number of channels of pyramid and heads; 256 in the published form.
         rpn_samples: Anchors of an image that the proposals are trained on; at most half of them on objects.
         box_samples: Proposals of an image that the box head is trained on; at most a quarter of them on objects.
         divisor: See :class:`Detector`.
     """
+
+    class_layers: ClassVar[tuple[str, ...]] = ("cls_score", "bbox_pred")
 
     def __init__(
         self,
         backbone: nn.Module,
         num_classes: int,
         *,
+        width: int = 256,
         rpn_samples: int = 256,
         box_samples: int = 512,
         divisor: int = 32,
     ) -> None:
-        super().__init__(backbone, LastLevelMaxPool(), extra_levels=1, anchor_sizes=(8.0,), divisor=divisor)
+        super().__init__(
+            backbone, LastLevelMaxPool(), extra_levels=1, anchor_sizes=(8.0,), width=width, divisor=divisor
+        )
         self.num_classes = num_classes
         self.rpn_samples, self.box_samples = rpn_samples, box_samples
-        self.rpn_head = RPNHead(256, 3)
-        self.box_head = TwoMLPHead(256 * 7 * 7, 1024)
-        self.cls_score = nn.Linear(1024, num_classes + 1)  # background is last
-        self.bbox_pred = nn.Linear(1024, 4 * num_classes)
+        self.width = width
+        self.rpn_head = RPNHead(width, 3)
+        self.box_head = TwoMLPHead(width * 7 * 7, 4 * width)
+        self.cls_score = nn.Linear(4 * width, num_classes + 1)  # background is last
+        self.bbox_pred = nn.Linear(4 * width, 4 * num_classes)
         for layer in (self.box_head.fc6, self.box_head.fc7):
             nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(self.cls_score.weight, std=0.01)
@@ -101,7 +108,7 @@ class FasterRCNN(Detector):
         """
         maps = self.pyramid(images)
         logits, deltas = self.rpn(maps)
-        return *logits, *deltas, *self.predict_boxes(maps[0].new_zeros(_PROPOSALS * len(images), 256, 7, 7))
+        return *logits, *deltas, *self.predict_boxes(maps[0].new_zeros(_PROPOSALS * len(images), self.width, 7, 7))
 
     def rpn(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the logits, (B, N), and deltas, (B, N, 4), of the anchors of each level, float32."""
@@ -194,12 +201,12 @@ class FasterRCNN(Detector):
         return [select_boxes(*part) for part in parts]
 
     def predict_boxes(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits, float32 (n, classes + 1), and deltas, float32 (n, classes, 4), from (n, 256, 7, 7)."""
+        """Return logits, float32 (n, classes + 1), and deltas, float32 (n, classes, 4), from (n, width, 7, 7)."""
         x = self.box_head(features)
         return self.cls_score(x).float(), self.bbox_pred(x).float().unflatten(1, (self.num_classes, 4))
 
     def roi_features(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], size: int) -> Tensor:
-        """Return the features of boxes, (n, 256, size, size), from the levels that the backbone has."""
+        """Return the features of boxes, (n, width, size, size), from the levels that the backbone has."""
         strides = self.backbone_strides
         return roi_features(maps[: len(strides)], boxes, strides, size)
 
@@ -237,10 +244,12 @@ class FasterRCNN(Detector):
 class MaskRCNN(FasterRCNN):
     """Faster R-CNN with a mask, 28 by 28, for every object; see :class:`FasterRCNN`."""
 
+    class_layers = (*FasterRCNN.class_layers, "mask_predictor.mask_fcn_logits")
+
     def __init__(self, backbone: nn.Module, num_classes: int, **options: int) -> None:
         super().__init__(backbone, num_classes, **options)
-        self.mask_head = MaskRCNNHeads(256, (256,) * 4, 1)
-        self.mask_predictor = MaskRCNNPredictor(256, 256, num_classes)
+        self.mask_head = MaskRCNNHeads(self.width, (self.width,) * 4, 1)
+        self.mask_predictor = MaskRCNNPredictor(self.width, self.width, num_classes)
         for layer in (self.mask_predictor.conv5_mask, self.mask_predictor.mask_fcn_logits):
             nn.init.zeros_(layer.bias)
 
@@ -258,7 +267,7 @@ class MaskRCNN(FasterRCNN):
         ]
 
     def predict_masks(self, features: Tensor) -> Tensor:
-        """Return mask logits, float32 (n, classes, 28, 28), from (n, 256, 14, 14)."""
+        """Return mask logits, float32 (n, classes, 28, 28), from (n, width, 14, 14)."""
         return self.mask_predictor(self.mask_head(features)).float()
 
     def roi_losses(
@@ -279,7 +288,7 @@ class MaskRCNN(FasterRCNN):
 
     def forward_costs(self, images: Tensor) -> tuple[Tensor, ...]:
         boxes = super().forward_costs(images)
-        return *boxes, self.predict_masks(images.new_zeros(_DETECTIONS * len(images), 256, 14, 14))
+        return *boxes, self.predict_masks(images.new_zeros(_DETECTIONS * len(images), self.width, 14, 14))
 
 
 def select_boxes(

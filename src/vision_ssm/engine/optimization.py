@@ -67,6 +67,8 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
     for name, takes in (("eps", known.has_eps), ("betas", known.has_betas and known.num_betas == 2)):
         if getattr(optim, name) is not None and not takes:
             raise InputError(f"{optim.optimizer} does not take {option(name)}; use {option(name)} None")
+    if optim.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise InputError(f"--layer-decay: {type(model).__name__} does not say which layers follow one another")
     options: dict[str, Any] = dict(betas=optim.betas, eps=optim.eps, layer_decay=optim.layer_decay)
     options = {name: value for name, value in options.items() if value is not None}
     parameters = _published_groups(model, optim.weight_decay) if optim.published_decay else model

@@ -359,6 +359,12 @@ class DetectorConfig(ModelConfig):
 
     detector: Literal["mask-rcnn", "faster-rcnn", "retinanet"] = "mask-rcnn"
     """Kind of the detector; where the data has no masks, mask-rcnn becomes faster-rcnn."""
+    out_indices: tuple[int, ...] = limited((), least=0)
+    """Which maps of the backbone to use, the first one being 0; by default the last four, for retinanet three."""
+    width: int = limited(256, least=1, most=4096)
+    """Channels of pyramid and heads; 256 in the published form."""
+    box_samples: int = limited(512, least=4)
+    """Proposals of an image that the heads are trained on, a quarter of them on objects; 512 in the published form."""
     backbone_weights: bool | Path = False
     """Start the backbone from its published weights, from a file of a classifier's weights, or from the best weights
     in the folder of a classifier's run."""

@@ -11,7 +11,7 @@ from vision_ssm.checkpoints import CheckpointError
 from vision_ssm.data import Images, Sample, Splits, Transform, open_image, seeded
 from vision_ssm.data.coco import load_coco, read_coco
 from vision_ssm.data.joint import collate, eval_transform, train_transform
-from vision_ssm.detectors import create_detector
+from vision_ssm.detectors import Detector, FasterRCNN, create_detector
 from vision_ssm.engine.files import atomic_write
 from vision_ssm.engine.run_folder import weights_file
 from vision_ssm.engine.task import Batch, Task
@@ -41,6 +41,10 @@ class DetectorSpec(Config):
     """timm's name of the backbone."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Its keyword arguments."""
+    out_indices: tuple[int, ...] = limited((), least=0)
+    """Which of its maps are used; by default the last ones."""
+    width: int = limited(256, least=1, most=4096)
+    """Channels of pyramid and heads."""
     classes: tuple[str, ...]
     """Names of the classes, in the order of the outputs."""
     category_ids: tuple[int, ...]
@@ -80,6 +84,7 @@ class DetectorSpec(Config):
         detector = "faster-rcnn" if config.detector == "mask-rcnn" and not masks else config.detector
         how: dict[str, Any] = dict(mean=tuple(known.mean), std=tuple(known.std), test_size=config.test_size)
         names: dict[str, Any] = dict(classes=images.classes, category_ids=images.category_ids)  # type: ignore[union-attr]
+        how |= dict(out_indices=config.out_indices, width=config.width)
         return cls(detector=detector, model=config.model, model_args=args, **names, **how)
 
 
@@ -122,7 +127,7 @@ class Detection(Task):
 
     @classmethod
     def create_model(cls, spec: DetectorSpec) -> nn.Module:
-        return create_detector(spec.detector, spec.model, spec.model_args, len(spec.classes))
+        return _create(spec)
 
     @property
     def summary(self) -> str:
@@ -210,6 +215,11 @@ class Detection(Task):
         return lines
 
 
+def _create(spec: DetectorSpec, **start: Any) -> Detector:
+    how: dict[str, Any] = dict(width=spec.width, out_indices=spec.out_indices)
+    return create_detector(spec.detector, spec.model, spec.model_args, len(spec.classes), **how, **start)
+
+
 def first_model(config: DetectionConfig, spec: DetectorSpec, *, resume: bool = False) -> nn.Module:
     """The detector that training starts from.
 
@@ -224,7 +234,7 @@ def first_model(config: DetectionConfig, spec: DetectorSpec, *, resume: bool = F
         start["backbone_pretrained"] = True
     try:
         with seeded(config.seed, _WEIGHTS):
-            model = create_detector(spec.detector, spec.model, spec.model_args, len(spec.classes), **start)
+            model = _create(spec, **start)
     except CheckpointError as error:
         raise InputError(f"--backbone-weights {config.backbone_weights}: {error}") from None
     if config.pretrained is not None and not resume:
@@ -233,9 +243,11 @@ def first_model(config: DetectionConfig, spec: DetectorSpec, *, resume: bool = F
         if stored["task"] != "detection" or (stored["detector"], stored["model"]) != (spec.detector, spec.model):
             of = f"{stored.get('detector', stored['task'])} on {stored['model']}"
             raise InputError(f"--pretrained {path} is of {of}, not of {spec.detector} on {spec.model}")
-        others = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+        others: list[str] = []
         if tuple(stored["classes"]) != spec.classes:
-            others = model.class_keys()  # type: ignore[operator]
+            others = [key for key in wanted if key.startswith(model.class_layers)]
             _logger.warning("%s: what depends on its classes, which are others, was left out", path)
         load_weights(model, state | {key: wanted[key] for key in others}, path)
+    if isinstance(model, FasterRCNN):
+        model.box_samples = config.box_samples
     return model
