@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import goldens
-from official_names import official
+from official_names import official_detector
 from vision_ssm.analysis import complexity
 from vision_ssm.checkpoints import (
     CheckpointError,
@@ -111,13 +111,6 @@ class HistoryBuffer:
 def runner_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Path]:
     """A small detector, and its file as mmengine's runner writes it, with a class that is not installed."""
     detector = create_detector("faster-rcnn", "vmamba_atto")
-    state = official({k.removeprefix("backbone.model."): v for k, v in detector.state_dict().items() if "model." in k})
-    own = {key: value for key, value in detector.state_dict().items() if "model." not in key}
-    names = dict.fromkeys(own)
-    for key in heads("faster-rcnn", ()):
-        names[next(iter(convert_detector("vmamba_atto", {key: torch.empty(0)})))] = key
-    theirs = {f"backbone.{key}": value for key, value in state.items()}
-    theirs |= {names[key]: value for key, value in own.items()}
     module = types.ModuleType("mmengine.logging.history_buffer")
     module.HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
     monkeypatch.setattr(HistoryBuffer, "__module__", module.__name__)
@@ -126,7 +119,7 @@ def runner_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, P
             installed.setitem(sys.modules, name, module)
         content = {
             "meta": {"epoch": 12},
-            "state_dict": theirs,
+            "state_dict": official_detector(detector.state_dict()),
             "message_hub": {"log_scalars": {"loss": HistoryBuffer()}},
         }
         torch.save(content, tmp_path / "epoch_12.pth")
