@@ -52,7 +52,7 @@ def write_scenes(root, counts=None, *, seed=0, sizes=_SIZES, crowd=True, masks=T
 
 def _add(image, label, rng):
     """Draw a shape; return its annotation."""
-    side = round(rng.uniform(14, 0.5 * min(image.size)), 1)
+    side = round(rng.uniform(0.2, 0.5) * min(image.size), 1)
     x, y = (round(rng.uniform(0, limit - side), 1) for limit in image.size)
     corners = [(x, y), (x + side, y), (x + side, y + side), (x, y + side)]
     if label == 2:

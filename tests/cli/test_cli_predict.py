@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-from vision_ssm.cli import main
+from vision_ssm.cli import COMMANDS, main
 from vision_ssm.engine.weights import save_weights
 from vision_ssm.errors import printable
 from vision_ssm.recipes import small
@@ -132,3 +132,10 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, module)
     assert main(["train", "digits"]) == 2
     assert "pip install 'vision-ssm[train]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
+    monkeypatch.delitem(sys.modules, "vision_ssm.data.rle", raising=False)
+    monkeypatch.setitem(COMMANDS, "train", ("vision_ssm.data.rle:decode_masks", ""))
+    assert main(["train", "detect"]) == 2
+    assert (
+        "needs faster_coco_eval, which is not installed; pip install 'vision-ssm[detection]'" in capsys.readouterr().err
+    )

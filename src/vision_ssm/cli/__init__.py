@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return fail(error.line)
     except ModuleNotFoundError as error:
-        needed = f"{words[0]} needs {error.name}, which is not installed"
-        extra = "detection" if error.name == "faster_coco_eval" else "train"
+        package = (error.name or "").partition(".")[0]
+        needed = f"{words[0]} needs {package}, which is not installed"
+        extra = "detection" if package == "faster_coco_eval" else "train"
         return fail(f"{needed}; pip install 'vision-ssm[{extra}]' installs all that it needs")
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

@@ -1,6 +1,7 @@
 """Images with objects: data sets in COCO's format, checked before anything is computed with them."""
 
 import functools
+import gc
 import glob
 import itertools
 import json
@@ -40,8 +41,9 @@ def load_coco(config: DataConfig, seed: int = 0, *, filter_empty: bool = False) 
     - a folder with one .json file, or that file itself; a share of its images is held out for validation.
 
     `val_data` is such a folder or file, too. The images lie in the folder of the .json file or in the one above it:
-    there in a folder named as the split is (train2017), in images/ and that, in images/, or without a folder; the
-    names in the file may have folders. Splits are train, and val, valid or test, if the configuration names none.
+    there in a folder named as the split is or begins (train2017, train), in images/ and that, in images/, or without a
+    folder; the names in the file may have folders. Splits are train, and val, valid or test, if the configuration names
+    none.
 
     The targets of an image with n objects are `original_size` (height and width), `boxes` (n, 4) float32 x1 y1 x2 y2
     in pixels, `labels` (n,) int64, `crowd` (n,) bool, `area` (n,) float64 in pixels and, where every object of the
@@ -49,24 +51,24 @@ def load_coco(config: DataConfig, seed: int = 0, *, filter_empty: bool = False) 
 
     What is wrong is put right, which `ImageDataset.notes` says with a count, or refused:
 
-    ============================================================  ==========================================
-    box without width or height                                    left out
-    box that reaches over the edge by more than a pixel            clipped
-    area that is no positive number                                that of the box
+    ==============================================================  =============================================
+    box without width or height                                     left out
+    box that reaches over the edge by more than a pixel             clipped
+    area that is no positive number                                 that of the box
     polygon of fewer than three points                              left out; if all of an object are, the object
-    no outline, where other objects of the file have one           all masks are left out
-    no annotations for an image                                    kept (see `filter_empty`)
-    not JSON; no list of images, annotations or categories         refused
-    field that is missing or of another type                       refused
-    id of an image, annotation or category that comes twice        refused
-    two categories of one name                                     refused
-    annotation of an unknown image or category                     refused
-    box that is not four finite numbers, or outside of the image   refused
+    no outline, where other objects of the file have one            all masks are left out
+    no annotations for an image                                     kept (see `filter_empty`)
+    not JSON; no list of images, annotations or categories          refused
+    field that is missing or of another type                        refused
+    id of an image, annotation or category that comes twice         refused
+    two categories of one name                                      refused
+    annotation of an unknown image or category                      refused
+    box that is not four finite numbers, or outside of the image    refused
     polygon of an odd number of numbers, or not finite, or far off  refused
-    run lengths that do not decode or are of another size          refused
-    file of an image that is missing                               refused
-    no object at all                                               refused
-    ============================================================  ==========================================
+    run lengths that do not decode or are of another size           refused
+    file of an image that is missing                                refused
+    no object at all                                                refused
+    ==============================================================  =============================================
 
     An image whose size is not the one in the file is an error when it is read. It is compared as a viewer shows it,
     with its EXIF orientation, and only where that swaps the sides of the one in the file, as it is stored.
@@ -86,13 +88,9 @@ def load_coco(config: DataConfig, seed: int = 0, *, filter_empty: bool = False) 
     if place is None:
         looked_for = " or ".join(_LOOKED_FOR.format(name=name) for name in names)
         raise InputError(f"{config.data} holds no COCO annotations; looked for {looked_for}, or one .json file")
-    problems: list[str] = []
-    train, val = _read(place, problems), None
-    if (val_place := _find_val(config)) is not None:
-        val = _read(val_place, problems)
-    if problems:
-        raise InputError(f"bad annotations: {shorten(problems, _LISTED, '; ')}")
-    splits = hold_out(train, config.val_fraction or 0.1, seed) if val is None else Splits(train, val)
+    val_place = _find_val(config)
+    train, *val = _read_files([place] if val_place is None else [place, val_place])
+    splits = Splits(train, *val) if val else hold_out(train, config.val_fraction or 0.1, seed)
     if splits.val.classes != train.classes:
         raise InputError(f"{val_place} has other categories than {place}")
     if filter_empty:
@@ -118,16 +116,29 @@ def read_coco(path: Path, classes: tuple[str, ...]) -> ImageDataset:
     if place is None:
         looked_for = _LOOKED_FOR.format(name="val")
         raise InputError(f"{path} holds no COCO annotations; looked for {looked_for}, or one .json file")
-    problems: list[str] = []
-    images = _read(place, problems)
-    if problems:
-        raise InputError(f"bad annotations: {shorten(problems, _LISTED, '; ')}")
+    (images,) = _read_files([place])
     if unknown := [name for name in images.classes if name not in classes]:
         raise InputError(f"{place} has classes that are not among the {len(classes)} expected: {shorten(unknown)}")
     labels = images.targets["labels"]
     new = np.array([classes.index(name) for name in images.classes], np.int64)
     targets = {**images.targets, "labels": Ragged(new[labels.values], np.diff(labels.ends))}
     return ImageDataset(images.read, images.ids, targets, classes, sizes=images.sizes, notes=images.notes)
+
+
+def _read_files(files: Sequence[Path]) -> list[ImageDataset]:
+    """The images of several files; what is bad in any of them is one error."""
+    problems: list[str] = []
+    # Millions of lists are made, and none is garbage: looking for it would take longer than reading them.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        read = [_read(file, problems) for file in files]
+    finally:
+        if enabled:
+            gc.enable()
+    if problems:
+        raise InputError(f"bad annotations: {shorten(problems, _LISTED, '; ')}")
+    return read
 
 
 def outlines(masks: np.ndarray) -> list[Any]:
@@ -291,13 +302,17 @@ def _checked(entries: list[Any], what: str, fields: Mapping[str, type], report: 
 def _find_files(file: Path, images: Sequence[Mapping[str, Any]], report: Report) -> tuple[Path, np.ndarray]:
     """The folder in which the images lie, and the sizes of their files in bytes."""
     split = file.stem.removeprefix("instances_")
-    above = (file.parent, file.parent.parent)
-    places = [base / folder for base in above for folder in (split, f"images/{split}", "images", ".")]
+    like = f"{glob.escape(split.rstrip('0123456789'))}*"
+    places: list[Path] = []
+    for base in (file.parent, file.parent.parent):
+        places += [base / split, base / "images" / split]
+        places += sorted(base.glob(like)) + sorted((base / "images").glob(like)) + [base / "images", base]
     probed = [entry["file_name"] for entry in images[:_PROBED]]
     found = (place for place in places if place.is_dir() and any((place / name).is_file() for name in probed))
     root = next(found, None)
     if root is None:
-        report(f"found none of its images; looked for {shorten(probed, 1)} in {shorten([*map(str, places)])}")
+        where = "the folders of the split, images and the one of the file, there or one level above"
+        report(f"found none of its images; looked for {shorten(probed, 1)} in {where}")
         return file.parent, np.full(len(images), -1)
     sizes = np.array([file_size(str(root / entry["file_name"])) for entry in images])
     for number in np.flatnonzero(sizes < 0).tolist():

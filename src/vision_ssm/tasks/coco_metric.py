@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -118,8 +119,6 @@ class CocoMetric(Metric):
         return CocoResults(boxes, masks, objects, len(images))
 
     def _figures(self, images: Sequence[Any], kind: Literal["bbox", "segm"]) -> CocoFigures:
-        from faster_coco_eval import COCO, COCOeval_faster
-
         declared: dict[str, Any] = {
             "images": [{"id": number, "height": 1, "width": 1} for number in range(len(images))],
             "categories": [{"id": label, "name": str(label)} for label in range(self.classes)],
