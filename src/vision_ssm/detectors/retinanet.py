@@ -69,7 +69,7 @@ class RetinaNet(Detector):
         for logit, delta, size, target in zip(*self.predict(maps), pairs(sizes), targets, strict=True):
             usable = self.usable_anchors(maps, size)
             matched = match_boxes(anchors[usable], target["boxes"], 0.5, 0.4, 0.0)
-            counted, positive = (usable[matched > -2], usable[matched >= 0])
+            counted, positive = usable[matched > -2], usable[matched >= 0]
             objects = matched[matched >= 0]
             goal = torch.zeros_like(logit)
             goal[positive, target["labels"][objects]] = 1

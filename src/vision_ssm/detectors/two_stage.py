@@ -87,17 +87,17 @@ class FasterRCNN(Detector):
             nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor, sizes: Tensor, original_sizes: Tensor) -> list[Detections]:
-        maps, inside = self.pyramid(images), pairs(sizes)
-        proposals = [boxes for boxes, _ in self.propose(*self.rpn(maps), self.anchors(maps), inside)]
-        return self.detect(maps, proposals, inside, pairs(original_sizes))
+        maps, own_sizes = self.pyramid(images), pairs(sizes)
+        proposals = [boxes for boxes, _ in self.propose(*self.rpn(maps), self.anchors(maps), own_sizes)]
+        return self.detect(maps, proposals, own_sizes, pairs(original_sizes))
 
     def losses(self, images: Tensor, sizes: Tensor, targets: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        maps, inside = self.pyramid(images), pairs(sizes)
+        maps, own_sizes = self.pyramid(images), pairs(sizes)
         anchors, (logits, deltas) = self.anchors(maps), self.rpn(maps)
-        usable = [self.usable_anchors(maps, size) for size in inside]
+        usable = [self.usable_anchors(maps, size) for size in own_sizes]
         losses = self.rpn_losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), usable, targets)
         with torch.no_grad():
-            proposals = [boxes for boxes, _ in self.propose(logits, deltas, anchors, inside, per_level=2000)]
+            proposals = [boxes for boxes, _ in self.propose(logits, deltas, anchors, own_sizes, per_level=2000)]
         samples = [self.sample(*both) for both in zip(proposals, targets, strict=True)]
         return losses | self.roi_losses(maps, samples, targets, images.shape[-2:])
 
