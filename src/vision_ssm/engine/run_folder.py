@@ -1,6 +1,6 @@
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,8 +126,8 @@ class RunFolder:
         saved = self.read_config()
         if saved.task != config.task:
             raise InputError(f"{self.path} is a run of {saved.task}, not {config.task}")
-        old: Mapping[str, Any] = to_dict(saved)
-        for name, value in to_dict(config).items():
+        old, new = (json.loads(json.dumps(to_dict(each))) for each in (saved, config))  # tuples are lists in files
+        for name, value in new.items():
             if old[name] != value and name not in FREE_ON_RESUME and (name, value) != ("monitor", None):
                 raise InputError(
                     f"cannot resume {self.path}: it was started with {option(name)} {old[name]}, not {value}"
