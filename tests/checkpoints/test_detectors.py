@@ -257,7 +257,7 @@ def test_parameters_and_flops_of_what_is_published(model: str, detector: str) ->
     fits = {}
     if result.parameters:
         fits["parameters"] = PARAMETERS[model, detector] / 1e6 == pytest.approx(result.parameters, rel=0.01)
-    if result.flops:
+    if result.flops and not model.endswith("_base"):  # counting takes seconds
         counted = complexity(made, (3, 800, 1280)).paper_ops / 1e9
         fits["flops"] = counted == pytest.approx(result.flops, rel=0.01)
     assert [name for name, fit in fits.items() if not fit] == MISFITS.get((model, detector), [])
