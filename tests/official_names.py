@@ -1,4 +1,4 @@
-"""VMamba under the names of its authors."""
+"""VMamba under the names of its authors, and detectors on it under those of mmdet."""
 
 from __future__ import annotations
 
@@ -40,3 +40,34 @@ def official(ours: dict[str, Tensor]) -> dict[str, Tensor]:
             key = re.sub(pattern, replacement, key)
         theirs[key] = value
     return {key: value.contiguous() for key, value in theirs.items()}
+
+
+def official_detector(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write a detector on VMamba under the published names; the inverse of ``convert_detector``."""
+    prefix = "backbone.model."
+    backbone = official({key.removeprefix(prefix): value for key, value in ours.items() if key.startswith(prefix)})
+    theirs = {f"backbone.{key}": value for key, value in backbone.items()}
+    rules = (
+        (r"^fpn\.inner_blocks\.(\d)\.0", r"neck.lateral_convs.\1.conv"),
+        (r"^fpn\.layer_blocks\.(\d)\.0", r"neck.fpn_convs.\1.conv"),
+        (r"^fpn\.extra_blocks\.p(\d)", lambda m: f"neck.fpn_convs.{int(m[1]) - 3}.conv"),
+        (r"^rpn_head\.conv\.0\.0", "rpn_head.rpn_conv"),
+        (r"^rpn_head\.cls_logits", "rpn_head.rpn_cls"),
+        (r"^rpn_head\.bbox_pred", "rpn_head.rpn_reg"),
+        (r"^box_head\.fc([67])", lambda m: f"roi_head.bbox_head.shared_fcs.{int(m[1]) - 6}"),
+        (r"^cls_score", "roi_head.bbox_head.fc_cls"),
+        (r"^bbox_pred", "roi_head.bbox_head.fc_reg"),
+        (r"^mask_head\.(\d)\.0", r"roi_head.mask_head.convs.\1.conv"),
+        (r"^mask_predictor\.conv5_mask", "roi_head.mask_head.upsample"),
+        (r"^mask_predictor\.mask_fcn_logits", "roi_head.mask_head.conv_logits"),
+        (r"^head\.classification_head\.conv\.(\d)\.0", r"bbox_head.cls_convs.\1.conv"),
+        (r"^head\.regression_head\.conv\.(\d)\.0", r"bbox_head.reg_convs.\1.conv"),
+        (r"^head\.classification_head\.cls_logits", "bbox_head.retina_cls"),
+        (r"^head\.regression_head\.bbox_reg", "bbox_head.retina_reg"),
+    )
+    for key, value in ours.items():
+        if not key.startswith(prefix):
+            for pattern, replacement in rules:
+                key = re.sub(pattern, replacement, key)
+            theirs[key] = value
+    return theirs

@@ -51,6 +51,47 @@ def test_models_fit_the_terminal(capsys, monkeypatch, columns):
     assert "weights: MzeroMiko/VMamba; license: mit" in out
 
 
+def test_published_detectors(capsys):
+    rows = json.loads(run(capsys, "models", "efficient_vmamba_tiny", "--task", "detect", "--json")[1])
+    assert [(row["detector"], row["schedule"], row["box_ap"], row["mask_ap"]) for row in rows] == [
+        ("mask-rcnn", "1x", 35.6, 33.2),
+        ("mask-rcnn", "3x", 38.3, 35.3),
+        ("retinanet", "1x", 37.5, None),
+    ]
+    assert [row["parameters"] for row in rows] == [26_198_916, 26_198_916, 15_990_664]
+    assert (rows[0]["published_parameters"], rows[0]["published_flops"], rows[0]["weights"]) == (11, 60, None)
+    assert all("does not fit" in row["note"] for row in rows)
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_published_detectors_fit_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("vision_ssm.cli.detectors._on_meta", lambda *_: torch.nn.Linear(10_000, 10_000, device="meta"))
+    code, out, _ = run(capsys, "models", "--task", "detect")
+    assert code == 0
+    assert max(len(line) for line in out.splitlines()) <= columns
+    lines = [line.split() for line in out.splitlines() if line.startswith("vmamba_tiny ")]
+    assert lines[0][:11] == ["vmamba_tiny", "1x", "47.3", "/", "42.7", "100.01", "M", "50", "M,", "271", "G"]
+    assert lines[0][11:] == ["convert", "mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth"][: 1 if columns == 80 else 2]
+    assert "vmamba_small 3x: its published FLOPs do not fit the network" in out
+    assert "AP: in %, of the weights of the papers' authors, not of this package's training." in out
+
+
+def test_info_on_a_published_detector(capsys):
+    out = run(capsys, "info", "vmamba_tiny", "--task", "detect")[1]
+    assert "49,755,312 -0.5 % from the published 50 M" in " ".join(out.split())
+    assert "271,141,872,640 +0.1 % from the published 271 G" in " ".join(out.split())
+    assert "published 3x: 48.8 / 43.7 box/mask AP, weights: https://github.com/MzeroMiko/VMamba/" in out
+
+
+def test_info_on_a_detector_of_which_nothing_is_published(capsys):
+    words = ("info", "resnet18", "--task", "detect", "--detector", "retinanet", "--size", "96", "--num-classes", "3")
+    values = json.loads(run(capsys, *words, "--json")[1])
+    assert (values["detector"], values["input_size"], values["num_classes"]) == ("retinanet", [3, 96, 96], 3)
+    assert (values["published"], values["flops_difference"]) == ([], None)
+    assert "published" not in run(capsys, *words)[1]
+
+
 def test_models_that_do_not_exist(capsys):
     code, _, err = run(capsys, "models", "resnet*")
     assert code == 2
@@ -86,6 +127,9 @@ def test_bench(capsys, tmp_path):
         (("info", "vmamba_tinny"), "unknown model vmamba_tinny; did you mean vmamba_tiny"),
         (("info", "vmamba_tiny", "--size", "0"), "--size must be at least 1, got 0"),
         (("info", "vmamba_tiny", "--size", "1", "2", "3"), "got 1 2 3"),
+        (("info", "vit_tiny_patch16_224", "--task", "detect"), "gives maps of strides 16, 16, 16, 16"),
+        (("info", "vmamba_atto", "--task", "detect", "--num-classes", "0"), "a detector needs at least one class"),
+        (("models", "resnet*", "--task", "detect"), "no backbone of a published detector matches resnet*; there are"),
         (("bench",), "name at least one model"),
         (("bench", "vmamba_atto", "--batch", "0"), "--batch must be at least 1, got 0"),
         (("bench", "vmamba_atto", "--seconds", "-1"), "--seconds must be above 0, got -1.0"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,35 +13,15 @@ from torch import Tensor, nn
 
 import goldens
 from goldens import fill_dense
+from vision_ssm.checkpoints.detectors import RETINANET, TWO_STAGE
+from vision_ssm.checkpoints.rules import convert
 from vision_ssm.checkpoints.vmamba import convert_vmamba
-
-_RENAMES = (
-    (r"^neck\.lateral_convs\.(\d)\.conv", r"fpn.inner_blocks.\1.0"),
-    (r"^neck\.fpn_convs\.(\d)\.conv", r"fpn.layer_blocks.\1.0"),
-    (r"^rpn_head\.rpn_conv", "rpn_head.conv.0.0"),
-    (r"^rpn_head\.rpn_cls", "rpn_head.cls_logits"),
-    (r"^rpn_head\.rpn_reg", "rpn_head.bbox_pred"),
-    (r"^roi_head\.bbox_head\.shared_fcs\.0", "box_head.fc6"),
-    (r"^roi_head\.bbox_head\.shared_fcs\.1", "box_head.fc7"),
-    (r"^roi_head\.bbox_head\.fc_cls", "cls_score"),
-    (r"^roi_head\.bbox_head\.fc_reg", "bbox_pred"),
-    (r"^roi_head\.mask_head\.convs\.(\d)\.conv", r"mask_head.\1.0"),
-    (r"^roi_head\.mask_head\.upsample", "mask_predictor.conv5_mask"),
-    (r"^roi_head\.mask_head\.conv_logits", "mask_predictor.mask_fcn_logits"),
-    (r"^bbox_head\.cls_convs\.(\d)\.conv", r"head.classification_head.conv.\1.0"),
-    (r"^bbox_head\.reg_convs\.(\d)\.conv", r"head.regression_head.conv.\1.0"),
-    (r"^bbox_head\.retina_cls", "head.classification_head.cls_logits"),
-    (r"^bbox_head\.retina_reg", "head.regression_head.bbox_reg"),
-)
 
 
 def ours(key: str, pyramid_levels: int = 5) -> str:
     """Return our name of a published tensor; RetinaNet's pyramid makes two of its levels from others."""
-    if pyramid_levels == 3:
-        key = re.sub(r"^neck\.fpn_convs\.([34])\.conv", lambda m: f"fpn.extra_blocks.p{int(m[1]) + 3}", key)
-    for pattern, replacement in _RENAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
+    rules = RETINANET if pyramid_levels == 3 else TWO_STAGE
+    return next(iter(convert(rules, {key: torch.empty(0)})))
 
 
 def tensor(array: np.ndarray) -> Tensor:

@@ -15,7 +15,7 @@ _PYRAMID: Rules = {
     "neck.lateral_convs.#.conv.": "fpn.inner_blocks.#.0.",
     "neck.fpn_convs.#.conv.": "fpn.layer_blocks.#.0.",
 }
-_TWO_STAGE: Rules = {
+TWO_STAGE: Rules = {
     **_PYRAMID,
     **within("rpn_head.rpn_", "rpn_head.", {"conv.": "conv.0.0.", "cls.": "cls_logits.", "reg.": "bbox_pred."}),
     **within("roi_head.bbox_head.shared_fcs.", "box_head.", {"0.": "fc6.", "1.": "fc7."}),
@@ -24,7 +24,7 @@ _TWO_STAGE: Rules = {
     "roi_head.mask_head.upsample.": "mask_predictor.conv5_mask.",
     "roi_head.mask_head.conv_logits.": "mask_predictor.mask_fcn_logits.",
 }
-_RETINANET: Rules = {
+RETINANET: Rules = {
     # P6 and P7 follow the three levels of the backbone.
     **within("neck.fpn_convs.", "fpn.extra_blocks.", {"3.conv.": "p6.", "4.conv.": "p7."}),
     **_PYRAMID,
@@ -86,6 +86,6 @@ def detector_no_decay(detector: nn.Module, model: str) -> set[str]:
 
 
 def _rules(model: str, names: Iterable[str]) -> Rules:
-    heads = _RETINANET if detector_of(names) == "retinanet" else _TWO_STAGE
+    heads = RETINANET if detector_of(names) == "retinanet" else TWO_STAGE
     backbone = [name.removeprefix("backbone.").removeprefix("model.") for name in names]
     return {**within("backbone.", "backbone.model.", rules_of(model, backbone)), **heads}

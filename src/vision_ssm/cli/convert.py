@@ -151,7 +151,14 @@ def _detector(options: ConvertOptions, checkpoint: Any) -> _Converted:
     import torch
 
     import vision_ssm
-    from vision_ssm.checkpoints import check_fit, convert_detector, detector_of, take_backbone, trace_detector
+    from vision_ssm.checkpoints import (
+        CheckpointError,
+        check_fit,
+        convert_detector,
+        detector_of,
+        take_backbone,
+        trace_detector,
+    )
     from vision_ssm.detectors import create_detector
     from vision_ssm.engine.weights import save_weights
     from vision_ssm.tasks.detection import DetectorSpec
@@ -167,9 +174,11 @@ def _detector(options: ConvertOptions, checkpoint: Any) -> _Converted:
     head, rows = ("head.classification_head.cls_logits", 9) if kind == "retinanet" else ("bbox_pred", 4)
     classes = _class_names(options, len(ours.get(f"{head}.bias", ())) // rows)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), torch.no_grad():
             check_fit(create_detector(kind, options.model, options.model_args, len(classes)), ours)
-    except InputError as error:
+    except CheckpointError as error:
+        if not any(key.startswith("backbone.") for keys in error.keys.values() for key in keys):
+            raise
         raise _explain(options, take_backbone(theirs)[0], error) from None
     names, numbers = tuple(classes.values()), tuple(classes)
     spec = DetectorSpec(
@@ -279,9 +288,8 @@ def _report(options: ConvertOptions, checkpoint: Any, made: _Converted, console:
 
 def _group(name: str) -> str:
     """Return the part of the model that a name belongs to: stem, stages.0, block1, backbone.stem."""
-    for prefix in ("backbone.model.", "backbone."):
-        if name.startswith(prefix):
-            return prefix + _group(name.removeprefix(prefix))
+    if name.startswith("backbone."):
+        return f"backbone.{_group(name.removeprefix('backbone.').removeprefix('model.'))}"
     first, *rest = name.split(".")
     return f"{first}.{rest[0]}" if len(rest) > 2 and rest[0].isdigit() and not first[-1].isdigit() else first
 

@@ -43,7 +43,7 @@ def _on_meta(detector: str, model: str, classes: int) -> Any:
 
     from vision_ssm.detectors import create_detector
 
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         return create_detector(detector, model, {}, classes)
 
 
@@ -105,7 +105,8 @@ def show_detector(model: str, detector: str, size: tuple[int, int], classes: int
         cost = complexity(made, (3, *size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InputError(f"{detector} on {model} cannot take images of {size[0]}x{size[1]}: {error}") from None
-    results = [r for r in PUBLISHED_DETECTORS if (r.model, r.detector) == (model, detector)] if classes == 80 else []
+    of = (model.split(".")[0], detector, classes)
+    results = [result for result in PUBLISHED_DETECTORS if (result.model, result.detector, 80) == of]
     parameters, flops = (results[0].parameters, results[0].flops) if results else (None, None)
     flops = flops if size == COST_SIZE else None
     differences = {
