@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ import goldens
 from goldens import fill_dense
 from vision_ssm.checkpoints.detectors import RETINANET, TWO_STAGE
 from vision_ssm.checkpoints.rules import convert
-from vision_ssm.checkpoints.vmamba import convert_vmamba
 
 
 def ours(key: str, pyramid_levels: int = 5) -> str:
@@ -136,13 +134,3 @@ class Published:
         compared = kept > 1e-4  # below, a norm is rounding noise
         np.testing.assert_allclose(norms.numpy()[compared], kept[compared], rtol=1e-4, err_msg=key)
         assert (norms.numpy()[~compared] < 2e-4).all()
-
-
-def backbone_state(facts: Mapping[str, Any], backbone_keys: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Tensor]:
-    """Return a VMamba backbone's weights under our names, from its official keys."""
-    prefix = "backbone."
-    official = {
-        key: tensor(np.array(goldens.fill.value(prefix + key, tuple(shape), facts["seed"])))
-        for key, shape in backbone_keys
-    }
-    return {f"backbone.model.{key}": value for key, value in convert_vmamba(official).items()}

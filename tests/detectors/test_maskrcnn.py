@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from published import GivenMaps, Published, backbone_state, tensor
+from PIL import Image
+from published import GivenMaps, Published, tensor
 
 import goldens
+import vision_ssm
 from goldens import fill_dense
-from vision_ssm.detectors import Detections, MaskRCNN, boxes, create_detector, paste_mask, rois, two_stage
-from vision_ssm.detectors.detector import pairs, rescaling
+from vision_ssm.cli import main
+from vision_ssm.detectors import Detections, MaskRCNN, boxes, paste_mask, rois, two_stage
+from vision_ssm.detectors.detector import rescaling
 
 BOX_TOLERANCE, SCORE_TOLERANCE = 1e-3, 1e-6
 
@@ -201,35 +206,39 @@ def test_chain_agrees(golden: Published, model: MaskRCNN) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(golden: Published) -> MaskRCNN:
+def converted(golden: Published, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole published detector, as its file becomes ours on the command line."""
     vmamba = goldens.load("vmamba_tiny_s1l8").facts
     keys = [entry for entry in vmamba["state_dict"] if not entry[0].startswith("classifier.")]
-    facts = golden.facts["e2e"]
-    state = backbone_state(golden.facts, keys + vmamba["backbone_extra_keys"]) | golden.state(facts["scales"])
-    model = create_detector("mask-rcnn", "vmamba_tiny")
-    model.load_state_dict(state)
-    assert sum(p.numel() for p in model.parameters()) == facts["params"]
-    return model.eval()
+    keys = [(f"backbone.{key}", shape) for key, shape in keys + vmamba["backbone_extra_keys"]]
+    state = fill_dense.state(keys + golden.facts["keys"], golden.facts["seed"], golden.facts["e2e"]["scales"])
+    folder = tmp_path_factory.mktemp("converted")
+    torch.save({"meta": {}, "state_dict": {key: tensor(value) for key, value in state.items()}}, folder / "theirs.pth")
+    ours = folder / "ours.safetensors"
+    assert main(["convert", str(folder / "theirs.pth"), str(ours), "--task", "detect", "--model", "vmamba_tiny"]) == 0
+    return ours
 
 
-@torch.inference_mode()
-def test_end_to_end_agrees(golden: Published, whole: MaskRCNN) -> None:
-    facts, key = golden.facts["e2e"]["same"], "e2e.same"
-    height, width = facts["picture"]
-    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
-    picture = tensor(fill_dense.picture(height, width)[..., ::-1]).float()  # BGR to RGB
-    images = ((picture - mean) / std).permute(2, 0, 1)[None]
-    maps = whole.backbone(images)
-    for i, x in enumerate(maps):
-        golden.assert_map(f"{key}.feature{i}", x, 6)
-    sizes = torch.tensor([[height, width]])
-    pyramid = whole.pyramid(images)
-    (proposals, scores) = whole.propose(*whole.rpn(pyramid), whole.anchors(pyramid), pairs(sizes))[0]
+@pytest.mark.parametrize("case", ["same", "resized"])
+def test_file_to_masks_agrees(golden: Published, converted: Path, tmp_path: Path, case: str) -> None:
+    facts, key = golden.facts["e2e"][case], f"e2e.{case}"
+    picture = fill_dense.picture(*facts["picture"])
+    Image.fromarray(np.ascontiguousarray(picture[..., ::-1])).save(tmp_path / "picture.png")  # BGR to RGB
+    task = vision_ssm.load(converted, test_size=facts["resize_scale"] or facts["picture"][::-1])
+    (found,) = task.predict([tmp_path / "picture.png"])
+    assert_detections(golden, key, found.found, 6)
+    golden.assert_close(f"{key}.mask_logits", found.found.mask_probs[:6].logit(), 1e-3)
+    if case == "resized":
+        return
+    sample = task.eval_transform({"image": Image.open(tmp_path / "picture.png"), "id": ""})
+    images, sizes = task.collate([sample])["image"], [sample["size"]]
+    with torch.no_grad():
+        for i, x in enumerate(task.model.backbone(images)):
+            golden.assert_map(f"{key}.feature{i}", x, 6)
+        pyramid = task.model.pyramid(images)
+        proposals, scores = task.model.propose(*task.model.rpn(pyramid), task.model.anchors(pyramid), sizes)[0]
     golden.assert_close(f"{key}.proposals", proposals[:50], 5e-3)
     golden.assert_close(f"{key}.proposal_scores", scores[:50], 5e-5)
-    (found,) = whole.detect(pyramid, [proposals], pairs(sizes), pairs(sizes))
-    assert_detections(golden, key, found, 6)
-    golden.assert_close(f"{key}.mask_logits", found.mask_probs[:6].logit(), 1e-3)
 
 
 def assert_detections(golden: Published, key: str, found: Detections, masks: int) -> None:

@@ -2,7 +2,6 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
 
@@ -17,7 +16,7 @@ from vision_ssm.data import ImageDataset, Images, ImageStream, Sample, Splits, T
 from vision_ssm.data.sampling import Samples, collate_readable, loader_workers
 from vision_ssm.engine.devices import find_device
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
-from vision_ssm.errors import InputError, shorten
+from vision_ssm.errors import InputError
 from vision_ssm.optimize import optimize
 from vision_ssm.recipes import Precision, from_dict
 
@@ -122,9 +121,10 @@ class Task(ABC):
             spec = from_dict(cls.Spec, values)
         except (InputError, TypeError, KeyError) as error:
             raise InputError(f"{path} does not describe a model for {cls.name}: {error}") from error
-        if unknown := changes.keys() - values.keys():
-            raise InputError(f"a model for {cls.name} has no {shorten(sorted(unknown))}; it has {', '.join(values)}")
-        spec = replace(spec, **changes)
+        try:
+            spec = from_dict(cls.Spec, {**values, **changes})
+        except TypeError as error:
+            raise InputError(f"{error}; the entries are {', '.join(values)}") from error
         model = cls.create_model(spec)
         load_weights(model, read_weights(path), path)
         return cls(model, spec).ready(find_device(device), precision, optimized=optimized)
