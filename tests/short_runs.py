@@ -17,6 +17,23 @@ SHORT = dict(
     warmup_epochs=0,
 )
 
+# Of a detector's.
+DETECTOR = dict(
+    model="vmamba_atto",
+    model_args={"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+    width=16,
+    box_samples=32,
+    short_sides=(64, 80),
+    long_side=128,
+    test_size=(96, 72),
+    epochs=2,
+    batch_size=2,
+    num_workers=0,
+    device="cpu",
+    lr=2e-3,
+    warmup_epochs=0,
+)
+
 # Of Lightning's trainer, without a file or a word.
 QUIET = dict(
     accelerator="cpu",

@@ -11,12 +11,14 @@ import safetensors.torch
 import torch
 
 import vision_ssm.engine.fit as engine
+from scenes import write_scenes
+from short_runs import DETECTOR
 from vision_ssm.cli import main
 from vision_ssm.data import EpochSampler, load_digits
 from vision_ssm.engine.recorder import RunRecorder
 from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import small
+from vision_ssm.recipes import DetectionConfig, small
 from vision_ssm.tasks import load, train
 
 # A server with everything imported starts processes in a moment.
@@ -115,6 +117,23 @@ def test_two_processes_train_as_one_and_resume_exactly(config, tmp_path):
     losses = [[row["train_loss"] for row in rows(folder)] for folder in (two, parts)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)  # the processes' sums are added up at each stop
     assert_same_files(one, two)
+
+
+def train_detector(rank, config, folder):
+    evaluation = train(config, folder)
+    assert evaluation.images == len(evaluation.records) == 4
+
+
+def test_two_processes_train_a_detector(tmp_path):
+    scenes = write_scenes(tmp_path / "scenes")
+    config = DetectionConfig(data=str(scenes), **DETECTOR | dict(batch_size=2, devices=2, epochs=1))
+    folder = RunFolder(tmp_path / "run")
+    assert run_two(train_detector, config, folder) == [0, 0]
+    assert rows(folder)[0]["step"] == 2  # 8 images, 2 of each process in a step
+    task = load(folder.best, "cpu", optimized=False)
+    alone = task.evaluate(task.read_images(scenes)).metrics()
+    for name, value in alone.items():  # gathered from both
+        assert rows(folder)[0][f"val_{name}"] == pytest.approx(value, abs=1e-6, nan_ok=True), name
 
 
 def assert_same_files(one, two):

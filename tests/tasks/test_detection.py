@@ -10,7 +10,7 @@ from PIL import Image
 
 import vision_ssm
 from scenes import write_scenes
-from short_runs import interrupt
+from short_runs import DETECTOR, interrupt
 from vision_ssm.cli import main
 from vision_ssm.data.coco import load_coco
 from vision_ssm.engine.recorder import Stopped
@@ -21,22 +21,6 @@ from vision_ssm.recipes import DetectionConfig
 from vision_ssm.tasks import load, train
 from vision_ssm.tasks.detection import Detection, DetectorSpec
 
-SHORT = dict(
-    model="vmamba_atto",
-    model_args={"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
-    width=16,
-    box_samples=32,
-    short_sides=(64, 80),
-    long_side=128,
-    test_size=(96, 72),
-    epochs=2,
-    batch_size=2,
-    num_workers=0,
-    device="cpu",
-    lr=2e-3,
-    warmup_epochs=0,
-)
-
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
@@ -46,7 +30,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(scenes, tmp_path_factory):
     folder = RunFolder(tmp_path_factory.mktemp("run") / "run")
-    return folder, train(DetectionConfig(data=str(scenes), **SHORT), folder)
+    return folder, train(DetectionConfig(data=str(scenes), **DETECTOR), folder)
 
 
 def test_run_leaves_a_folder_that_is_enough_to_use_it(run, scenes, tmp_path):
@@ -93,7 +77,7 @@ def test_another_test_size_of_a_file(run):
 
 @pytest.mark.parametrize("detector", ["mask-rcnn", "retinanet"])
 def test_interrupted_run_takes_the_same_course(scenes, tmp_path, monkeypatch, detector):
-    config = DetectionConfig(data=str(scenes), **SHORT | dict(detector=detector, ema_decay=0.9, grad_accum=2))
+    config = DetectionConfig(data=str(scenes), **DETECTOR | dict(detector=detector, ema_decay=0.9, grad_accum=2))
     whole = RunFolder(tmp_path / "whole")
     train(config, whole)
     with monkeypatch.context() as patch:
@@ -110,7 +94,7 @@ def test_interrupted_run_takes_the_same_course(scenes, tmp_path, monkeypatch, de
 def test_overfitted_batch_is_found_again(tmp_path):
     root = write_scenes(tmp_path, {"train2017": 2, "val2017": 1}, crowd=False, sizes=[(96, 96)])
     more = dict(model_args={}, out_indices=(1, 2, 3), width=32, short_sides=(96,), test_size=(96, 96), hflip=0.0)
-    config = DetectionConfig(data=str(root), **SHORT | more)
+    config = DetectionConfig(data=str(root), **DETECTOR | more)
     task = Detection.from_config(config, splits := load_coco(config))
     optimizer = torch.optim.AdamW(task.model.parameters(), 3e-3)
     batch = task.collate([task.train_transform(splits.train.sample(key)) for key in range(2)])
@@ -129,7 +113,7 @@ def test_overfitted_batch_is_found_again(tmp_path):
 
 def test_data_without_masks_trains_boxes(tmp_path):
     scenes = write_scenes(tmp_path / "scenes", masks=False)
-    splits = load_coco(config := DetectionConfig(data=str(scenes), **SHORT))
+    splits = load_coco(config := DetectionConfig(data=str(scenes), **DETECTOR))
     task = Detection.from_config(config, splits)
     assert (task.spec.detector, task.monitor) == ("faster-rcnn", "box_AP")
 
@@ -137,12 +121,12 @@ def test_data_without_masks_trains_boxes(tmp_path):
 def test_backbone_starts_from_a_classifier_and_a_detector_from_a_detector(run, scenes, tmp_path, caplog):
     from vision_ssm.tasks.classification import Classification, ClassifierSpec
 
-    small = SHORT["model_args"]
+    small = DETECTOR["model_args"]
     spec = ClassifierSpec(model="vmamba_atto", model_args=small, classes=("a", "b"), interpolation="bicubic")
     classifier = Classification.create_model(spec)
     file = tmp_path / "classifier.safetensors"
     save_weights(file, classifier.state_dict(), "classification", spec)
-    config = DetectionConfig(data=str(scenes), **SHORT | dict(backbone_weights=file))
+    config = DetectionConfig(data=str(scenes), **DETECTOR | dict(backbone_weights=file))
     splits = load_coco(config)
     started = Detection.from_config(config, splits).model.backbone.model
     assert torch.equal(started.stages[1].blocks[0].ss2d.A_log, classifier.stages[1].blocks[0].ss2d.A_log)
