@@ -8,7 +8,7 @@ from vision_ssm.data import load_digits, load_splits
 from vision_ssm.data.dataset import Strings
 from vision_ssm.data.sources import read_folder
 from vision_ssm.errors import InputError
-from vision_ssm.recipes.config import DataConfig
+from vision_ssm.recipes.config import ClassDataConfig
 
 
 def fill(folder, **counts):
@@ -20,7 +20,7 @@ def fill(folder, **counts):
 
 
 def load(root, **options):
-    return load_splits(DataConfig(data=str(root), **options))
+    return load_splits(ClassDataConfig(data=str(root), **options))
 
 
 def ids(images):
@@ -57,7 +57,7 @@ def test_held_out_share_is_stratified_and_disjoint(tmp_path):
     assert splits.val.counts() == [8, 2, 0]
     assert not ids(splits.train) & ids(splits.val)
     again = load(tmp_path, val_fraction=0.2)
-    other = load_splits(DataConfig(data=str(tmp_path), val_fraction=0.2), seed=1)
+    other = load_splits(ClassDataConfig(data=str(tmp_path), val_fraction=0.2), seed=1)
     assert ids(splits.val) == ids(again.val) != ids(other.val)
 
 

@@ -16,7 +16,7 @@ from vision_ssm.data.module import epoch_images
 from vision_ssm.data.sources import read_folder
 from vision_ssm.errors import InputError, printable
 from vision_ssm.recipes import small
-from vision_ssm.recipes.config import DataConfig
+from vision_ssm.recipes.config import ClassDataConfig
 from vision_ssm.tasks import load, train
 
 
@@ -59,7 +59,7 @@ def test_splits_are_recognized_by_what_they_hold(folders, classes, val, tmp_path
     names = [name for name in classes_of(*folders) if not name.startswith("annotations")]
     fill(tmp_path, names)
     (tmp_path / "annotations" / "x").mkdir(parents=True) if "annotations/x" in folders else None
-    splits = load_splits(DataConfig(data=str(tmp_path)))
+    splits = load_splits(ClassDataConfig(data=str(tmp_path)))
     assert splits.train.classes == splits.val.classes == classes
     if val is not None:
         assert len(splits.val) == val
@@ -89,7 +89,7 @@ def test_files_that_count(tmp_path):
 def test_equal_training_and_validation_images_are_noticed(tmp_path):
     fill(tmp_path, classes_of("train/a", "train/b", "val/a", "val/b"))
     (tmp_path / "val" / "b" / "copy.png").write_bytes((tmp_path / "train" / "b" / "1.png").read_bytes())
-    splits = load_splits(DataConfig(data=str(tmp_path)))
+    splits = load_splits(ClassDataConfig(data=str(tmp_path)))
     assert equal_images(splits.train, splits.val) == [(os.path.join("b", "1.png"), os.path.join("b", "copy.png"))]
 
 

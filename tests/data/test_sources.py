@@ -20,7 +20,7 @@ from vision_ssm.engine.recorder import RunRecorder, Stopped
 from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import small
-from vision_ssm.recipes.config import DataConfig
+from vision_ssm.recipes.config import ClassDataConfig
 from vision_ssm.tasks import train
 
 
@@ -98,7 +98,7 @@ every_source = pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__
 
 
 def load(values):
-    return load_splits(DataConfig(**values))
+    return load_splits(ClassDataConfig(**values))
 
 
 def config_for(values):

@@ -26,7 +26,7 @@ from vision_ssm.engine.recorder import RunRecorder, Stopped
 from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import small
-from vision_ssm.recipes.config import DataConfig
+from vision_ssm.recipes.config import ClassDataConfig
 from vision_ssm.tasks import train
 
 TRAIN = ((0, 5), (5, 9), (9, 12), (12, 13), (13, 19))  # 19 pictures in 5 uneven shards
@@ -82,7 +82,7 @@ def urls(tmp_path, server):
         names.write_text("\n".join(CLASSES))
         place, last = f"http://127.0.0.1:{server.server_port}", len(train) - 1
         splits = dict(data=f"{place}/train-{{0..{last}}}.tar", val_data=f"{place}/val-0.tar")
-        return DataConfig(class_map=names, train_num_samples=19, shuffle_buffer=4, **splits)
+        return ClassDataConfig(class_map=names, train_num_samples=19, shuffle_buffer=4, **splits)
 
     return make
 
@@ -101,7 +101,9 @@ def table(tmp_path):
                 columns = {"image": images, "label": [n % 3 for n in range(*numbers)]}
                 made = datasets.Dataset.from_dict(columns, features=features)
                 made.to_parquet(root / f"{split}-{s:05}-of-{len(parts):05}.parquet")
-        return DataConfig(data=f"hfids/{root}", cache_dir=tmp_path / "cache", train_num_samples=19, shuffle_buffer=4)
+        return ClassDataConfig(
+            data=f"hfids/{root}", cache_dir=tmp_path / "cache", train_num_samples=19, shuffle_buffer=4
+        )
 
     return make
 
@@ -337,7 +339,7 @@ def test_folders_of_images_stream_too(tmp_path):
         for n in numbers:
             (tmp_path / split / CLASSES[n % 3]).mkdir(parents=True, exist_ok=True)
             (tmp_path / split / CLASSES[n % 3] / f"{n}.png").write_bytes(picture(n))
-    splits = load_splits(DataConfig(data=f"hfids/{tmp_path}", cache_dir=tmp_path / "cache", train_num_samples=6))
+    splits = load_splits(ClassDataConfig(data=f"hfids/{tmp_path}", cache_dir=tmp_path / "cache", train_num_samples=6))
     assert splits.train.classes == CLASSES
     assert sorted((number_of(s["image"]), s["label"]) for s in map(splits.train.sample, splits.train.in_order())) == [
         (n, n % 3) for n in range(6)

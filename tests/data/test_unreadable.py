@@ -20,7 +20,7 @@ from vision_ssm.engine.recorder import RunRecorder, Stopped
 from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import small
-from vision_ssm.recipes.config import DataConfig
+from vision_ssm.recipes.config import ClassDataConfig
 from vision_ssm.tasks import train
 
 BROKEN = ("cat/03.png", "dog/05.png")
@@ -52,7 +52,7 @@ def config(images):
 
 
 def test_replacement_is_a_function_of_seed_epoch_and_index(images):
-    train = load_splits(DataConfig(data=str(images))).train
+    train = load_splits(ClassDataConfig(data=str(images))).train
     names = [train.id(i) for i in range(24)]
     broken = [names.index(name) for name in BROKEN]
 
@@ -135,7 +135,7 @@ def test_too_many_stop_the_run_with_one_line(options, message, workers, images, 
 def test_nothing_readable(images):
     for path in (images / "train").rglob("*.png"):
         path.write_text("")
-    train = load_splits(DataConfig(data=str(images))).train
+    train = load_splits(ClassDataConfig(data=str(images))).train
     with pytest.raises(InputError, match="hardly any training image can be read"):
         TrainingSamples(train, dict, 0).__getitems__([(0, 0)])
     assert list(find_unreadable(train)) == [train.id(i) for i in range(len(train))]

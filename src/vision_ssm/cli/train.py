@@ -114,7 +114,7 @@ def _run(config: recipes.TrainConfig, run: RunOptions) -> int:
 def _absolute(config: recipes.TrainConfig) -> recipes.TrainConfig:
     """Make the paths of what exists absolute, so that a run can be resumed and evaluated from another directory."""
     changes: dict[str, Any] = {}
-    for name in ("pretrained", "data", "val_data", "class_map", "cache_dir", "teacher"):
+    for name in ("pretrained", "backbone_weights", "data", "val_data", "class_map", "cache_dir", "teacher"):
         value = getattr(config, name, None)
         prefix, _, rest = str(value).partition("/")
         if prefix in ("hfds", "hfids") and Path(rest).exists():

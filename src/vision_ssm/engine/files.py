@@ -2,6 +2,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,4 +62,17 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     """Write an indented JSON file, whole or not at all."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json(values))
+
+
+def to_json(values: Any) -> str:
+    """Indented JSON, with null for numbers that are not finite, which JSON does not have."""
+    return json.dumps(_finite(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, float):
+        return values if math.isfinite(values) else None
+    if isinstance(values, Mapping):
+        return {name: _finite(value) for name, value in values.items()}
+    return [*map(_finite, values)] if isinstance(values, (list, tuple)) else values

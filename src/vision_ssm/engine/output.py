@@ -1,7 +1,8 @@
-import json
 import os
 import sys
 from typing import Any
+
+from vision_ssm.engine.files import to_json
 
 
 def make_table(*columns: str, header: bool = True) -> Any:
@@ -34,4 +35,4 @@ def make_console(*, stderr: bool = False) -> Any:
 
 def print_json(values: Any) -> None:
     """Print indented JSON on standard output."""
-    sys.stdout.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(to_json(values))

@@ -21,6 +21,7 @@ from vision_ssm.scan.transforms import transformed
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+@cache
 def serves(dtype: torch.dtype) -> bool:
     """Return whether oneDNN has products of a dtype on this machine."""
     if not torch.backends.mkldnn.is_available():
@@ -111,7 +112,10 @@ def _empty(kind: Any) -> Any:
 
 
 class _Packed(Frozen):
-    """A layer whose weight is packed at its first use. Anything that observes the call gets torch's operators."""
+    """A layer whose weight is packed at its first use. Anything that observes the call gets torch's operators.
+
+    So does a dtype that oneDNN does not have on this machine.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -128,7 +132,8 @@ class _Packed(Frozen):
             raise _refusal("give gradients")
         if x.dtype != self.weight.dtype and x.is_floating_point():
             x = x.to(self.weight.dtype)
-        if not _eager(x) or x.numel() == 0 or x.dim() not in self.dims or x.dtype != self.weight.dtype:
+        fits = x.numel() > 0 and x.dim() in self.dims and x.dtype == self.weight.dtype
+        if not fits or not serves(x.dtype) or not _eager(x):
             return self._activate(self._plain(x))
         source = self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
         if self.packed is None or source != self.packed_from:
@@ -216,7 +221,7 @@ class PackedConv2d(_Packed):
 
 
 def can_be_packed(layer: nn.Module) -> bool:
-    """Return whether a module is exactly torch's linear layer or 2-D convolution, with a weight oneDNN supports."""
+    """Return whether a module is exactly torch's linear layer or 2-D convolution, of a dtype that copies can have."""
     if (
         type(layer) not in (nn.Linear, nn.Conv2d, DilatedConv)
         or type(layer.weight) is not nn.Parameter
@@ -226,7 +231,7 @@ def can_be_packed(layer: nn.Module) -> bool:
         return False
     if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
         return False
-    return layer.weight.numel() > 0 and serves(layer.weight.dtype)
+    return layer.weight.numel() > 0 and layer.weight.dtype in DTYPES
 
 
 def pack(layer: Any, activation: tuple[str, str]) -> None:
