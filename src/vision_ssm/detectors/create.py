@@ -35,7 +35,7 @@ def create_detector(
     num_classes: int = 80,
     *,
     width: int = 256,
-    out_indices: Sequence[int] = (),
+    out_indices: Sequence[int] | None = None,
     backbone_state: Mapping[str, Tensor] | None = None,
     backbone_pretrained: bool = False,
 ) -> Detector:
@@ -70,7 +70,7 @@ def create_detector(
         plain = create_model(model, args, classes)
     accepted = inspect.signature(type(plain)).parameters
     args = {key: value for key, value in _ARGS.items() if key in accepted} | args
-    taken = _levels(detector, model, plain, out_indices)
+    taken = _levels(detector, model, plain, out_indices or ())
     more: dict[str, Any] = dict(features_only=True, out_indices=taken)
     if backbone_state is not None:
         if model.split(".")[0] not in registered_models():  # ours are checked when they are loaded

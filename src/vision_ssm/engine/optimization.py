@@ -41,7 +41,7 @@ class LearningRate:
         self.scheduler: Scheduler
         if optim.schedule == "multistep":
             # timm looks one step ahead
-            milestones = [epoch * steps + 1 for epoch in optim.milestones]
+            milestones = [epoch * steps + 1 for epoch in optim.milestones or ()]
             self.scheduler = MultiStepLRScheduler(optimizer, milestones, optim.decay_rate, **common)
         else:
             kind = {"cosine": CosineLRScheduler, "tanh": TanhLRScheduler}[optim.schedule]

@@ -234,7 +234,7 @@ class OptimConfig(Config):
     """Factor on the learning rate from each layer to the one below it."""
     schedule: Literal["cosine", "tanh", "multistep"] = "cosine"
     """timm's name of the learning rate schedule."""
-    milestones: tuple[int, ...] = limited((), least=1)
+    milestones: tuple[int, ...] | None = limited(None, least=1)
     """Epochs after which the schedule multistep multiplies the learning rate by --decay-rate."""
     decay_rate: float = limited(0.1, above=0, most=1)
     """Factor of the schedule multistep."""
@@ -359,7 +359,7 @@ class DetectorConfig(ModelConfig):
 
     detector: Literal["mask-rcnn", "faster-rcnn", "retinanet"] = "mask-rcnn"
     """Kind of the detector; where the data has no masks, mask-rcnn becomes faster-rcnn."""
-    out_indices: tuple[int, ...] = limited((), least=0)
+    out_indices: tuple[int, ...] | None = limited(None, least=0)
     """Which maps of the backbone to use, the first one being 0; by default the last four, for retinanet three."""
     width: int = limited(256, least=1, most=4096)
     """Channels of pyramid and heads; 256 in the published form."""

@@ -41,7 +41,7 @@ class DetectorSpec(Config):
     """timm's name of the backbone."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Its keyword arguments."""
-    out_indices: tuple[int, ...] = limited((), least=0)
+    out_indices: tuple[int, ...] | None = limited(None, least=0)
     """Which of its maps are used; by default the last ones."""
     width: int = limited(256, least=1, most=4096)
     """Channels of pyramid and heads."""
