@@ -100,7 +100,7 @@ def _show(recipe: library.Recipe, *, json: bool) -> int:
 
 def _words(name: str, value: Any) -> str:
     """An option and its value, as one would type them."""
-    if isinstance(value, bool) and name != "pretrained":
+    if isinstance(value, bool) and name not in ("pretrained", "backbone_weights"):
         return option(name if value else f"no_{name}")
     if isinstance(value, dict):
         value = [f"{k}={v}" for k, v in value.items()] or "none"

@@ -189,7 +189,8 @@ def describe_data(splits: Splits, size: int | None, console: "Console", *, what:
 
     train, val = splits.train, splits.val
     counted = f"{how_many(train)} training and {how_many(val)} validation images"
-    console.print(f"Data   {counted} in {len(train.classes)} classes", highlight=False)
+    classes = "one class" if len(train.classes) == 1 else f"{len(train.classes)} classes"
+    console.print(f"Data   {counted} in {classes}", highlight=False)
     for images, name in ((train, "training"), (val, "validation")):
         if isinstance(images, ImageStream):
             console.print(f"       {name} images are read as a stream, shards: {len(images.shards):,}", highlight=False)
