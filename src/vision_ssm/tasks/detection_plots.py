@@ -43,13 +43,16 @@ def draw_objects(
         return image
     colors = [_COLORS[number % len(_COLORS)] for number in numbers]
     canvas = pil_to_tensor(image.convert("RGB"))
-    if masks is not None:
-        canvas = draw_segmentation_masks(canvas, torch.as_tensor(masks), alpha=0.45, colors=colors)
+    if masks is not None:  # one by one, because torchvision blackens what belongs to several
+        for mask, color in [*zip(torch.as_tensor(masks), colors, strict=True)][::-1]:  # the best one last
+            canvas = draw_segmentation_masks(canvas, mask, alpha=0.4, colors=[color])
     side = min(image.size)
     dark = [tuple(part // 2 for part in color) for color in colors]
     style: dict[str, Any] = dict(colors=colors, width=max(1, round(side / 250)), labels=[f" {name} " for name in names])
-    style |= dict(font=findfont(FontProperties()), font_size=max(9, round(side / 32)), label_colors="white")
-    return to_pil_image(draw_bounding_boxes(canvas, torch.tensor(boxes), label_background_colors=dark, **style))
+    style |= dict(font=findfont(FontProperties()), font_size=max(9, round(side / 36)), label_colors="white")
+    style |= dict(fill_labels=True, label_background_colors=dark)
+    reversed_style = {key: value[::-1] if isinstance(value, list) else value for key, value in style.items()}
+    return to_pil_image(draw_bounding_boxes(canvas, torch.tensor(boxes).flip(0), **reversed_style))
 
 
 def draw_row(image: Image.Image, row: Mapping[str, Any], classes: Sequence[str]) -> Image.Image:
