@@ -57,8 +57,7 @@ class TrainingProgress(Callback):
         self.bar.advance(self._row)
         # Reading the means waits for an accelerator, so not at every step.
         if self.console.is_terminal and (batch_idx % 20 == 0 or trainer.num_training_batches < 100):
-            speed = f"{self.recorder.images_per_second:,.0f} images/s"
-            shown = f"{_shown(pl_module.epoch_means(), pl_module.task.epoch_metrics)} {speed}"
+            shown = f"{_shown(pl_module.epoch_means(), pl_module.task.epoch_metrics)} {self._rate()}"
             epoch = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
             self.bar.update(self._row, epoch=epoch, metrics=shown + self._validation)
 
@@ -88,7 +87,11 @@ class TrainingProgress(Callback):
 
     def _speed(self) -> str:
         """Images per second, and how long a step waits for them."""
-        return f"{self.recorder.images_per_second:,.0f} images/s  data wait {self.recorder.data_wait_ms:,.1f} ms"
+        return f"{self._rate()}  data wait {self.recorder.data_wait_ms:,.1f} ms"
+
+    def _rate(self) -> str:
+        rate = self.recorder.images_per_second
+        return f"{rate:,.{0 if rate >= 10 else 1}f} images/s"
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Remove the bar."""
