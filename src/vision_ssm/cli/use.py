@@ -74,7 +74,7 @@ class PredictOptions(ComputeOptions):
     top: int | None = limited(None, least=1)
     """How many classes a classifier names per image (5)."""
     threshold: float | None = limited(None, least=0, most=1)
-    """Leave out objects with a lower score (0.3), or answer "unsure" where the most probable class is less probable
+    """Leave out objects with a lower score (0.5), or answer "unsure" where the most probable class is less probable
     (0)."""
     out: Path | None = None
     """Folder for predictions.csv and predictions.json instead of a table; of detectors the JSON is a data set in COCO

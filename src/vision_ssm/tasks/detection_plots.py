@@ -19,7 +19,7 @@ from vision_ssm.tasks.coco_metric import RECALLS, CocoFigures
 from vision_ssm.tasks.plots import elide
 
 _COLORS = [tuple(round(255 * part) for part in color) for color in colormaps["tab10"].colors]  # type: ignore[attr-defined]
-_THRESHOLD = 0.3
+_THRESHOLD = 0.5
 _SIDE = 640  # pixels of the longest side in a sheet
 
 

@@ -83,7 +83,7 @@ class DetectionPrediction:
         """
         return self.found.masks()
 
-    def row(self, threshold: float = 0.3) -> dict[str, Any]:
+    def row(self, threshold: float = 0.5) -> dict[str, Any]:
         """The objects of at least this score, as JSON has them; masks as COCO's run-length encoding."""
         found, objects = self.found, []
         for i in range(int((found.scores >= threshold).sum())):
@@ -101,7 +101,7 @@ class DetectionPrediction:
         height, width = found.size
         return {"image": self.id, "height": height, "width": width, "objects": objects}
 
-    def draw(self, image: Image.Image, threshold: float = 0.3) -> Image.Image:
+    def draw(self, image: Image.Image, threshold: float = 0.5) -> Image.Image:
         """The image with the objects of at least this score: boxes, masks, names and scores."""
         from vision_ssm.tasks.detection_plots import draw_row  # seconds, for matplotlib
 
