@@ -19,7 +19,8 @@ from vision_ssm.engine.weights import save_weights
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import DetectionConfig
 from vision_ssm.tasks import load, train
-from vision_ssm.tasks.detection import Detection, DetectorSpec
+from vision_ssm.tasks.classification import Classification, ClassifierSpec
+from vision_ssm.tasks.detection import Detection, DetectorSpec, first_model
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +110,8 @@ def test_overfitted_batch_is_found_again(tmp_path):
         rates.step()
     task.model.eval()
     metrics = task.evaluate(splits.train).metrics()
-    assert metrics["box_AP50"] > 0.75
-    assert metrics["mask_AP50"] > 0.75, metrics
+    assert metrics["box_AP50"] > 0.9
+    assert metrics["mask_AP50"] > 0.9
 
 
 def test_data_without_masks_trains_boxes(tmp_path):
@@ -121,8 +122,6 @@ def test_data_without_masks_trains_boxes(tmp_path):
 
 
 def test_backbone_starts_from_a_classifier_and_a_detector_from_a_detector(run, scenes, tmp_path, caplog):
-    from vision_ssm.tasks.classification import Classification, ClassifierSpec
-
     small = DETECTOR["model_args"]
     spec = ClassifierSpec(model="vmamba_atto", model_args=small, classes=("a", "b"), interpolation="bicubic")
     classifier = Classification.create_model(spec)
@@ -137,10 +136,8 @@ def test_backbone_starts_from_a_classifier_and_a_detector_from_a_detector(run, s
     task = Detection.from_config(whole, splits)
     stored = safetensors.torch.load_file(run[0].best)
     assert torch.equal(task.model.cls_score.weight, stored["cls_score.weight"])
-    renamed = replace(splits.train and task.spec, classes=("x", "y", "z"))
+    renamed = replace(task.spec, classes=("x", "y", "z"))
     caplog.clear()
-    from vision_ssm.tasks.detection import first_model
-
     other = first_model(whole, renamed)
     assert not torch.equal(other.cls_score.weight, stored["cls_score.weight"])
     assert torch.equal(other.box_head.fc6.weight, stored["box_head.fc6.weight"])
