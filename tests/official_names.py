@@ -43,7 +43,7 @@ def official(ours: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def official_detector(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Write a detector on VMamba under the published names; the inverse of ``convert_detector``."""
+    """Write a detector or segmenter on VMamba under the published names; the inverse of ``convert_detector``."""
     prefix = "backbone.model."
     backbone = official({key.removeprefix(prefix): value for key, value in ours.items() if key.startswith(prefix)})
     theirs = {f"backbone.{key}": value for key, value in backbone.items()}
@@ -64,6 +64,8 @@ def official_detector(ours: dict[str, Tensor]) -> dict[str, Tensor]:
         (r"^head\.regression_head\.conv\.(\d)\.0", r"bbox_head.reg_convs.\1.conv"),
         (r"^head\.classification_head\.cls_logits", "bbox_head.retina_cls"),
         (r"^head\.regression_head\.bbox_reg", "bbox_head.retina_reg"),
+        (r"\.batch_norm\.", ".bn."),
+        (r"_head\.classifier\.", "_head.conv_seg."),
     )
     for key, value in ours.items():
         if not key.startswith(prefix):

@@ -1,4 +1,4 @@
-"""Small data sets in COCO's format: colored shapes on noise."""
+"""Small data sets in COCO's format, and images with masks of labels: colored shapes on noise."""
 
 import json
 
@@ -47,6 +47,40 @@ def write_scenes(root, counts=None, *, seed=0, sizes=_SIZES, crowd=True, masks=T
             if not masks:
                 del annotation["segmentation"]
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def write_masks(root, counts=None, *, seed=0, sizes=_SIZES, void=True):
+    """Write images with shapes, and masks of labels: 0 is ground, then disc, square, triangle, and 255 counts not.
+
+    Args:
+        root: Folder of the data set: images/train, masks/train, and classes.txt.
+        counts: Number of images of each split, {"train": 8, "val": 4} by default.
+        seed: Decides everything.
+        sizes: Heights and widths of the images, in turn.
+        void: Whether the uppermost rows do not count.
+
+    Returns:
+        The folder.
+    """
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    (root / "masks").mkdir()
+    (root / "classes.txt").write_text("ground\ndisc\nsquare\ntriangle\n")
+    for number, (split, count) in enumerate((counts or {"train": 8, "val": 4}).items()):
+        for folder in ("images", "masks"):
+            (root / folder / split).mkdir()
+        rng = np.random.default_rng((seed, number))
+        for i in range(count):
+            height, width = sizes[i % len(sizes)]
+            image = Image.fromarray(rng.integers(90, 160, (height, width, 3), dtype=np.uint8))
+            for _ in range(rng.integers(1, 5)):
+                _add(image, int(rng.integers(3)), rng)
+            labels = np.zeros((height, width), np.uint8)
+            for label, color in enumerate(_COLORS, start=1):
+                labels[(np.asarray(image) == color).all(2)] = label
+            labels[: 3 * void] = 255
+            image.save(root / "images" / split / f"{i:04}.jpg", quality=95)
+            Image.fromarray(labels).save(root / "masks" / split / f"{i:04}.png")
     return root
 
 

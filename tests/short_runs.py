@@ -34,6 +34,21 @@ DETECTOR = dict(
     warmup_epochs=0,
 )
 
+# Of a segmenter's.
+SEGMENTER = dict(
+    model="vmamba_atto",
+    model_args={"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+    width=16,
+    test_size=(96, 72),
+    crop_size=64,
+    epochs=2,
+    batch_size=2,
+    num_workers=0,
+    device="cpu",
+    lr=4e-3,
+    warmup_epochs=0,
+)
+
 # Of Lightning's trainer, without a file or a word.
 QUIET = dict(
     accelerator="cpu",

@@ -31,10 +31,10 @@ from vision_ssm.checkpoints import (
     trace_detector,
     trace_official,
 )
-from vision_ssm.checkpoints.published_detectors import PUBLISHED_DETECTORS
-from vision_ssm.detectors import create_detector
+from vision_ssm.checkpoints.published_detectors import PUBLISHED_DETECTORS, PUBLISHED_SEGMENTERS
+from vision_ssm.detectors import create_detector, create_segmenter
 
-HEADS = {"mask-rcnn": "maskrcnn", "faster-rcnn": "maskrcnn", "retinanet": "retinanet"}
+HEADS = {"mask-rcnn": "maskrcnn", "faster-rcnn": "maskrcnn", "retinanet": "retinanet", "upernet": "upernet"}
 
 
 class Unfilled(TorchFunctionMode):
@@ -51,12 +51,21 @@ class Unfilled(TorchFunctionMode):
 @functools.cache
 def on_meta(detector: str, model: str) -> Any:
     with torch.device("meta"), torch.no_grad(), Unfilled(), patch("vision_ssm.detectors.create._check_maps"):
-        return create_detector(detector, model)
+        return create_segmenter(detector, model) if detector == "upernet" else create_detector(detector, model)
 
 
 def heads(detector: str, widths: Iterable[int]) -> dict[str, Tensor]:
     """Neck and heads of a published detector on maps of these widths, empty."""
     shapes = dict(goldens.load(HEADS[detector]).facts["keys"])
+    if detector == "upernet":
+        *laterals, last = widths
+        for i, width in enumerate(laterals):
+            shapes[f"decode_head.lateral_convs.{i}.conv.weight"][1] = width
+        for i in range(4):
+            shapes[f"decode_head.psp_modules.{i}.1.conv.weight"][1] = last
+        shapes["decode_head.bottleneck.conv.weight"][1] = last + 4 * 512
+        shapes["auxiliary_head.convs.0.conv.weight"][1] = width
+        return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     for i, width in enumerate(widths):
         shapes[f"neck.lateral_convs.{i}.conv.weight"][1] = width
     if detector == "retinanet":
@@ -70,7 +79,7 @@ def backbone(golden: str, widths: Iterable[int]) -> dict[str, Tensor]:
     """A published backbone, with norms of its maps where the classifier of the golden has none, empty."""
     entries = goldens.load(golden).facts["state_dict"]
     state = {f"backbone.{key}": torch.empty(shape, device="meta") for key, shape in entries}
-    norms = {} if golden.endswith("detection") else dict(enumerate(widths))
+    norms = {} if golden.endswith(("detection", "segmentation")) else dict(enumerate(widths))
     out = {
         f"outnorm{i}.{part}": torch.empty(width, device="meta")
         for i, width in norms.items()
@@ -88,6 +97,9 @@ def backbone(golden: str, widths: Iterable[int]) -> dict[str, Tensor]:
         ("mask-rcnn", "sparx_mamba_t_detection", "sparx_mamba_tiny", (96, 192, 320, 512)),
         ("mask-rcnn", "efficientvmamba_tiny", "efficient_vmamba_tiny", (48, 96, 192, 384)),
         ("retinanet", "efficientvmamba_tiny", "efficient_vmamba_tiny", (48, 96, 192, 384)),
+        ("upernet", "vmamba_tiny_s1l8", "vmamba_tiny", (96, 192, 384, 768)),
+        ("upernet", "sparx_mamba_t_segmentation", "sparx_mamba_tiny", (96, 192, 320, 512)),
+        ("upernet", "efficientvmamba_tiny", "efficient_vmamba_tiny", (48, 96, 192, 384)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -160,7 +172,7 @@ def test_strict_loading_lists_what_does_not_fit(change: Any, message: str) -> No
         check_fit(on_meta("retinanet", "efficient_vmamba_tiny"), convert_detector("efficient_vmamba_tiny", state))
 
 
-@pytest.mark.parametrize("name", ["classifier.head.weight", "decode_head.conv_seg.weight", "backbone.norm.weight"])
+@pytest.mark.parametrize("name", ["classifier.head.weight", "mlp_head.weight", "backbone.norm.weight"])
 def test_what_is_no_detector(name: str) -> None:
     assert detector_of([name]) is None
 
@@ -184,6 +196,14 @@ def test_published_names_are_what_the_conversion_reads(golden: str, model: str) 
     other = {key for key, theirs in traced.items() if sorted(found[key]) != sorted(theirs)}
     # The place of one merging of patches depends on the depth of its stage.
     assert other == {key for key in traced if golden.startswith("efficient") and key.startswith("stages.3.downsample")}
+
+
+@pytest.mark.parametrize(("model", "exempt"), [("vmamba_tiny", 84 + 8), ("sparx_mamba_tiny", 100)])
+def test_what_upernet_does_not_decay(model: str, exempt: int) -> None:
+    segmenter = on_meta("upernet", model)
+    found = segmenter.published_no_weight_decay()
+    assert len(found) == exempt  # batch norms of the heads are called bn, and decayed
+    assert all(name.startswith("backbone.model.") for name in found)
 
 
 # The counts are those of mmengine's optimizer.
@@ -274,3 +294,40 @@ def test_published_results() -> None:
         entry = facts[url]
         assert (result.box_ap, result.mask_ap) == (entry["box_ap"], entry["mask_ap"])
         assert result.schedule == entry["schedule"]
+
+
+# UPerNet, in the same way.
+SEGMENTERS = {
+    "vmamba_tiny": 61_902_572,
+    "vmamba_tiny_s2l5": 62_359_340,
+    "vmamba_small": 81_801_260,
+    "vmamba_base": 122_069_292,
+    "sparx_mamba_tiny": 57_077_014,
+    "sparx_mamba_small": 77_673_468,
+    "sparx_mamba_base": 114_513_908,
+    "efficient_vmamba_tiny": 35_360_192,
+    "efficient_vmamba_small": 41_069_212,
+    "efficient_vmamba_base": 65_370_644,
+}
+
+
+@pytest.mark.parametrize("model", SEGMENTERS)
+def test_parameters_and_flops_of_published_segmenters(model: str) -> None:
+    made = on_meta("upernet", model)
+    assert sum(p.numel() for p in made.parameters()) == SEGMENTERS[model]
+    (result,) = (r for r in PUBLISHED_SEGMENTERS if r.model == model)
+    if result.parameters is not None:
+        fits = SEGMENTERS[model] / 1e6 == pytest.approx(result.parameters, rel=0.01)
+        assert fits == (result.note is None)
+    if model == "vmamba_tiny":
+        assert complexity(made, (3, 512, 2048)).paper_ops / 1e9 == pytest.approx(result.flops, rel=0.01)
+
+
+def test_published_results_of_segmenters() -> None:
+    uncounted = {"group_mamba_tiny", "vim2_tiny", "vim2_small"}
+    assert {result.model for result in PUBLISHED_SEGMENTERS} == SEGMENTERS.keys() | uncounted
+    facts = {entry["checkpoint"]: entry for entry in goldens.load("upernet").facts["published"]}
+    found = {result.weights: result for result in PUBLISHED_SEGMENTERS if result.weights}
+    assert found.keys() == facts.keys()
+    for url, result in found.items():
+        assert (result.miou, result.miou_ms) == (facts[url]["miou_single"], facts[url]["miou_multi"])

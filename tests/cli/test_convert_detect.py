@@ -1,7 +1,7 @@
 """`vision-ssm convert --task detect`, as a user calls it."""
 
-import functools
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from safetensors import safe_open
 import vision_ssm
 from official_names import official, official_detector
 from vision_ssm.cli import main
-from vision_ssm.detectors import create_detector
+from vision_ssm.detectors import create_detector, create_segmenter
 from vision_ssm.tasks.detection import DetectorSpec
 
 NAME = "vmamba_atto"
@@ -114,13 +114,16 @@ def test_arguments_of_the_backbone_are_stored(convert, tmp_path):
 
 
 def test_verify_names_what_is_found(convert, detectors, picture, monkeypatch):
-    small = functools.partial(DetectorSpec, test_size=(96, 64))
-    monkeypatch.setattr("vision_ssm.tasks.detection.DetectorSpec", small)
+    @dataclass(frozen=True, kw_only=True)
+    class Small(DetectorSpec):
+        test_size: tuple[int, int] = (96, 64)
+
+    monkeypatch.setattr("vision_ssm.tasks.detection.Detection.Spec", Small)
     state = official_detector(detectors["retinanet"].state_dict())
     key = "bbox_head.retina_cls.bias"
     state[key] = torch.where(torch.arange(len(state[key])) % 80 == 15, 2.0, -9.0)
     out = convert(state, "--verify", str(picture))[1]
-    assert f"{picture}, as {NAME} sees it: class score x1 y1 x2 y2 cat 88." in out
+    assert f"{picture}, as {NAME} sees it: class score x1 y1 x2 y2 cat 0.88" in out
 
 
 def without(state, key):
@@ -139,7 +142,7 @@ def segmenter(state):
     ("content", "words", "message"),
     [
         (classifier, (), "theirs.pth holds no detector, as no weights of its heads are there; leave --task detect out"),
-        (segmenter, (), "holds no detector, but a segmenter: 1 besides (decode_head 1); leave --task detect out"),
+        (segmenter, (), "theirs.pth holds no detector, but upernet; use --task segment"),
         (dict, ("--model", "vmamba_tiny"), "theirs.pth is no vmamba_tiny; it fits vmamba_atto"),
         (
             lambda state: without(state, "bbox_head.retina_reg.bias"),
@@ -152,12 +155,48 @@ def segmenter(state):
         (dict, ("--model", "resnet18"), "no conversion of official checkpoints for resnet18"),
         (dict, ("--task", "classify"), "theirs.pth is of a whole retinanet: "),
         (dict, ("--task", "classify"), "; --task detect takes all, --backbone takes the backbone alone"),
-        (dict, ("--task", "classify", "--class-map", "x"), "--class-map is for detectors: give --task detect too"),
+        (dict, ("--task", "classify", "--class-map", "x"), "--class-map is for detectors and segmenters: give"),
     ],
     ids=["classifier", "segmenter", "other-variant", "head", "unknown", "backbone", "class-map",
          "no-conversion", "whole", "hint", "classes-of-classifier"],
 )  # fmt: skip
 def test_what_is_refused(convert, detectors, content, words, message):
     code, _, err = convert(content(official_detector(detectors["retinanet"].state_dict())), *words)
+    assert code == 2
+    assert message in err
+
+
+def test_a_segmenter_is_converted(convert, tmp_path, picture):
+    torch.manual_seed(0)
+    segmenter = create_segmenter("upernet", NAME).eval()
+    code, out, _ = convert({"state_dict": official_detector(segmenter.state_dict())}, task="segment")
+    assert code == 0
+    assert "not needed" not in out
+    spec = described(tmp_path / "ours.safetensors")
+    assert (spec["task"], spec["decoder"], spec["model"], spec["size_multiple"]) == ("segmentation", "upernet", NAME, 1)
+    assert (spec["test_size"], spec["mode"], spec["labels"][:2], spec["ignored"]) == ([2048, 512], "whole", [1, 2], [0])
+    assert (len(spec["classes"]), spec["classes"][0], spec["classes"][-1]) == (150, "wall", "flag")
+    task = vision_ssm.load(tmp_path / "ours.safetensors", optimized=False)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.equal(task.model(images), segmenter(images))
+    (found,) = vision_ssm.load(tmp_path / "ours.safetensors", test_size=(96, 64)).predict([picture])
+    assert found.label_map.shape == (48, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        (dict, ("--task", "detect"), "theirs.pth holds no detector, but upernet; use --task segment"),
+        (dict, ("--task", "classify"), "theirs.pth is of a whole upernet: "),
+        (classifier, (), "holds no segmenter, as no weights of its heads are there; leave --task segment out"),
+        (lambda state: without(state, "decode_head.conv_seg.bias"), (), "1 missing: decode_head.classifier.bias"),
+        (dict, ("--class-map", "none.txt"), "no such file of class names: none.txt"),
+    ],
+    ids=["detector", "whole", "classifier", "head", "class-map"],
+)
+def test_what_is_refused_of_segmenters(convert, change, words, message):
+    state = official_detector(create_segmenter("upernet", NAME, width=64).state_dict())
+    code, _, err = convert(change(state), *words, task="segment")
     assert code == 2
     assert message in err

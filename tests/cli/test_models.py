@@ -92,6 +92,37 @@ def test_info_on_a_detector_of_which_nothing_is_published(capsys):
     assert "published" not in run(capsys, *words)[1]
 
 
+def test_published_segmenters(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("vision_ssm.cli.detectors._on_meta", lambda *_: torch.nn.Linear(10_000, 10_000, device="meta"))
+    out = run(capsys, "models", "--task", "segment")[1]
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert ["vim2_tiny", "160k", "48.6", "/", "49.9", "100.01", "M", "51", "M", "-"] in map(str.split, out.splitlines())
+    rows = json.loads(run(capsys, "models", "sparx*", "--task", "segment", "--json")[1])
+    assert [(row["miou"], row["miou_ms"]) for row in rows] == [(50.2, None), (51.4, None), (52.5, None)]
+
+
+def test_info_on_a_segmenter(capsys):
+    out = run(capsys, "info", "vmamba_tiny", "--task", "segment")[1]
+    assert "61,902,572 -0.2 % from the published 62 M" in " ".join(out.split())
+    assert "-0.1 % from the published 949 G" in " ".join(out.split())
+    words = (
+        "info",
+        "resnet18",
+        "--task",
+        "segment",
+        "--decoder",
+        "unet",
+        "--size",
+        "96",
+        "--num-classes",
+        "3",
+        "--json",
+    )
+    values = json.loads(run(capsys, *words)[1])
+    assert (values["decoder"], values["input_size"], values["published"]) == ("unet", [3, 96, 96], [])
+
+
 def test_models_that_do_not_exist(capsys):
     code, _, err = run(capsys, "models", "resnet*")
     assert code == 2

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import goldens
 from goldens import fill_dense
-from vision_ssm.checkpoints.detectors import RETINANET, TWO_STAGE
+from vision_ssm.checkpoints.detectors import RETINANET, TWO_STAGE, UPERNET
 from vision_ssm.checkpoints.rules import convert
 
 
 def ours(key: str, pyramid_levels: int = 5) -> str:
     """Return our name of a published tensor; RetinaNet's pyramid makes two of its levels from others."""
-    rules = RETINANET if pyramid_levels == 3 else TWO_STAGE
+    rules = UPERNET if "decode" in key or "auxiliary" in key else RETINANET if pyramid_levels == 3 else TWO_STAGE
     return next(iter(convert(rules, {key: torch.empty(0)})))
 
 
@@ -46,9 +46,11 @@ class Published:
         golden = goldens.load(name)
         self.facts, self.arrays = golden.facts, golden.arrays
         self.inputs = SimpleNamespace(**self.facts["inputs"])
+        self.pyramid_levels = 3 if name == "retinanet" else 5
+        if name == "upernet":
+            return
         self.sizes = torch.tensor(self.inputs.img_shapes)
         self.original_sizes = torch.tensor(self.inputs.ori_shapes)
-        self.pyramid_levels = 3 if name == "retinanet" else 5
         self.small_object = name == "maskrcnn"  # the third object of an image; RetinaNet's golden has it whole
         self.images = torch.zeros(2, 3, *self.inputs.batch_input_shape)
 
@@ -118,16 +120,16 @@ class Published:
             self.assert_equal(f"anchors{i}.last", level[-1])
             assert list(level.shape) == list(self.arrays[f"anchors{i}.shape"])
 
-    def assert_gradients(self, case: str, model: nn.Module, features: Sequence[Tensor]) -> None:
+    def assert_gradients(self, case: str, model: nn.Module, features: Sequence[Tensor], prefix: str = "train") -> None:
         """Compare the norms of all gradients of neck and heads, and of those of the features."""
         gradients = dict(model.named_parameters())
         names = [ours(name, self.pyramid_levels) for name in self.facts["grad_names"]]
         assert set(names) == {name for name in gradients if not name.startswith("backbone")}
         # In float32, as the published ones: their summation error is 7e-4 for the largest weight.
         norms = torch.stack([gradients[name].grad.norm() for name in names])
-        self.assert_norms(f"train.{case}.grad_norms", norms)
+        self.assert_norms(f"{prefix}.{case}.grad_norms", norms)
         feature_norms = [torch.zeros(()) if x.grad is None else x.grad.norm() for x in features]
-        self.assert_norms(f"train.{case}.feature_grad_norms", torch.stack(feature_norms))
+        self.assert_norms(f"{prefix}.{case}.feature_grad_norms", torch.stack(feature_norms))
 
     def assert_norms(self, key: str, norms: Tensor) -> None:
         kept = self.arrays[key]

@@ -14,6 +14,7 @@ from vision_ssm.models.registry import registered_models
 from vision_ssm.recipes import RECIPES, ClassificationConfig, find, from_dict, to_dict
 from vision_ssm.recipes.config import OptimConfig
 from vision_ssm.recipes.detection import DETECTION
+from vision_ssm.recipes.segmentation import SEGMENTATION
 from vision_ssm.recipes.published import PUBLISHED
 
 DEFAULTS = to_dict(ClassificationConfig())
@@ -31,7 +32,7 @@ def test_every_size_with_published_training_has_a_recipe():
     models = {recipe().model for recipe in PUBLISHED}
     ours = {name for name in registered_models() if not name.endswith("_atto")}
     assert ours - models == {"dgc_mamba_tiny", "dsn_mamba_tiny"}
-    assert len(RECIPES) == len(PUBLISHED) + len(DETECTION) + 5
+    assert len(RECIPES) == len(PUBLISHED) + len(DETECTION) + len(SEGMENTATION) + 6
 
 
 def test_unknown_recipe_names_the_nearest():
@@ -159,7 +160,7 @@ def test_configuration_survives_json(tmp_path):
         (dict(seed=2**64), "--seed must be at least 0 and below"),
         (dict(published_decay=True, layer_decay=0.8), "--published-decay and --layer-decay exclude each other"),
         (dict(val_data="x", val_fraction=0.1), "--val-data and --val-fraction exclude each other"),
-        (dict(schedule="foo"), "--schedule must be one of cosine, tanh, multistep, got 'foo'"),
+        (dict(schedule="foo"), "--schedule must be one of cosine, tanh, multistep, poly, got 'foo'"),
         (dict(epochs="5"), "--epochs must be int, got '5'"),
         (dict(epochs=True), "--epochs must be int, got True"),
         (dict(img_size=1.5), "--img-size must be int | None, got 1.5"),

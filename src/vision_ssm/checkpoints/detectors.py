@@ -1,7 +1,8 @@
-"""Published detectors: their keys, and ours.
+"""Published detectors and segmenters: their keys, and ours.
 
 Covers what mmdet 3 writes for Mask R-CNN, Faster R-CNN (``configs/_base_/models/mask-rcnn_r50_fpn.py``) and RetinaNet
-(``configs/pvt/retinanet_pvt-t_fpn_1x_coco.py``), with the backbones of this package in their published layout inside.
+(``configs/pvt/retinanet_pvt-t_fpn_1x_coco.py``), and mmseg 1 for UPerNet (``configs/_base_/models/upernet_swin.py``),
+with the backbones of this package in their published layout inside.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,16 @@ RETINANET: Rules = {
     "bbox_head.retina_cls.": "head.classification_head.cls_logits.",
     "bbox_head.retina_reg.": "head.regression_head.bbox_reg.",
 }
+_BLOCKS = (
+    *(f"decode_head.{name}." for name in ("psp_modules.#.1", "bottleneck", "lateral_convs.#", "fpn_convs.#")),
+    *("decode_head.fpn_bottleneck.", "auxiliary_head.convs.#."),
+)
+UPERNET: Rules = {
+    **{f"{block}conv.": f"{block}conv." for block in _BLOCKS},
+    **{f"{block}bn.": f"{block}batch_norm." for block in _BLOCKS},
+    **{f"{head}.conv_seg.": f"{head}.classifier." for head in ("decode_head", "auxiliary_head")},
+}
+_HEADS = {"retinanet": RETINANET, "upernet": UPERNET}
 # The first of these that begins a name of a file tells its kind; published and our own names.
 _KINDS = {
     "bbox_head.": "retinanet",
@@ -41,17 +52,18 @@ _KINDS = {
     "mask_predictor.": "mask-rcnn",
     "roi_head.": "faster-rcnn",
     "box_head.": "faster-rcnn",
+    "decode_head.": "upernet",
 }
 
 
 def detector_of(names: Iterable[str]) -> str | None:
-    """Return which detector has weights of these names, published or ours, or None."""
+    """Return which detector or segmenter has weights of these names, published or ours, or None."""
     names = list(names)
     return next((kind for prefix, kind in _KINDS.items() if any(name.startswith(prefix) for name in names)), None)
 
 
 def convert_detector(model: str, state: State) -> State:
-    """Map a published state dict of a detector on a backbone, by its name in timm's registry, to our names.
+    """Map a published state dict of a detector or segmenter to our names.
 
     Raises:
         CheckpointError: If there is no conversion for that backbone, or tensors that are joined do not fit together.
@@ -76,7 +88,7 @@ def detector_no_decay(detector: nn.Module, model: str) -> set[str]:
         model: Its backbone's name in timm's registry.
 
     Source: ``norm_decay_mult`` in mmengine's ``optim/optimizer/default_constructor.py``, set by the configurations of
-    Mask R-CNN on VMamba and SparX and not by that of RetinaNet on PVT.
+    Mask R-CNN and UPerNet on VMamba and SparX and not by that of RetinaNet on PVT.
     """
     names = [name for name, _ in detector.named_parameters()]
     if detector_of(names) == "retinanet":
@@ -86,6 +98,6 @@ def detector_no_decay(detector: nn.Module, model: str) -> set[str]:
 
 
 def _rules(model: str, names: Iterable[str]) -> Rules:
-    heads = RETINANET if detector_of(names) == "retinanet" else TWO_STAGE
+    heads = _HEADS.get(detector_of(names) or "", TWO_STAGE)
     backbone = [name.removeprefix("backbone.").removeprefix("model.") for name in names]
     return {**within("backbone.", "backbone.model.", rules_of(model, backbone)), **heads}

@@ -41,7 +41,7 @@ def check_fit(model: nn.Module, state: State, adapted: Collection[str] = ()) -> 
     shapes = [
         f"{key} (file {tuple(value.shape)}, model {tuple(own[key].shape)})"
         for key, value in state.items()
-        if key in own and value.shape != own[key].shape
+        if key in own and value.shape != own[key].shape and (value.shape, own[key].dim()) != ((1,), 0)  # torch takes it
     ]
     kinds = [
         f"{key} ({value.dtype})"

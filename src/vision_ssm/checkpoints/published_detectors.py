@@ -1,4 +1,4 @@
-"""What was published about detectors on the backbones of this package: results on COCO val2017, cost and weights."""
+"""What was published about detectors and segmenters on the backbones of this package: results, cost and weights."""
 
 from dataclasses import dataclass
 
@@ -92,3 +92,56 @@ PUBLISHED_DETECTORS = (
     PublishedDetector("vim2_small", "mask-rcnn", "1x", 48.5, 43.1, 62.0, note=f"{_UNPUBLISHED}, nor its schedule"),
 )
 """All published results."""
+
+_VMAMBA_SEG = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_"
+_SPARX_SEG = "https://github.com/LMMMEng/SparX/releases/download/v1/upernet_sparx_mamba_"
+
+
+@dataclass(frozen=True)
+class PublishedSegmenter:
+    """A published result of UPerNet, 160,000 iterations on ADE20K; it belongs to its authors' weights.
+
+    Args:
+        model: The backbone, by its name in timm's registry.
+        miou: Mean IoU in % on the validation images.
+        miou_ms: The same, averaged over six scales and flips.
+        parameters: Millions of parameters, as published.
+        flops: GFLOPs for an image of 2048 x 512, as published; a multiply-accumulate is one.
+        weights: Address of the weights file.
+        note: What to know about the row.
+        detector: The decoder.
+        schedule: Its iterations.
+    """
+
+    model: str
+    miou: float
+    miou_ms: float | None = None
+    parameters: float | None = None
+    flops: float | None = None
+    weights: str | None = None
+    note: str | None = None
+    detector: str = "upernet"
+    schedule: str = "160k"
+
+
+PUBLISHED_SEGMENTERS = (
+    # MzeroMiko/VMamba@2ed52ea, README.md and assets/performance.md
+    PublishedSegmenter("vmamba_tiny", 47.9, 48.8, 62, 949, f"{_VMAMBA_SEG}tiny_s_iter_160000.pth"),
+    PublishedSegmenter("vmamba_tiny_s2l5", 48.3, 48.6, 62, 948, f"{_VMAMBA_SEG}tiny_iter_160000.pth"),
+    PublishedSegmenter("vmamba_small", 50.6, 51.2, 82, 1028, f"{_VMAMBA_SEG}small_iter_144000.pth"),
+    PublishedSegmenter("vmamba_base", 51.0, 51.6, 122, 1170, f"{_VMAMBA_SEG}base_iter_160000.pth"),
+    # LMMMEng/SparX@7fdb991, segmentation/readme.md
+    PublishedSegmenter("sparx_mamba_tiny", 50.2, weights=f"{_SPARX_SEG}tiny.pth"),
+    PublishedSegmenter("sparx_mamba_small", 51.4, weights=f"{_SPARX_SEG}small.pth"),
+    PublishedSegmenter("sparx_mamba_base", 52.5, weights=f"{_SPARX_SEG}base.pth"),
+    # arXiv 2403.09977, table 4
+    PublishedSegmenter("efficient_vmamba_tiny", 38.9, 39.3, 14, 230, note=_COST),
+    PublishedSegmenter("efficient_vmamba_small", 41.5, 42.1, 29, 505, note=_COST),
+    PublishedSegmenter("efficient_vmamba_base", 46.5, 47.3, 65, 930),
+    # arXiv 2407.13772, section 4.3
+    PublishedSegmenter("group_mamba_tiny", 48.6, 49.2, 49, 955, note=_UNPUBLISHED),
+    # arXiv 2403.19888v1, table 3
+    PublishedSegmenter("vim2_tiny", 48.6, 49.9, 51, note=_UNPUBLISHED),
+    PublishedSegmenter("vim2_small", 50.2, 51.4, 75, note=_UNPUBLISHED),
+)
+"""All published results of semantic segmentation."""

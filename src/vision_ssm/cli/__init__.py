@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         needed = f"{words[0]} needs {package}, which is not installed"
-        extra = "detection" if package == "faster_coco_eval" else "train"
+        extras = {"faster_coco_eval": "detection", "transformers": "segmentation"}
+        extra = extras.get(package, "segmentation" if package.startswith("segmentation_models") else "train")
         return fail(f"{needed}; pip install 'vision-ssm[{extra}]' installs all that it needs")
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

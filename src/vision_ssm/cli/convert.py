@@ -27,14 +27,14 @@ class ConvertOptions:
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT.safetensors")]
     """The .safetensors file to write."""
     model: str
-    """The model it belongs to, or the backbone of the detector, such as vmamba_tiny."""
-    task: Literal["classify", "detect"] = "classify"
-    """Convert a model (or with --backbone that of a detector or segmenter), or a whole detector."""
+    """The model it belongs to, or the backbone of the detector or segmenter, such as vmamba_tiny."""
+    task: Literal["classify", "detect", "segment"] = "classify"
+    """Convert a model (or with --backbone that of a detector or segmenter), a whole detector, or a whole segmenter."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the model, where the file is of none of the named variants."""
     class_map: Path | None = None
-    """Text file that names one class of the detector per line; by default those of COCO, where there are 80, or else
-    numbers."""
+    """Text file that names one class of the detector or segmenter per line; by default those of COCO, where there are
+    80, of ADE20K, where there are 150, or else numbers."""
     ema: bool = False
     """Take the averaged weights where the file has both."""
     backbone: bool = False
@@ -79,11 +79,12 @@ def convert(words: Sequence[str]) -> int:
         raise InputError(f"no such checkpoint file: {options.source}")
     if "num_classes" in options.model_args:
         raise InputError("--model-args takes no num_classes: the number of classes comes from the file")
-    whole = options.task == "detect"
+    whole = options.task != "classify"
     if options.backbone and whole:
-        raise InputError("--backbone and --task detect exclude each other: one takes the backbone, the other the whole")
+        both = f"--backbone and --task {options.task}"
+        raise InputError(f"{both} exclude each other: one takes the backbone, the other the whole")
     if options.class_map is not None and not whole:
-        raise InputError("--class-map is for detectors: give --task detect too")
+        raise InputError("--class-map is for detectors and segmenters: give --task detect or --task segment too")
     from rich.console import Console
 
     from vision_ssm.checkpoints import read_checkpoint
@@ -94,7 +95,7 @@ def convert(words: Sequence[str]) -> int:
     checkpoint = read_checkpoint(options.source, ema=options.ema)
     if options.ema and not checkpoint.averaged:
         raise InputError(f"{options.source} keeps no averaged weights apart; leave --ema out")
-    made = (_detector if whole else _model)(options, checkpoint)
+    made = (_whole if whole else _model)(options, checkpoint)
     if broken := [name for name, tensor in made.theirs.items() if not tensor.isfinite().all()]:
         problem = f"{len(broken)} tensors hold numbers that are not finite: {shorten(broken)}"
         if image is not None:
@@ -122,7 +123,8 @@ def _model(options: ConvertOptions, checkpoint: Any) -> _Converted:
         kind = detector_of(checkpoint.state)
         raise InputError(
             f"{options.source} is of a whole {kind or 'detector or segmenter'}: {len(theirs)} tensors of a backbone "
-            f"and {_listed(others)}; {'--task detect takes all, ' if kind else ''}--backbone takes the backbone alone"
+            f"and {_listed(others)}; {f'--task {_task_of(kind)} takes all, ' if kind else ''}--backbone takes the "
+            "backbone alone"
         )
     if options.backbone and not others and "backbone." not in checkpoint.prefix:
         raise InputError(f"{options.source} has no names that begin with backbone.; leave --backbone out")
@@ -146,8 +148,12 @@ def _model(options: ConvertOptions, checkpoint: Any) -> _Converted:
     return _Converted(theirs, ours, sources, save, _call(options, args), verify)
 
 
-def _detector(options: ConvertOptions, checkpoint: Any) -> _Converted:
-    """Convert a whole detector."""
+def _task_of(kind: str) -> str:
+    return "segment" if kind == "upernet" else "detect"
+
+
+def _whole(options: ConvertOptions, checkpoint: Any) -> _Converted:
+    """Convert a whole detector or segmenter."""
     import torch
 
     import vision_ssm
@@ -159,47 +165,60 @@ def _detector(options: ConvertOptions, checkpoint: Any) -> _Converted:
         take_backbone,
         trace_detector,
     )
-    from vision_ssm.detectors import create_detector
+    from vision_ssm.detectors import create_detector, create_segmenter
     from vision_ssm.engine.weights import save_weights
-    from vision_ssm.tasks.detection import DetectorSpec
+    from vision_ssm.tasks import TASKS, task_type
 
     theirs = checkpoint.state
+    what = {"detect": "detector", "segment": "segmenter"}[options.task]
     if (kind := detector_of(theirs)) is None:
-        others = take_backbone(theirs)[1]
-        what = (
-            f"but a segmenter: {_listed(others)}" if "decode_head" in others else "as no weights of its heads are there"
+        raise InputError(
+            f"{options.source} holds no {what}, as no weights of its heads are there; leave --task {options.task} out"
         )
-        raise InputError(f"{options.source} holds no detector, {what}; leave --task detect out")
+    if _task_of(kind) != options.task:
+        raise InputError(f"{options.source} holds no {what}, but {kind}; use --task {_task_of(kind)}")
     ours = convert_detector(options.model, theirs)
-    head, rows = ("head.classification_head.cls_logits", 9) if kind == "retinanet" else ("bbox_pred", 4)
-    classes = _class_names(options, len(ours.get(f"{head}.bias", ())) // rows)
+    create: Any = create_segmenter if kind == "upernet" else create_detector
+    head = {"retinanet": "head.classification_head.cls_logits", "upernet": "decode_head.classifier"}.get(kind)
+    outputs = len(ours.get(f"{head or 'bbox_pred'}.bias", ()))
+    classes = _class_names(options, max(1, outputs // {"retinanet": 9, "upernet": 1}.get(kind, 4)))
     try:
         with torch.device("meta"), torch.no_grad():
-            check_fit(create_detector(kind, options.model, options.model_args, len(classes)), ours)
+            check_fit(create(kind, options.model, options.model_args, len(classes)), ours)
     except CheckpointError as error:
         if not any(key.startswith("backbone.") for keys in error.keys.values() for key in keys):
             raise
         raise _explain(options, take_backbone(theirs)[0], error) from None
     names, numbers = tuple(classes.values()), tuple(classes)
-    spec = DetectorSpec(
-        detector=kind, model=options.model, model_args=options.model_args, classes=names, category_ids=numbers
-    )
+    common: dict[str, Any] = dict(model=options.model, model_args=options.model_args, classes=names)
+    if kind == "upernet":
+        common |= dict(decoder=kind, labels=numbers, ignored=(255,) if 0 in classes else (0,))
+        if options.model.startswith("sparx"):  # as it was tested
+            common["size_multiple"] = 32
+    else:
+        common |= dict(detector=kind, category_ids=numbers)
+    task = next(name for name in TASKS if name.startswith(options.task))
+    spec = task_type(task).Spec(**common)
 
     def verify(image: Any, console: Any) -> None:
-        (prediction,) = vision_ssm.load(options.out).predict([image])
-        table = make_table("class", ">score", ">x1", ">y1", ">x2", ">y2")
-        for found in prediction.row()["objects"]:
-            table.add_row(found["class"], f"{found['score']:.1%}", *(f"{side:.1f}" for side in found["box"]))
-        console.print(table if table.row_count else "nothing")
+        model = vision_ssm.load(options.out)
+        lines = model.as_csv([model.predict([image])[0].row()])
+        columns = [name for name in model.csv_columns if name != "image"]
+        table = make_table(columns[0], *(f">{name}" for name in columns[1:]))
+        for line in lines:
+            shown = (line[name] for name in columns)
+            table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in shown))
+        console.print(table if lines else "nothing")
 
-    save = functools.partial(save_weights, options.out, ours, "detection", spec)
-    return _Converted(
-        theirs, ours, trace_detector(options.model, theirs), save, f"vision_ssm.load({str(options.out)!r})", verify
-    )
+    save = functools.partial(save_weights, options.out, ours, task, spec)
+    sources, call = trace_detector(options.model, theirs), f"vision_ssm.load({str(options.out)!r})"
+    return _Converted(theirs, ours, sources, save, call, verify)
 
 
 def _class_names(options: ConvertOptions, count: int) -> dict[int, str]:
-    """Return the names of the classes by their numbers in COCO files."""
+    """Return the names of the classes by their numbers in files."""
+    from importlib.resources import files
+
     from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
     if options.class_map is not None:
@@ -209,6 +228,9 @@ def _class_names(options: ConvertOptions, count: int) -> dict[int, str]:
         if len(names) != count:
             raise InputError(f"{options.class_map} names {len(names)} classes, {options.source} is of {count}")
         return dict(enumerate(names))
+    if options.task == "segment":
+        ade20k = files("vision_ssm.checkpoints").joinpath("ade20k.txt").read_text("utf-8").splitlines()
+        return dict(enumerate(ade20k, start=1)) if count == len(ade20k) else {i: str(i) for i in range(count)}
     coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     known = {i: name for i, name in enumerate(coco) if name not in ("__background__", "N/A")}
     return known if count == len(known) else {i: str(i) for i in range(count)}

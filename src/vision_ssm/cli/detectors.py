@@ -1,4 +1,4 @@
-"""What `vision-ssm models` and `vision-ssm info` show with `--task detect`."""
+"""What `vision-ssm models` and `vision-ssm info` show with `--task detect` and `--task segment`."""
 
 import dataclasses
 import fnmatch
@@ -8,43 +8,66 @@ from typing import Any
 from vision_ssm.engine.output import make_table, print_json
 from vision_ssm.errors import InputError
 
-COST_SIZE = (800, 1280)
-"""Height and width of the images for which the papers count FLOPs."""
+COST_SIZES = {"detect": (800, 1280), "segment": (512, 2048)}
+"""Height and width of the images for which the papers count operations."""
 
-_NAMES = {"mask-rcnn": "Mask R-CNN", "faster-rcnn": "Faster R-CNN", "retinanet": "RetinaNet"}
+CLASSES = {"detect": 80, "segment": 150}
+"""Number of classes of the published networks: those of COCO and ADE20K."""
+
+_NAMES = {"mask-rcnn": "Mask R-CNN", "faster-rcnn": "Faster R-CNN", "retinanet": "RetinaNet", "upernet": "UPerNet"}
+_DATA = {"detect": "COCO val2017", "segment": "the validation images of ADE20K"}
+_SCORES = {"detect": "box/mask AP", "segment": "mIoU/multi-scale"}
+_LEGENDS = {
+    "detect": (
+        "AP: in %, of the weights of the papers' authors, not of this package's training.\n"
+        "schedule: 1x is 12 epochs, 3x is 36 at several scales; params: counted here.\n"
+        "published: parameters and multiply-accumulates at 1280x800, by the papers."
+    ),
+    "segment": (
+        "mIoU: in %, of the weights of the papers' authors, not of this package's training;\n"
+        "multi-scale: six sizes and flips; schedule: iterations; params: counted here.\n"
+        "published: parameters and multiply-accumulates at 2048x512, by the papers."
+    ),
+}
 
 
-def list_detectors(pattern: str, *, json: bool) -> int:
-    """List the published detectors whose backbone matches, with their results."""
+def list_published(task: str, pattern: str, *, json: bool) -> int:
+    """List the published detectors or segmenters whose backbone matches, with their results."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from vision_ssm.checkpoints.published_detectors import PUBLISHED_DETECTORS
-
-    results = [result for result in PUBLISHED_DETECTORS if fnmatch.fnmatch(result.model, pattern)]
+    results = [result for result in _published(task) if fnmatch.fnmatch(result.model, pattern)]
     if not results:
-        known = dict.fromkeys(result.model for result in PUBLISHED_DETECTORS)
-        raise InputError(f"no backbone of a published detector matches {pattern}; there are {', '.join(known)}")
+        known = dict.fromkeys(result.model for result in _published(task))
+        what = {"detect": "detector", "segment": "segmenter"}[task]
+        raise InputError(f"no backbone of a published {what} matches {pattern}; there are {', '.join(known)}")
     kinds = dict.fromkeys((result.model, result.detector) for result in results)
     counts: dict[tuple[str, str], int] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        for model, detector in progress.track(kinds, description="counting"):
-            counts[model, detector] = sum(p.numel() for p in _on_meta(detector, model, 80).parameters())
+        for model, kind in progress.track(kinds, description="counting"):
+            counts[model, kind] = sum(p.numel() for p in _on_meta(task, kind, model, CLASSES[task]).parameters())
     rows = [_row(result, counts[result.model, result.detector]) for result in results]
     if json:
         print_json(rows)
     else:
-        _show(rows, Console())
+        _show(task, rows, Console())
     return 0
 
 
-def _on_meta(detector: str, model: str, classes: int) -> Any:
+def _published(task: str) -> Sequence[Any]:
+    from vision_ssm.checkpoints import published_detectors as known
+
+    return {"detect": known.PUBLISHED_DETECTORS, "segment": known.PUBLISHED_SEGMENTERS}[task]
+
+
+def _on_meta(task: str, kind: str, model: str, classes: int) -> Any:
     import torch
 
-    from vision_ssm.detectors import create_detector
+    from vision_ssm.detectors import create_detector, create_segmenter
 
+    create: Any = {"detect": create_detector, "segment": create_segmenter}[task]
     with torch.device("meta"), torch.no_grad():
-        return create_detector(detector, model, {}, classes)
+        return create(kind, model, {}, classes)
 
 
 def _row(result: Any, parameters: int) -> dict[str, Any]:
@@ -54,17 +77,17 @@ def _row(result: Any, parameters: int) -> dict[str, Any]:
     return {**row, **published, "parameters": parameters, "weights_file": file}
 
 
-def _show(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
+def _show(task: str, rows: Sequence[Mapping[str, Any]], console: Any) -> None:
     for detector in dict.fromkeys(row["detector"] for row in rows):
         group = [row for row in rows if row["detector"] == detector]
-        console.print(f"[bold]{_NAMES[detector]}[/] on COCO val2017", highlight=False)
-        table = make_table("backbone", "schedule", ">box/mask AP", ">params", ">published", "weights")
+        console.print(f"[bold]{_NAMES[detector]}[/] on {_DATA[task]}", highlight=False)
+        table = make_table("backbone", "schedule", f">{_SCORES[task]}", ">params", ">published", "weights")
         for row in group:
             file = f" {row['weights_file'] or ''}" if console.width >= 140 else ""
             table.add_row(
                 row["model"],
                 row["schedule"],
-                _aps(row["box_ap"], row["mask_ap"]),
+                _scores(row),
                 f"{row['parameters'] / 1e6:.2f} M",
                 _cost(row["published_parameters"], row["published_flops"]),
                 ("convert" if row["weights"] else "-") + file,
@@ -74,17 +97,13 @@ def _show(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
             if note:
                 console.print(f"{model} {schedule}: {note}", style="dim", highlight=False)
         console.print()
-    legend = [
-        "AP: in %, of the weights of the papers' authors, not of this package's training.",
-        "schedule: 1x is 12 epochs, 3x is 36 at several scales; params: counted here.",
-        "published: parameters and multiply-accumulates at 1280x800, by the papers.",
-        "weights: vision-ssm convert --task detect takes a file that you have; --json shows addresses.",
-    ]
-    console.print("\n".join(legend), style="dim", highlight=False)
+    takes = f"weights: vision-ssm convert --task {task} takes a file that you have; --json shows addresses."
+    console.print(f"{_LEGENDS[task]}\n{takes}", style="dim", highlight=False)
 
 
-def _aps(box_ap: float, mask_ap: float | None) -> str:
-    return f"{box_ap:.1f}" + ("" if mask_ap is None else f" / {mask_ap:.1f}")
+def _scores(row: Mapping[str, Any]) -> str:
+    values = (row[name] for name in ("box_ap", "mask_ap", "miou", "miou_ms") if row.get(name) is not None)
+    return " / ".join(f"{value:.1f}" for value in values)
 
 
 def _cost(parameters: float | None, flops: float | None) -> str:
@@ -92,28 +111,32 @@ def _cost(parameters: float | None, flops: float | None) -> str:
     return ", ".join(f"{value:.0f} {unit}" for value, unit in given if value is not None) or "-"
 
 
-def show_detector(model: str, detector: str, size: tuple[int, int], classes: int, *, json: bool) -> int:
-    """Show what a detector costs, beside what was published."""
+def show_costs(task: str, model: str, kind: str, size: tuple[int, int], classes: int, *, json: bool) -> int:
+    """Show what a detector or segmenter costs, beside what was published."""
     import torch
     from rich.console import Console
 
     from vision_ssm.analysis import complexity
-    from vision_ssm.checkpoints.published_detectors import PUBLISHED_DETECTORS
 
-    made = _on_meta(detector, model, classes)
+    made = _on_meta(task, kind, model, classes)
     try:
         cost = complexity(made, (3, *size))
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(f"{detector} on {model} cannot take images of {size[0]}x{size[1]}: {error}") from None
-    of = (model.split(".")[0], detector, classes)
-    results = [result for result in PUBLISHED_DETECTORS if (result.model, result.detector, 80) == of]
+        raise InputError(f"{kind} on {model} cannot take images of {size[0]}x{size[1]}: {error}") from None
+    of = (model.split(".")[0], kind, classes)
+    results = [result for result in _published(task) if (result.model, result.detector, CLASSES[task]) == of]
     parameters, flops = (results[0].parameters, results[0].flops) if results else (None, None)
-    flops = flops if size == COST_SIZE else None
+    flops = flops if size == COST_SIZES[task] else None
     differences = {
         "parameters_difference": _percent(cost.parameters / 1e6, parameters),
         "flops_difference": _percent(cost.paper_ops / 1e9, flops),
     }
-    values = {"model": model, "detector": detector, "num_classes": classes, "input_size": [3, *size]}
+    values = {
+        "model": model,
+        {"detect": "detector", "segment": "decoder"}[task]: kind,
+        "num_classes": classes,
+        "input_size": [3, *size],
+    }
     values |= {**dataclasses.asdict(cost), **differences, "torch": torch.__version__}
     values |= {"published": [_row(result, cost.parameters) for result in results]}
     if json:
@@ -121,19 +144,20 @@ def show_detector(model: str, detector: str, size: tuple[int, int], classes: int
         return 0
     console = Console()
     table = make_table("", "", "", header=False)
-    table.add_row("detector", _NAMES[detector], f"{classes} classes")
+    table.add_row("detector" if task == "detect" else "segmenter", _NAMES.get(kind, kind), f"{classes} classes")
     table.add_row("backbone", model)
     table.add_row("input", f"3 x {size[0]} x {size[1]}")
     beside = _beside(parameters, "M", differences["parameters_difference"])
     table.add_row("parameters", f"{cost.parameters:,}", beside)
-    table.add_row("MACs", f"{cost.macs:,}", "1,000 proposals, 100 masks" if detector != "retinanet" else "")
+    table.add_row("MACs", f"{cost.macs:,}", "1,000 proposals, 100 masks" if kind.endswith("rcnn") else "")
     table.add_row("papers' ops", f"{cost.paper_ops:,}", _beside(flops, "G", differences["flops_difference"]))
     table.add_row("FLOPs", f"{cost.flops:,}", "2 per MAC, as torch counts")
     console.print(table)
     for result in results:
-        what = "box AP" if result.mask_ap is None else "box/mask AP"
+        row = dataclasses.asdict(result)
+        what = "box AP" if row.get("mask_ap", 0) is None else _SCORES[task]
         note = f" ({result.note})" if result.note else ""
-        line = f"published {result.schedule}: {_aps(result.box_ap, result.mask_ap)} {what}{note}"
+        line = f"published {result.schedule}: {_scores(row)} {what}{note}"
         console.out(f"{line}, weights: {result.weights or 'none'}", highlight=False)
     return 0
 

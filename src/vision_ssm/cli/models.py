@@ -25,8 +25,8 @@ class ModelsOptions:
 
     pattern: Positional[str] = "*"
     """Only names that match, such as 'vmamba_*'."""
-    task: Literal["classify", "detect"] = "classify"
-    """What the models are for: their classifiers, or the published detectors on them."""
+    task: Literal["classify", "detect", "segment"] = "classify"
+    """What the models are for: their classifiers, or the published detectors or segmenters on them."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -37,14 +37,17 @@ class InfoOptions(Config):
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Any timm name, ours included."""
-    task: Literal["classify", "detect"] = "classify"
-    """The model as a classifier, or a detector on it."""
+    task: Literal["classify", "detect", "segment"] = "classify"
+    """The model as a classifier, or a detector or segmenter on it."""
     detector: Literal["mask-rcnn", "faster-rcnn", "retinanet"] = "mask-rcnn"
     """Kind of the detector."""
+    decoder: str = "upernet"
+    """Decoder of the segmenter: upernet, or one of segmentation_models_pytorch."""
     size: _Size = limited((), least=1)  # noqa: RUF009
-    """Height and width of the input in pixels, or one number for both; of detectors 800 1280 by default."""
+    """Height and width of the input in pixels, or one number for both; by default of detectors 800 1280, of
+    segmenters 512 2048."""
     num_classes: int | None = limited(None, least=0)
-    """Number of classes; by default 1000, of detectors 80."""
+    """Number of classes; by default 1000, of detectors 80, of segmenters 150."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -82,10 +85,10 @@ class BenchOptions(Config):
 def models(words: Sequence[str]) -> int:
     """List the package's models; `words` follow `vision-ssm models`."""
     options = parse_options(ModelsOptions, words, "models")
-    if options.task == "detect":
-        from vision_ssm.cli.detectors import list_detectors
+    if options.task != "classify":
+        from vision_ssm.cli.detectors import list_published
 
-        return list_detectors(options.pattern, json=options.json)
+        return list_published(options.task, options.pattern, json=options.json)
     import timm
     from rich.console import Console
     from rich.progress import Progress
@@ -152,13 +155,13 @@ def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
 def info(words: Sequence[str]) -> int:
     """Show one model; `words` follow `vision-ssm info`."""
     options = parse_options(InfoOptions, words, "info")
-    if options.task == "detect":
-        from vision_ssm.cli.detectors import COST_SIZE, show_detector
+    if options.task != "classify":
+        from vision_ssm.cli.detectors import CLASSES, COST_SIZES, show_costs
 
-        classes = 80 if options.num_classes is None else options.num_classes
-        return show_detector(
-            options.model, options.detector, _size(options.size, COST_SIZE), classes, json=options.json
-        )
+        kind = options.detector if options.task == "detect" else options.decoder
+        classes = CLASSES[options.task] if options.num_classes is None else options.num_classes
+        pixels = _size(options.size, COST_SIZES[options.task])
+        return show_costs(options.task, options.model, kind, pixels, classes, json=options.json)
     import torch
     from rich.console import Console
 

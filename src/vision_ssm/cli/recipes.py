@@ -56,7 +56,7 @@ def recipes(words: Sequence[str]) -> int:
         console.print()
     console.print(
         "batch: images per step; lr: highest learning rate at that batch.\n"
-        "vision-ssm recipes NAME shows all values; vision-ssm train classify or detect --recipe NAME uses them.",
+        "vision-ssm recipes NAME shows all values; vision-ssm train TASK --recipe NAME uses them.",
         style="dim",
         highlight=False,
     )
@@ -73,7 +73,7 @@ def _row(recipe: library.Recipe) -> dict[str, Any]:
 def _show(recipe: library.Recipe, *, json: bool) -> int:
     groups = [kind for kind in recipe.config.groups if issubclass(kind, (DataConfig, RunConfig))]
     where = {item.name for kind in groups for item in dataclasses.fields(kind)}
-    left_out = where - {"data", "seed", "precision", "filter_empty"} | {"max_skipped"}
+    left_out = where - {"data", "seed", "precision", "filter_empty", "ignore_labels"} | {"max_skipped"}
     values = {
         name: {"value": value, "source": recipe.sources.get(name)}
         for name, value in library.to_dict(recipe()).items()

@@ -16,15 +16,16 @@ from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import Config
 
-COMMANDS = {"classify": "small", "digits": "digits", "detect": "detect"}
+COMMANDS = {"classify": "small", "digits": "digits", "detect": "detect", "segment": "segment"}
 """The commands of `vision-ssm train`, and the recipes that they use by default."""
 
 _USAGE = """usage: vision-ssm train classify --data PATH [OPTIONS]    an image classifier, on your images
        vision-ssm train detect --data PATH [OPTIONS]      a detector of objects, with masks where the data has them
+       vision-ssm train segment --data PATH [OPTIONS]     a segmenter that gives every pixel a class
        vision-ssm train digits [OPTIONS]                  a classifier of embedded digits, in a minute or two
        vision-ssm train --resume RUN                      continue a stopped run at the batch where it stopped
 
-`vision-ssm train classify --help` and `vision-ssm train detect --help` list all options.
+`vision-ssm train classify --help`, or of another task, lists all options.
 """
 
 

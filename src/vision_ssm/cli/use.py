@@ -29,7 +29,13 @@ class ComputeOptions(Config):
     """How to compute."""
 
     batch_size: int | None = limited(None, least=1)
-    """Batch size: by default 64, and 1 of detectors, whose results depend on the padding of a batch."""
+    """Batch size: by default 64, and 1 of detectors and segmenters, whose results depend on the padding of a batch."""
+    test_size: tuple[int, int] | None = limited(None, least=32, most=16_384)
+    """Another longest and shortest side of the resized image for a detector or segmenter."""
+    mode: Literal["whole", "slide"] | None = None
+    """Let a segmenter see the whole image at once, or overlapping windows."""
+    tta: bool = False
+    """Let a segmenter average over six sizes from 0.5 to 1.75 of the image, each also flipped."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Precision = "32-true"
@@ -52,7 +58,8 @@ class EvalOptions(ComputeOptions):
     """Folder of a run, a weights file of one, or the name of a model (with --pretrained or --weights FILE)."""
     data: Path | None = None
     """Image folder with one sub-folder per class, or a tar file of such folders; for detectors a data set in COCO
-    format, or its annotation file. By default the run's own validation images."""
+    format, or its annotation file; for segmenters a folder of images and masks, or of images with masks beside it. By
+    default the run's own validation images."""
     weights: Annotated[Literal["best", "last"] | Path | None, tyro.conf.arg(metavar="best|last|FILE")] = None
     """Which weights of the run to use (best by default), or a checkpoint file of the model."""
     pretrained: bool = False
@@ -77,8 +84,8 @@ class PredictOptions(ComputeOptions):
     """Leave out objects with a lower score (0.5), or answer "unsure" where the most probable class is less probable
     (0)."""
     out: Path | None = None
-    """Folder for predictions.csv and predictions.json instead of a table; of detectors the JSON is a data set in COCO
-    format, and the images with what was found lie beside it."""
+    """Folder for predictions.csv and predictions.json instead of a table; beside them lie pictures of what detectors
+    and segmenters found. The JSON of detectors is a data set in COCO format, masks of segmenters are in index/."""
     copy: Path | None = None
     """Copy the images of a classifier into this folder, in a sub-folder for each answer."""
 
@@ -116,6 +123,12 @@ def evaluate(words: Sequence[str]) -> int:
     return 0
 
 
+def _changes(options: ComputeOptions) -> dict[str, Any]:
+    """What the description of a model says otherwise."""
+    given: dict[str, Any] = dict(test_size=options.test_size, mode=options.mode, tta=options.tta or None)
+    return {name: value for name, value in given.items() if value is not None}
+
+
 Subject = tuple["Task", "Images", dict[str, Any]]
 """What is measured, on what, and what to say of it; a published accuracy only if the weights are the published ones."""
 
@@ -127,7 +140,7 @@ def _run_and_images(options: EvalOptions) -> Subject:
         given = "--pretrained" if options.pretrained else f"--weights {options.weights}"
         raise InputError(f"{given} belongs to the name of a model, and {options.model} is a file or folder here")
     path = weights_file(Path(options.model), options.weights or "best")
-    task = load(path, "cpu", optimized=False)
+    task = load(path, "cpu", optimized=False, **_changes(options))
     if options.data is None:
         if not (path.parent / "config.json").is_file():
             raise InputError(f"which images is {path} to be measured on? it lies in no run; give --data DIR")
@@ -164,6 +177,10 @@ def _model_and_images(options: EvalOptions) -> Subject:
         task = load(file, "cpu", optimized=False)  # with its classes, image size and arguments
         return task, task.read_images(options.data), {"model": name, "weights": str(file)}
     images = read_images(options.data)
+    if _changes(options):
+        raise InputError(
+            f"{option(next(iter(_changes(options))))} is for detectors and segmenters, {name} is a classifier"
+        )
     task = Classification.from_timm(name, file)
     images = assign_outputs(images, len(task.spec.classes))
     task.spec = replace(task.spec, classes=images.classes)
@@ -191,11 +208,12 @@ def predict(words: Sequence[str]) -> int:
     copies = options.copy and options.copy.resolve()
     if copies and any(path.is_dir() and {copies, *copies.parents} & {path.resolve()} for path in options.images):
         raise InputError(f"--copy {options.copy} lies in a folder whose images are read; give another one")
-    task = load(path, options.device, options.precision, optimized=options.optimize)
+    task = load(path, options.device, options.precision, optimized=options.optimize, **_changes(options))
     asked: dict[str, Any] = {"top": options.top, "threshold": options.threshold, "copy": options.copy}
     asked = {name: value for name, value in asked.items() if value is not None}
-    if wrong := [option(name) for name in asked if name != "threshold" and task.name != "classification"]:
-        raise InputError(f"{' and '.join(wrong)} is for classifiers, and {path} is of {task.name}")
+    fits = {"classification": ("top", "threshold", "copy"), "detection": ("threshold",)}.get(task.name, ())
+    if wrong := [option(name) for name in asked if name not in fits]:
+        raise InputError(f"{path} is of {task.name}, which has no {' and '.join(wrong)}")
     asked.pop("copy", None)
     unreadable: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
@@ -209,11 +227,12 @@ def predict(words: Sequence[str]) -> int:
         for prediction in task.predict_each(images, options.batch_size, options.num_workers, **how):
             rows.append(prediction.row(**asked))
             if options.out is not None:
-                task.write_picture(prediction, options.out / _free_name(Path(prediction.id).stem, taken), **asked)
+                stem = options.out / _free_name(Path(prediction.id).stem, taken)
+                task.write_picture(prediction, stem, max_pixels=options.max_pixels, **asked)
             progress.update(bar, completed=len(rows) + len(unreadable))
     if options.out is not None:
         write_json(options.out / "predictions.json", task.as_json(rows))
-        write_csv(options.out / "predictions.csv", task.as_csv(rows))
+        write_csv(options.out / "predictions.csv", task.as_csv(rows), task.csv_columns)
         make_console().out(f"{len(rows):,} predictions in {options.out}", highlight=False)
     if options.copy is not None:
         _copy_images(rows, options.copy)

@@ -171,7 +171,9 @@ class ImageDataset:
         return self.targets["label"][self.index]
 
     def counts(self) -> list[int] | None:
-        """Number of images of each class, or of objects without crowds, where images hold several."""
+        """Number of images of each class; of objects without crowds, or of pixels, where images hold several."""
+        if "mask" in self.targets:
+            return self.targets["mask"].pixels[self.index].sum(0).tolist()
         if "labels" in self.targets:
             crowd = self.targets["crowd"][self.index].values
             labels = self.targets["labels"][self.index].values[~crowd]

@@ -2,6 +2,7 @@ import contextlib
 import warnings
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -50,21 +51,44 @@ def open_image(
     except Image.DecompressionBombError as error:
         raise InputError(f"cannot read image {name or file}: {error}; --max-pixels raises the limit") from error
     except Exception as error:  # decoders raise anything
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        elif isinstance(error, Image.UnidentifiedImageError):
-            reason = "not an image, or damaged"
-        else:
-            reason = str(error) or type(error).__name__
-        raise InputError(f"cannot read image {name or file}: {reason}") from error
+        raise InputError(f"cannot read image {name or file}: {_reason(error)}") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
+def image_sizes(file: Path) -> list[tuple[int, int]]:
+    """Height and width of an image as it is shown and, where its EXIF orientation swaps them, as it is stored.
+
+    Raises:
+        InputError: It is no image.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter("ignore")
+            stored = image.height, image.width
+            return [stored[::-1], stored] if _swaps(image) else [stored]
+    except Exception as error:  # decoders raise anything
+        raise InputError(f"cannot read image {file}: {_reason(error)}") from error
+
+
 def _is_stored_as(image: Image.Image, size: Sequence[int]) -> bool:
     """Whether an image has a height and width that its EXIF orientation would swap."""
-    swaps = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return swaps and image.height != image.width and (image.height, image.width) == tuple(size)
+    return _swaps(image) and image.height != image.width and (image.height, image.width) == tuple(size)
+
+
+def _swaps(image: Image.Image) -> bool:
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return isinstance(orientation, int) and orientation >= 5
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (
+        "not an image, or damaged"
+        if isinstance(error, Image.UnidentifiedImageError)
+        else str(error) or type(error).__name__
+    )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

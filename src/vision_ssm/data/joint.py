@@ -110,7 +110,7 @@ def train_transform(
     else:
         steps = [fit]
     steps += [v2.RandomHorizontalFlip(hflip), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
-    return functools.partial(_for_training, v2.Compose(steps), _constants(mean, std), masks)
+    return functools.partial(_for_training, v2.Compose(steps), constants(mean, std), masks)
 
 
 def eval_transform(*, mean: Sequence[float], std: Sequence[float], test_size: tuple[int, int]) -> Transform:
@@ -124,7 +124,7 @@ def eval_transform(*, mean: Sequence[float], std: Sequence[float], test_size: tu
         std: Channel standard deviations.
         test_size: Largest long and short side in pixels; the image is resized to fit.
     """
-    return functools.partial(_for_evaluation, test_size, _constants(mean, std))
+    return functools.partial(_for_evaluation, test_size, constants(mean, std))
 
 
 def collate(samples: Sequence[Sample], divisor: int = 32) -> dict[str, Any]:
@@ -144,9 +144,9 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> dict[str, Any]:
     targets = [{name: value for name, value in sample.items() if name not in common} for sample in samples]
     for target in targets:
         if isinstance(target.get("masks"), Tensor):
-            target["masks"] = _padded(target["masks"], height, width)
+            target["masks"] = padded(target["masks"], height, width)
     return {
-        "image": torch.stack([_padded(sample["image"], height, width) for sample in samples]),
+        "image": torch.stack([padded(sample["image"], height, width) for sample in samples]),
         "id": [sample["id"] for sample in samples],
         "size": sizes,
         "original_size": torch.tensor([sample["original_size"] for sample in samples]),
@@ -154,8 +154,9 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> dict[str, Any]:
     }
 
 
-def _padded(maps: Tensor, height: int, width: int) -> Tensor:
-    return torch.nn.functional.pad(maps, (0, width - maps.shape[-1], 0, height - maps.shape[-2]))
+def padded(maps: Tensor, height: int, width: int, value: float = 0) -> Tensor:
+    """Pad maps (..., h, w) at the right and at the bottom."""
+    return torch.nn.functional.pad(maps, (0, width - maps.shape[-1], 0, height - maps.shape[-2]), value=value)
 
 
 def _for_training(change: Any, constants: tuple[Tensor, Tensor], masks: bool, sample: Sample) -> Sample:
@@ -163,7 +164,7 @@ def _for_training(change: Any, constants: tuple[Tensor, Tensor], masks: bool, sa
     size = image.height, image.width
     boxes = torch.from_numpy(sample["boxes"][kept])
     content: dict[str, Any] = {
-        "image": tv_tensors.Image(_pixels(image)),
+        "image": tv_tensors.Image(pixels(image)),
         "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
         "labels": torch.from_numpy(sample["labels"][kept]),
     }
@@ -171,7 +172,7 @@ def _for_training(change: Any, constants: tuple[Tensor, Tensor], masks: bool, sa
         rles = [to_rle(outline, *size) for outline, use in zip(outlines(sample["masks"]), kept, strict=True) if use]
         content["masks"] = tv_tensors.Mask(torch.from_numpy(decode_masks(rles, *size)).to(torch.uint8))
     changed = change(content)
-    normalized = _normalize(changed["image"].as_subclass(Tensor), constants)
+    normalized = normalize(changed["image"].as_subclass(Tensor), constants)
     whole = {"image": normalized, "id": sample["id"], "size": tuple(normalized.shape[1:]), "original_size": size}
     targets = {name: changed[name].as_subclass(Tensor) for name in ("boxes", "labels")}
     if masks:
@@ -187,20 +188,23 @@ def _for_evaluation(test_size: tuple[int, int], constants: tuple[Tensor, Tensor]
     targets: dict[str, Any] = {name: sample[name] for name in ("boxes", "labels", "crowd", "area") if name in sample}
     if "masks" in sample:
         targets["masks"] = [to_rle(outline, *original) for outline in outlines(sample["masks"])]
-    whole = {"image": _normalize(pixels, constants), "id": sample["id"], "size": size, "original_size": original}
+    whole = {"image": normalize(pixels, constants), "id": sample["id"], "size": size, "original_size": original}
     return {**whole, **targets}
 
 
-def _pixels(image: Image.Image) -> Tensor:
+def pixels(image: Image.Image) -> Tensor:
+    """The (3, H, W) values of an image, from 0 to 255."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _constants(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+def constants(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Channel means and standard deviations, (3, 1, 1), of values from 0 to 255."""
     first, second = (torch.tensor([255 * value for value in values]).view(3, 1, 1) for values in (mean, std))
     return first, second
 
 
-def _normalize(pixels: Tensor, constants: tuple[Tensor, Tensor]) -> Tensor:
+def normalize(pixels: Tensor, constants: tuple[Tensor, Tensor]) -> Tensor:
+    """Standardized float32 values."""
     values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     return values.sub_(constants[0]).div_(constants[1])
 

@@ -20,9 +20,17 @@ def to_rle(segmentation: Any, height: int, width: int) -> Rle:
 
 
 def encode_masks(masks: np.ndarray) -> list[Rle]:
-    """Encode (N, H, W) bool masks."""
-    rles = mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8)) if len(masks) else []
-    return [_as_text(rle) for rle in rles]
+    """Encode (N, H, W) bool masks; of large images only the columns that the objects are in are looked at."""
+    return [_encode(mask) for mask in masks]
+
+
+def _encode(pixels: np.ndarray) -> Rle:
+    height, width = pixels.shape
+    columns = np.flatnonzero(pixels.any(0))
+    first, last = (columns[0], columns[-1] + 1) if len(columns) else (0, 0)
+    changes = np.flatnonzero(np.diff(pixels[:, first:last].T.ravel(), prepend=False, append=False)) + first * height
+    counts = np.diff(changes, prepend=0, append=height * width).tolist()
+    return _as_text(mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
 
 
 def decode_masks(rles: Sequence[Rle], height: int, width: int) -> np.ndarray:

@@ -51,10 +51,10 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode(errors="surrogateescape"))
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the columns of the last one as a CSV file, whole or not at all."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write rows as a CSV file, whole or not at all; by default with the columns of the last one."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[-1]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(text, columns or (list(rows[-1]) if rows else []), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

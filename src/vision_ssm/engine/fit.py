@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,13 @@ def fit(
         task.model = convert_sync_batchnorm(task.model)
     transforms = task.train_transform, task.eval_transform
     data = ImageData(splits, *transforms, config, task.collate, task.eval_batch_size)
+    images = epoch_images(len(splits.train), config.batch_size, config.grad_accum, config.processes)
+    steps = -(-images * config.processes // config.images_per_step)
+    if config.steps is not None:
+        config = replace(config, epochs=-(-config.steps // steps))
     optim = config.scaled(config.images_per_step)
     make_optimizer(task.model, optim)  # Lightning makes another one, but only once the folder has been cleared
     task.describe(splits, console)
-    images = epoch_images(len(splits.train), config.batch_size, config.grad_accum, config.processes)
-    steps = -(-images * config.processes // config.images_per_step)
     where = f"on {device}; highest learning rate {optim.lr:g}"
     lines = [f"Steps  {steps:,} per epoch of {config.images_per_step} images {where}"]
     for line in lines + _notes(config, steps, complete=resume and folder.results.is_file()):

@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, TanhLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, TanhLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -31,7 +31,8 @@ class LearningRate:
             warmup, self.warmup = 0, min(optim.warmup_steps, optim.epochs * steps // 2)
         cooldown = min(optim.cooldown_epochs, optim.epochs - 1 - warmup)
         prefix = optim.warmup_prefix and optim.schedule != "multistep"  # whose milestones count from the start
-        length = (optim.epochs - cooldown) * steps - (self.warmup if prefix else 0)
+        total = optim.epochs * steps if optim.steps is None else optim.steps
+        length = total - cooldown * steps - (self.warmup if prefix else 0)
         common: dict[str, Any] = dict(
             warmup_t=self.warmup,
             warmup_lr_init=optim.lr / 100 if optim.warmup_lr is None else optim.warmup_lr,
@@ -44,8 +45,9 @@ class LearningRate:
             milestones = [epoch * steps + 1 for epoch in optim.milestones or ()]
             self.scheduler = MultiStepLRScheduler(optimizer, milestones, optim.decay_rate, **common)
         else:
-            kind = {"cosine": CosineLRScheduler, "tanh": TanhLRScheduler}[optim.schedule]
-            self.scheduler = kind(optimizer, length, lr_min=optim.min_lr, **common)
+            kind: Any = {"cosine": CosineLRScheduler, "tanh": TanhLRScheduler, "poly": PolyLRScheduler}[optim.schedule]
+            power = dict(power=1.0) if optim.schedule == "poly" else {}
+            self.scheduler = kind(optimizer, length, lr_min=optim.min_lr, **power, **common)
 
     def set(self, step: int) -> None:
         """Set the rates for the step that follows `step` others."""

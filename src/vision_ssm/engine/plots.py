@@ -33,8 +33,8 @@ def draw_curves(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any], m
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    axes.legend(frameon=False, loc="lower right")
     axes.annotate(
         f"best {best[f'val_{monitor}']:.2%} in epoch {best['epoch']}",
         (1.0, 1.02), xycoords="axes fraction", ha="right", color=_BEST, fontsize=9,

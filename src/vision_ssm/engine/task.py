@@ -76,6 +76,8 @@ class Task(ABC):
     """The metric that decides which epoch is the best one, by its largest value; of equal ones the lowest loss."""
     epoch_metrics: tuple[str, ...]
     """What the line of an epoch shows, as far as it is known: losses as numbers, other metrics as percentages."""
+    csv_columns: ClassVar[tuple[str, ...]]
+    """Columns of the CSV file of predictions."""
     eval_batch_size: ClassVar[int | None] = None
     """Batch size of evaluation and prediction, where it matters."""
 
@@ -304,12 +306,15 @@ class Task(ABC):
                     outputs = self.forward(self.model, batch)
                 yield from self.decode(outputs, batch)
 
-    def write_picture(self, prediction: Any, path: Path, **options: Any) -> None:  # noqa: B027
+    def write_picture(  # noqa: B027
+        self, prediction: Any, path: Path, *, max_pixels: int | None = None, **options: Any
+    ) -> None:
         """Write a PNG or JPEG file of an image and what was predicted, where a task has such pictures.
 
         Args:
             prediction: The prediction for an image file.
             path: The file to write, without its extension.
+            max_pixels: The largest number of pixels of an image, if not Pillow's limit.
             options: Those of the prediction's `row`.
         """
 

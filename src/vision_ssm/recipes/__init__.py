@@ -5,11 +5,20 @@ nothing heavy, so that the command line can describe the recipes quickly.
 """
 
 from vision_ssm.errors import InputError, nearest
-from vision_ssm.recipes.config import ClassificationConfig, DetectionConfig, Precision, TrainConfig, from_dict, to_dict
+from vision_ssm.recipes.config import (
+    ClassificationConfig,
+    DetectionConfig,
+    Precision,
+    SegmentationConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from vision_ssm.recipes.detection import DETECTION
-from vision_ssm.recipes.own import detect, digits, finetune, scratch, small
+from vision_ssm.recipes.own import detect, digits, finetune, scratch, segment, small
 from vision_ssm.recipes.published import PUBLISHED
 from vision_ssm.recipes.recipe import Recipe
+from vision_ssm.recipes.segmentation import SEGMENTATION
 
 __all__ = [
     "CONFIGS",
@@ -18,6 +27,7 @@ __all__ = [
     "DetectionConfig",
     "Precision",
     "Recipe",
+    "SegmentationConfig",
     "TrainConfig",
     "detect",
     "digits",
@@ -25,15 +35,18 @@ __all__ = [
     "finetune",
     "from_dict",
     "scratch",
+    "segment",
     "small",
     "to_dict",
 ]
 
-CONFIGS: dict[str, type[TrainConfig]] = {config.task: config for config in (ClassificationConfig, DetectionConfig)}
+CONFIGS: dict[str, type[TrainConfig]] = {
+    config.task: config for config in (ClassificationConfig, DetectionConfig, SegmentationConfig)
+}
 """The configuration of each task."""
 
-_OWN = (digits, small, scratch, finetune, detect)
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_OWN, *PUBLISHED, *DETECTION)}
+_OWN = (digits, small, scratch, finetune, detect, segment)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*_OWN, *PUBLISHED, *DETECTION, *SEGMENTATION)}
 """All recipes, by name."""
 
 

@@ -206,6 +206,8 @@ class OptimConfig(Config):
 
     epochs: int = limited(100, least=1, most=1_000_000)
     """Passes over the training images."""
+    steps: int | None = limited(None, least=1, most=1_000_000_000)
+    """Optimizer steps, instead of --epochs: as many epochs as reach them, the schedule ends at this step."""
     batch_size: int = limited(64, least=1)
     """Batch size on each device."""
     grad_accum: int = limited(1, least=1)
@@ -232,8 +234,8 @@ class OptimConfig(Config):
     step size)."""
     layer_decay: float | None = limited(None, above=0, most=1)
     """Factor on the learning rate from each layer to the one below it."""
-    schedule: Literal["cosine", "tanh", "multistep"] = "cosine"
-    """timm's name of the learning rate schedule."""
+    schedule: Literal["cosine", "tanh", "multistep", "poly"] = "cosine"
+    """timm's name of the learning rate schedule; poly is linear here."""
     milestones: tuple[int, ...] | None = limited(None, least=1)
     """Epochs after which the schedule multistep multiplies the learning rate by --decay-rate."""
     decay_rate: float = limited(0.1, above=0, most=1)
@@ -258,7 +260,8 @@ class OptimConfig(Config):
     """Average over fewer steps at the beginning."""
     monitor: str | None = None
     """Metric that decides which epoch is the best: by default accuracy, or balanced_accuracy where the largest class
-    has over 1.5 times as many training images as the smallest; of detectors mask_AP, or box_AP without masks."""
+    has over 1.5 times as many training images as the smallest; of detectors mask_AP, or box_AP without masks; of
+    segmenters mIoU."""
     max_skipped: int = limited(10, least=1)
     """Stop after this many steps in a row without a finite loss and gradient, each of which is skipped."""
 
@@ -354,32 +357,43 @@ class ClassificationConfig(LossConfig, AugmentConfig, ClassDataConfig, Classifie
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorConfig(ModelConfig):
-    """Detector, its backbone and its input."""
+class DenseConfig(ModelConfig):
+    """Backbone and input of a detector or segmenter."""
 
-    detector: Literal["mask-rcnn", "faster-rcnn", "retinanet"] = "mask-rcnn"
-    """Kind of the detector; where the data has no masks, mask-rcnn becomes faster-rcnn."""
     out_indices: tuple[int, ...] | None = limited(None, least=0)
     """Which maps of the backbone to use, the first one being 0; by default the last four, for retinanet three."""
     width: int = limited(256, least=1, most=4096)
-    """Channels of pyramid and heads; 256 in the published form."""
-    box_samples: int = limited(512, least=4)
-    """Proposals of an image that the heads are trained on, a quarter of them on objects; 512 in the published form."""
+    """Channels of pyramid and heads; 256 in the published form of detectors, 512 of upernet."""
     backbone_weights: bool | Path = False
     """Start the backbone from its published weights, from a file of a classifier's weights, or from the best weights
     in the folder of a classifier's run."""
     pretrained: Path | None = None
-    """Start from a whole detector: the folder of a run, or a weights file, such as vision-ssm convert makes. What
-    depends on the classes is left out where they differ."""
+    """Start from a whole detector or segmenter: the folder of a run, or a weights file, such as vision-ssm convert
+    makes. What depends on the classes is left out where they differ."""
     test_size: tuple[int, int] = limited((1333, 800), least=32, most=16_384)
     """Longest and shortest side of the resized image in evaluation and use: the largest that fits into both."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.backbone_weights is not False and self.pretrained is not None:
-            raise InputError("--backbone-weights and --pretrained exclude each other: a detector has its backbone")
-        if self.test_size[0] < self.test_size[1]:
-            raise InputError(f"--test-size takes the longer side first, got {' '.join(map(str, self.test_size))}")
+            raise InputError("--backbone-weights and --pretrained exclude each other: the whole has its backbone")
+        check_longer_first(self.test_size)
+
+
+def check_longer_first(test_size: tuple[int, int]) -> None:
+    """Raise an `InputError` where a size does not name its longer side first."""
+    if test_size[0] < test_size[1]:
+        raise InputError(f"--test-size takes the longer side first, got {' '.join(map(str, test_size))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig(DenseConfig):
+    """Detector, its backbone and its input."""
+
+    detector: Literal["mask-rcnn", "faster-rcnn", "retinanet"] = "mask-rcnn"
+    """Kind of the detector; where the data has no masks, mask-rcnn becomes faster-rcnn."""
+    box_samples: int = limited(512, least=4)
+    """Proposals of an image that the heads are trained on, a quarter of them on objects; 512 in the published form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,6 +443,68 @@ class DetectionConfig(BoxAugmentConfig, CocoDataConfig, DetectorConfig, TrainCon
     task: ClassVar[str] = "detection"
     groups: ClassVar[tuple[type[Config], ...]] = (
         DetectorConfig, CocoDataConfig, BoxAugmentConfig, OptimConfig, RunConfig,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterConfig(DenseConfig):
+    """Segmenter, its backbone and its input."""
+
+    decoder: str = "upernet"
+    """upernet, or a decoder of segmentation_models_pytorch: unet, unetplusplus, fpn, linknet, manet or segformer."""
+    width: int = limited(512, least=8, most=4096)
+    """Channels of the decoder upernet; 512 in the published form."""
+    test_size: tuple[int, int] = limited((2048, 512), least=32, most=16_384)
+    """Longest and shortest side of the resized image in evaluation and use, and before the random scale of training:
+    the largest that fits into both."""
+    size_multiple: int = limited(1, least=1, most=256)
+    """In evaluation and use, stretch the sides of the resized image to multiples of this."""
+    mode: Literal["whole", "slide"] = "whole"
+    """In evaluation and use, see the whole image at once, or windows of --crop-size that overlap by a third."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskDataConfig(DataConfig):
+    """Training and validation images with masks of labels."""
+
+    data: str = ""
+    """Folder with images and, under the same names, masks: images/train and masks/train, train/images and train/masks,
+    or images and masks (or annotations, labels)."""
+    class_map: Path | None = None
+    """Text file with one class per line, in the order of their labels; for color masks, and for the colors of pictures,
+    R G B NAME, where a color without a name does not count. By default classes.txt in --data, or else numbers."""
+    ignore_labels: tuple[int, ...] = limited((255,), least=0)
+    """Labels of pixels that do not count; the classes are the other ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelAugmentConfig(Config):
+    """Random changes to training images, with their masks."""
+
+    scale: tuple[float, float] = limited((0.5, 2.0), above=0, most=10)
+    """Smallest and largest factor on the image resized to --test-size."""
+    crop_size: int = limited(512, least=32, most=16_384)
+    """Side of the square crop, padded where the image is smaller."""
+    max_class_share: float = limited(0.75, above=0, most=1)
+    """Largest share of one class in a crop, as far as ten draws find one."""
+    photometric: bool = True
+    """Change brightness, contrast, saturation and hue, each for half of the images."""
+    hflip: float = limited(0.5, least=0, most=1)
+    """Probability of a horizontal flip."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale[0] > self.scale[1]:
+            raise InputError(f"--scale takes the smaller value first, got {self.scale[0]} {self.scale[1]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationConfig(PixelAugmentConfig, MaskDataConfig, SegmenterConfig, TrainConfig):
+    """Training of a semantic segmenter."""
+
+    task: ClassVar[str] = "segmentation"
+    groups: ClassVar[tuple[type[Config], ...]] = (
+        SegmenterConfig, MaskDataConfig, PixelAugmentConfig, OptimConfig, RunConfig,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-from vision_ssm.recipes.config import DetectionConfig
+from vision_ssm.recipes.config import DetectionConfig, SegmentationConfig
 from vision_ssm.recipes.recipe import OURS, Sourced, recipe
 
 
@@ -41,4 +41,13 @@ def detect() -> Sourced:
     model = dict(model="sparx_mamba_atto", out_indices=(1, 2, 3), width=96, box_samples=64, test_size=(400, 240))
     augment = dict(short_sides=(192, 208, 224, 240, 256), long_side=400)
     optim = dict(epochs=30, batch_size=4, lr=1e-3, warmup_epochs=2, weight_decay=0.05)
+    return {OURS: dict(model, **augment, **optim)}
+
+
+@recipe(SegmentationConfig)
+def segment() -> Sourced:
+    """Every pixel of your photographs; sized for a CPU."""
+    model = dict(model="sparx_mamba_atto", out_indices=(1, 2, 3), width=96, test_size=(480, 360))
+    augment = dict(scale=(0.5, 1.5), crop_size=256)
+    optim = dict(epochs=40, batch_size=8, lr=2e-3, warmup_epochs=2, weight_decay=0.05)
     return {OURS: dict(model, **augment, **optim)}

@@ -15,6 +15,7 @@ __all__ = ["TASKS", "load", "task_type", "train"]
 TASKS = {
     "classification": "vision_ssm.tasks.classification:Classification",
     "detection": "vision_ssm.tasks.detection:Detection",
+    "segmentation": "vision_ssm.tasks.segmentation:Segmentation",
 }
 """Name of each task: where its class is."""
 

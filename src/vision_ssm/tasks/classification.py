@@ -147,6 +147,7 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     Spec: ClassVar[type] = ClassifierSpec
     spec: ClassifierSpec
+    csv_columns: ClassVar[tuple[str, ...]] = ("image", "answer", "class", "probability")
     epoch_metrics: tuple[str, ...] = ("loss", "accuracy")
 
     def __init__(

@@ -1,69 +1,43 @@
-import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from vision_ssm.checkpoints import CheckpointError
-from vision_ssm.data import Images, Sample, Splits, Transform, open_image, seeded
+from vision_ssm.data import Images, Sample, Splits, Transform, open_image
 from vision_ssm.data.coco import load_coco, read_coco
 from vision_ssm.data.joint import collate, eval_transform, train_transform
 from vision_ssm.detectors import Detector, FasterRCNN, create_detector
 from vision_ssm.engine.files import atomic_write
-from vision_ssm.engine.run_folder import weights_file
 from vision_ssm.engine.task import Batch, Task
-from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
-from vision_ssm.errors import InputError, shorten
-from vision_ssm.models.create import default_cfg
+from vision_ssm.errors import InputError
 from vision_ssm.recipes import DetectionConfig
-from vision_ssm.recipes.config import Config, limited
+from vision_ssm.recipes.config import limited
+from vision_ssm.tasks.dense import DenseSpec, start_model
 from vision_ssm.tasks.detection_results import FIGURES, DetectionPrediction, DetectionResults, as_coco, coco_document
 from vision_ssm.tasks.results import describe_data
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_logger = logging.getLogger(__name__)
-
-_WEIGHTS = 3  # keeps the draws of the first weights apart from those of data and steps
-
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorSpec(Config):
+class DetectorSpec(DenseSpec):
     """A detector without its weights: all that prediction needs to know, stored in every weights file."""
 
     detector: str
     """mask-rcnn, faster-rcnn or retinanet."""
-    model: str
-    """timm's name of the backbone."""
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Its keyword arguments."""
-    out_indices: tuple[int, ...] | None = limited(None, least=0)
-    """Which of its maps are used; by default the last ones."""
-    width: int = limited(256, least=1, most=4096)
-    """Channels of pyramid and heads."""
-    classes: tuple[str, ...]
-    """Names of the classes, in the order of the outputs."""
     category_ids: tuple[int, ...]
-    """Their numbers in COCO files."""
+    """Numbers of the classes in COCO files."""
     test_size: tuple[int, int] = limited((1333, 800), least=32, most=16_384)
     """Longest and shortest side of the resized image: the largest that fits into both."""
-    mean: tuple[float, float, float] = limited((0.485, 0.456, 0.406))
-    """Channel means, of values from 0 to 1."""
-    std: tuple[float, float, float] = limited((0.229, 0.224, 0.225), above=0)
-    """Channel standard deviations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
-            raise InputError(f"class {shorten(twice)} is named twice")
         if len(self.category_ids) != len(self.classes):
             raise InputError(f"{len(self.classes)} classes have {len(self.category_ids)} category numbers")
-        if self.test_size[0] < self.test_size[1]:
-            raise InputError(f"--test-size takes the longer side first, got {' '.join(map(str, self.test_size))}")
 
     @classmethod
     def from_config(cls, config: DetectionConfig, images: Images) -> "DetectorSpec":
@@ -76,16 +50,9 @@ class DetectorSpec(Config):
         Raises:
             InputError: timm does not know the backbone.
         """
-        known = default_cfg(config.model)
-        args = dict(config.model_args)
-        if config.drop_path_rate:
-            args.setdefault("drop_path_rate", config.drop_path_rate)
         masks = "masks" in images.targets  # type: ignore[union-attr]
         detector = "faster-rcnn" if config.detector == "mask-rcnn" and not masks else config.detector
-        how: dict[str, Any] = dict(mean=tuple(known.mean), std=tuple(known.std), test_size=config.test_size)
-        names: dict[str, Any] = dict(classes=images.classes, category_ids=images.category_ids)  # type: ignore[union-attr]
-        how |= dict(out_indices=config.out_indices, width=config.width)
-        return cls(detector=detector, model=config.model, model_args=args, **names, **how)
+        return cls(detector=detector, category_ids=images.category_ids, **cls.common(config, images))  # type: ignore[union-attr]
 
 
 class Detection(Task):
@@ -102,6 +69,7 @@ class Detection(Task):
     spec: DetectorSpec
     # Norms and gates of the backbones look at the whole map, padding included.
     eval_batch_size: ClassVar[int | None] = 1
+    csv_columns: ClassVar[tuple[str, ...]] = ("image", "class", "score", "x1", "y1", "x2", "y2")
 
     def __init__(self, model: nn.Module, spec: DetectorSpec, config: DetectionConfig | None = None) -> None:
         super().__init__(model, spec)
@@ -121,8 +89,10 @@ class Detection(Task):
     @classmethod
     def from_config(cls, config: DetectionConfig, splits: Splits, *, resume: bool = False) -> "Detection":
         spec = DetectorSpec.from_config(config, splits.train)
-        if "masks" not in splits.val.targets and config.monitor is None:  # type: ignore[union-attr]
-            config = replace(config, monitor="box_AP")
+        if "masks" not in splits.val.targets:  # type: ignore[union-attr]
+            if "mask" in (config.monitor or ""):
+                raise InputError(f"--monitor {config.monitor}: the validation images have no masks")
+            config = replace(config, monitor=config.monitor or "box_AP")
         return cls(first_model(config, spec, resume=resume), spec, config)
 
     @classmethod
@@ -189,8 +159,8 @@ class Detection(Task):
         pairs = zip(batch["id"], outputs, strict=True)
         return [DetectionPrediction(name, self.spec.classes, found.cpu()) for name, found in pairs]
 
-    def write_picture(self, prediction: Any, path: Path, **options: Any) -> None:
-        picture = prediction.draw(open_image(prediction.id), **options)
+    def write_picture(self, prediction: Any, path: Path, *, max_pixels: int | None = None, **options: Any) -> None:
+        picture = prediction.draw(open_image(prediction.id, max_pixels=max_pixels), **options)
         with atomic_write(path.with_name(f"{path.name}.jpg")) as file:
             picture.save(file, "JPEG", quality=92)
 
@@ -200,8 +170,7 @@ class Detection(Task):
 
     def as_csv(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return [
-            {"image": row["image"], "class": found["class"], "score": found["score"]}
-            | dict(zip(("x1", "y1", "x2", "y2"), found["box"], strict=True))
+            dict(zip(self.csv_columns, (row["image"], found["class"], found["score"], *found["box"]), strict=True))
             for row in rows
             for found in row["objects"]
         ]
@@ -221,33 +190,8 @@ def _create(spec: DetectorSpec, **start: Any) -> Detector:
 
 
 def first_model(config: DetectionConfig, spec: DetectorSpec, *, resume: bool = False) -> nn.Module:
-    """The detector that training starts from.
-
-    Raises:
-        InputError: It cannot be made, or its weights cannot be read or do not fit.
-    """
-    start: dict[str, Any] = {}
-    if isinstance(path := config.backbone_weights, Path) and not resume:
-        path = weights_file(path) if path.is_dir() else path
-        start["backbone_state"] = read_weights(path, config.model)
-    elif path is True and not resume:
-        start["backbone_pretrained"] = True
-    try:
-        with seeded(config.seed, _WEIGHTS):
-            model = _create(spec, **start)
-    except CheckpointError as error:
-        raise InputError(f"--backbone-weights {config.backbone_weights}: {error}") from None
-    if config.pretrained is not None and not resume:
-        path = weights_file(config.pretrained)
-        stored, state, wanted = read_metadata(path), read_weights(path), model.state_dict()
-        if stored["task"] != "detection" or (stored["detector"], stored["model"]) != (spec.detector, spec.model):
-            of = f"{stored.get('detector', stored['task'])} on {stored['model']}"
-            raise InputError(f"--pretrained {path} is of {of}, not of {spec.detector} on {spec.model}")
-        others: list[str] = []
-        if tuple(stored["classes"]) != spec.classes:
-            others = [key for key in wanted if key.startswith(model.class_layers)]
-            _logger.warning("%s: what depends on its classes, which are others, was left out", path)
-        load_weights(model, state | {key: wanted[key] for key in others}, path)
+    """The detector that training starts from; see `vision_ssm.tasks.dense.first_model`."""
+    model: Any = start_model(config, spec, _create, "detection", spec.detector, resume=resume)
     if isinstance(model, FasterRCNN):
         model.box_samples = config.box_samples
     return model

@@ -94,9 +94,8 @@ class DetectionPrediction:
                 "box": found.boxes[i].tolist(),
             }
             if found.mask_probs is not None:
-                entry["mask"] = encode_masks(paste_mask(found.mask_probs[i], found.boxes[i], found.size)[None].numpy())[
-                    0
-                ]
+                pixels = paste_mask(found.mask_probs[i], found.boxes[i], found.size).numpy()
+                (entry["mask"],) = encode_masks(pixels[None])
             objects.append(entry)
         height, width = found.size
         return {"image": self.id, "height": height, "width": width, "objects": objects}

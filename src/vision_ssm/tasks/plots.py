@@ -21,7 +21,7 @@ Record = tuple[str, int, float, int]
 _RIGHT, _WRONG = "#2a7f3f", "#c0392b"
 
 
-def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, what: str = "images") -> None:
     """Draw the confusion matrix: rows are true classes, shaded by the share of the row.
 
     Cells are numbered up to 20 classes, classes named up to 100.
@@ -30,6 +30,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
         confusion: (classes, classes) counts.
         classes: Their names.
         path: The PNG file to write.
+        what: What is counted; cells show counts of images, or else percentages of the row.
     """
     counts = confusion.numpy()
     n = len(counts)
@@ -49,13 +50,14 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Non
     if n <= 20:
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "white" if shares[row, column] > 0.55 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=size - 1)
+            text = str(counts[row, column]) if what == "images" else f"{100 * shares[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=size - 1)
         axes.set_xticks(np.arange(n - 1) + 0.5, minor=True)
         axes.set_yticks(np.arange(n - 1) + 0.5, minor=True)
         axes.grid(which="minor", color="#dddddd", linewidth=0.6)
         axes.tick_params(which="minor", length=0)
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"{counts.trace() / counts.sum():.2%} of {counts.sum():,} images right", fontsize=11)
+    axes.set_title(f"{counts.trace() / counts.sum():.2%} of {counts.sum():,} {what} right", fontsize=11)
     bar = figure.colorbar(picture, ax=axes, shrink=0.7 if n <= 20 else 0.4, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("share of the true class")
     bar.outline.set_visible(False)

@@ -50,9 +50,9 @@ class Prediction:
         """The most probable class, or "unsure" if its probability is below a threshold."""
         return self.label if self.confidence >= threshold else "unsure"
 
-    def row(self, k: int = 5, threshold: float = 0.0) -> dict[str, Any]:
+    def row(self, top: int = 5, threshold: float = 0.0) -> dict[str, Any]:
         """The prediction as JSON has it."""
-        predictions = [{"class": name, "probability": p} for name, p in self.top(k)]
+        predictions = [{"class": name, "probability": p} for name, p in self.top(top)]
         return {"image": self.id, "answer": self.answer(threshold), "predictions": predictions}
 
 
@@ -205,7 +205,8 @@ def describe_data(splits: Splits, size: int | None, console: "Console", *, what:
         return
     table = make_table("class", f">training {what}", f">validation {what}")
     for name, a, b in zip(train.classes, counts, val_counts, strict=True):
-        table.add_row(escape(printable(name)), f"{a:,}", f"{b:,}")
+        shares = f"{a / sum(counts):.1%}", f"{b / max(1, sum(val_counts)):.1%}"
+        table.add_row(escape(printable(name)), *(shares if what == "pixels" else (f"{a:,}", f"{b:,}")))
     console.print(table)
 
 

@@ -1,0 +1,187 @@
+import colorsys
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor
+from torch import Tensor
+
+from vision_ssm.data import Images
+from vision_ssm.engine.output import make_table
+from vision_ssm.errors import printable, shorten
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_MANY = 20  # rows of a table
+
+
+@dataclass(frozen=True)
+class SegmentationPrediction:
+    """The class of every pixel of an image.
+
+    Args:
+        id: The image's path.
+        classes: Names of the classes.
+        colors: Their colors, such as #ff8800.
+        label_map: (H, W) int64 indices into `classes`, in pixels of the original image; also `found["label_map"]`.
+    """
+
+    id: str
+    classes: tuple[str, ...]
+    colors: tuple[str, ...]
+    label_map: Tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name != "label_map":
+            raise KeyError(name)
+        return self.label_map
+
+    def row(self) -> dict[str, Any]:
+        """The classes that occur, the largest first, as JSON has them."""
+        height, width = self.label_map.shape
+        counts = torch.bincount(self.label_map.flatten(), minlength=len(self.classes)).tolist()
+        order = sorted((label for label, count in enumerate(counts) if count), key=lambda label: -counts[label])
+        found = [
+            {"class": self.classes[label], "pixels": counts[label], "share": counts[label] / (height * width)}
+            for label in order
+        ]
+        return {"image": self.id, "height": height, "width": width, "classes": found}
+
+    def colored(self) -> Image.Image:
+        """The label map in the colors of the classes."""
+        return color_labels(self.label_map.numpy(), self.colors)
+
+    def draw(self, image: Image.Image) -> Image.Image:
+        """The image under the colors of the classes, with a legend below."""
+        from vision_ssm.tasks.segmentation_plots import add_legend, blend  # seconds, for matplotlib
+
+        labels = self.label_map.numpy()
+        present = np.unique(labels).tolist()
+        return add_legend(blend(image, labels, self.colors), [(self.classes[i], self.colors[i]) for i in present])
+
+
+@dataclass(frozen=True)
+class SegmentationResults:
+    """Metrics of a segmenter on labeled images.
+
+    Args:
+        classes: Names of the classes.
+        colors: Their colors.
+        confusion: (classes, classes) pixels: row is the true class, column the predicted one.
+        records: Id, mean IoU and label map, as a PNG file, of each image that has pixels that count.
+    """
+
+    classes: tuple[str, ...]
+    colors: tuple[str, ...]
+    confusion: Tensor
+    records: tuple[tuple[str, float, bytes], ...] = ()
+
+    @property
+    def images(self) -> int:
+        """Number of images; 0 where that is not known."""
+        return len(self.records)
+
+    def remarks(self) -> list[str]:
+        """Which classes have no pixels."""
+        absent = [name for name, count in zip(self.classes, self.confusion.sum(1), strict=True) if not count]
+        left_out = f"{len(absent)} of {len(self.classes)} classes have no pixels here"
+        return (
+            [f"{left_out}; the metrics leave them out unless they are predicted: {shorten(absent)}"] if absent else []
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Mean IoU (over the classes that occur or are predicted), share of right pixels, mean recall."""
+        hits, support = self.confusion.diagonal(), self.confusion.sum(1)
+        return {
+            "mIoU": mean_iou(self.confusion),
+            "pixel_accuracy": float(hits.sum() / self.confusion.sum()),
+            "mean_accuracy": float((hits / support)[support > 0].mean()),
+        }
+
+    def details(self) -> dict[str, Any]:
+        """Counts, IoU and recall of each class (None where nothing is to divide by), mean IoU of each image."""
+        per_image = [{"image": name, "mIoU": value} for name, value, _ in self.records]
+        pixels = int(self.confusion.sum())
+        return {"images": self.images, "pixels": pixels, "per_class": self._per_class(), "per_image": per_image}
+
+    def _per_class(self) -> list[dict[str, Any]]:
+        total = max(1, int(self.confusion.sum()))
+        rows = []
+        for i, name in enumerate(self.classes):
+            hit, true, said = (
+                int(x) for x in (self.confusion[i, i], self.confusion[i].sum(), self.confusion[:, i].sum())
+            )
+            union = true + said - hit
+            iou, accuracy = hit / union if union else None, hit / true if true else None
+            rows.append({"class": name, "share": true / total, "IoU": iou, "accuracy": accuracy})
+        return rows
+
+    def report(self, console: "Console", *, title: str | None = None, details: bool = False) -> None:
+        """Print the metrics, with `details` a row for each class; of many, those with the lowest IoU."""
+        from rich.markup import escape
+
+        if details:
+            rows = self._per_class()
+            hidden = max(0, len(rows) - _MANY)
+            if hidden:
+                known = (row for row in rows if row["IoU"] is not None)
+                rows = sorted(known, key=lambda row: row["IoU"])[:_MANY]
+            table = make_table("class", ">of all pixels", ">IoU", ">accuracy")
+            for row in rows:
+                shown = (_percent(row[name]) for name in ("share", "IoU", "accuracy"))
+                table.add_row(escape(printable(row["class"])), *shown)
+            console.print(table)
+            if hidden:
+                console.print(f"and {hidden:,} other classes; --json lists all", highlight=False)
+        if title:
+            console.print(title, style="italic", highlight=False)
+        table = make_table("metric", ">%", header=False)
+        for name, value in self.metrics().items():
+            table.add_row(name.replace("_", " "), _percent(value))
+        console.print(table)
+        console.print(f"{self.images:,} images", highlight=False)
+
+    def draw(self, images: Images, folder: Path) -> dict[str, Path]:
+        """Draw the best and the worst predictions below the truth, and the confusion matrix; returns their files."""
+        from vision_ssm.tasks.plots import draw_confusion  # seconds, for matplotlib
+        from vision_ssm.tasks.segmentation_plots import draw_pairs
+
+        predictions, confusion = folder / "predictions.png", folder / "confusion.png"
+        draw_pairs(self.records, self.classes, self.colors, images, predictions)
+        draw_confusion(self.confusion, self.classes, confusion, what="pixels")
+        return {"Predictions": predictions, "Confusion": confusion}
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Mean over the classes that occur or are predicted of intersection over union, as in mmseg."""
+    hits, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return float((hits / union)[union > 0].mean())
+
+
+def default_colors(count: int) -> tuple[str, ...]:
+    """Colors that are easy to tell apart where they are few."""
+    turns = (0.61803398875 * i % 1 for i in range(count))
+    tones = ((0.75, 0.9), (0.9, 0.6), (0.45, 1.0))
+    parts = (colorsys.hsv_to_rgb(turn, *tones[i % 3]) for i, turn in enumerate(turns))
+    return tuple("#" + "".join(f"{round(255 * part):02x}" for part in color) for color in parts)
+
+
+def color_labels(labels: np.ndarray, colors: Sequence[str]) -> Image.Image:
+    """The picture of a label map; black where a pixel does not count."""
+    table = np.array([*map(ImageColor.getrgb, colors), (0, 0, 0)], np.uint8)  # the last one has index -1 too
+    return Image.fromarray(table[labels])
+
+
+def read_labels(file: bytes) -> np.ndarray:
+    """The label map of a PNG file."""
+    return np.asarray(Image.open(io.BytesIO(file))).astype(np.int64)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"
