@@ -14,8 +14,8 @@ from vision_ssm.models.registry import registered_models
 from vision_ssm.recipes import RECIPES, ClassificationConfig, find, from_dict, to_dict
 from vision_ssm.recipes.config import OptimConfig
 from vision_ssm.recipes.detection import DETECTION
-from vision_ssm.recipes.segmentation import SEGMENTATION
 from vision_ssm.recipes.published import PUBLISHED
+from vision_ssm.recipes.segmentation import SEGMENTATION
 
 DEFAULTS = to_dict(ClassificationConfig())
 published = pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda recipe: recipe.name)

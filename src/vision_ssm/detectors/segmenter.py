@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -78,17 +79,15 @@ class UperNet(Segmenter):
     class_layers = ("decode_head.classifier.", "auxiliary_head.classifier.")
 
     def __init__(self, backbone: nn.Module, num_classes: int, width: int = 512) -> None:
-        from transformers import UperNetConfig  # seconds
-        from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
-
         super().__init__(backbone)
         info: Any = backbone.feature_info
         channels = list(info.channels())
-        config = UperNetConfig(  # type: ignore[call-arg]
+        make_config, main, auxiliary = _transformers_heads()
+        config = make_config(
             hidden_size=width, num_labels=num_classes, auxiliary_in_channels=channels[-2], auxiliary_channels=width // 2
         )
-        self.decode_head = UperNetHead(config, channels)
-        self.auxiliary_head = UperNetFCNHead(config, channels, in_index=len(channels) - 2)
+        self.decode_head = main(config, channels)
+        self.auxiliary_head = auxiliary(config, channels, in_index=len(channels) - 2)
         for head in (self.decode_head, self.auxiliary_head):
             head.classifier = _Classifier(head.classifier.in_channels, num_classes, 1)
             nn.init.normal_(head.classifier.weight, std=0.01)  # as in mmseg
@@ -103,6 +102,17 @@ class UperNet(Segmenter):
             "pixels": pixel_loss(self.decode_head(maps), labels),
             "auxiliary": _AUXILIARY * pixel_loss(self.auxiliary_head(maps), labels),
         }
+
+
+def _transformers_heads() -> tuple[Any, Any, Any]:
+    logger = logging.getLogger("torch.utils._pytree")  # torch warns of torchao, which transformers imports if it can
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        from transformers import UperNetConfig  # seconds
+        from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+    finally:
+        logger.disabled = disabled
+    return UperNetConfig, UperNetHead, UperNetFCNHead
 
 
 class SmpSegmenter(Segmenter):
