@@ -2,7 +2,7 @@
 
 The blocks of a file share their names, from top to bottom. A block directly below the line ``<!-- not run -->`` is
 left out. They run in an empty folder that has the reader's pictures, ``photos/cat`` and ``photos/dog``, ``people`` in
-COCO's format, and ``street.jpg``.
+COCO's format, ``streets`` with masks, and ``street.jpg``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scenes import write_scenes
+from scenes import write_masks, write_scenes
 
 ROOT = Path(__file__).parent.parent
 FILES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
@@ -41,6 +41,7 @@ def readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for i in range(40):
             Image.fromarray(pixels.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
     write_scenes(tmp_path / "people")
+    write_masks(tmp_path / "streets")
     Image.open(tmp_path / "people" / "val2017" / "0000.png").save(tmp_path / "street.jpg")
 
 

@@ -11,14 +11,14 @@ import safetensors.torch
 import torch
 
 import vision_ssm.engine.fit as engine
-from scenes import write_scenes
-from short_runs import DETECTOR
+from scenes import write_masks, write_scenes
+from short_runs import DETECTOR, SEGMENTER
 from vision_ssm.cli import main
 from vision_ssm.data import EpochSampler, load_digits
 from vision_ssm.engine.recorder import RunRecorder
 from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import DetectionConfig, small
+from vision_ssm.recipes import DetectionConfig, SegmentationConfig, small
 from vision_ssm.tasks import load, train
 
 # A server with everything imported starts processes in a moment.
@@ -119,16 +119,21 @@ def test_two_processes_train_as_one_and_resume_exactly(config, tmp_path):
     assert_same_files(one, two)
 
 
-def train_detector(rank, config, folder):
+def train_and_count(rank, config, folder):
     evaluation = train(config, folder)
     assert evaluation.images == len(evaluation.records) == 4
 
 
-def test_two_processes_train_a_detector(tmp_path):
-    scenes = write_scenes(tmp_path / "scenes")
-    config = DetectionConfig(data=str(scenes), **DETECTOR | dict(batch_size=2, devices=2, epochs=1))
+@pytest.mark.parametrize(
+    ("write", "config", "values"),
+    [(write_scenes, DetectionConfig, DETECTOR), (write_masks, SegmentationConfig, SEGMENTER)],
+    ids=["detector", "segmenter"],
+)
+def test_two_processes_train_other_tasks(tmp_path, write, config, values):
+    scenes = write(tmp_path / "scenes")
+    config = config(data=str(scenes), **values | dict(batch_size=2, devices=2, epochs=1))
     folder = RunFolder(tmp_path / "run")
-    assert run_two(train_detector, config, folder) == [0, 0]
+    assert run_two(train_and_count, config, folder) == [0, 0]
     assert rows(folder)[0]["step"] == 2  # 8 images, 2 of each process in a step
     task = load(folder.best, "cpu", optimized=False)
     alone = task.evaluate(task.read_images(scenes)).metrics()

@@ -1,4 +1,4 @@
-"""The benchmark that trains models alike: once through, on images of noise."""
+"""The benchmark that trains models alike, on images of noise, and that of detectors and segmenters: once through."""
 
 import csv
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cifar.py"
@@ -35,3 +36,15 @@ def test_models_are_trained_alike_and_compared(tmp_path):
     assert Image.open(picture).size == (1800, 750)
     again = subprocess.run(command, capture_output=True, text=True)
     assert "vision-ssm train" not in again.stdout
+
+
+@pytest.mark.parametrize(("task", "peer"), [("detect", "torchvision's"), ("segment", "transformers'")])
+def test_detectors_and_segmenters_are_compared(tmp_path, task, peer):
+    command = [sys.executable, SCRIPT.with_name("dense.py"), task, "--quick", "--csv", tmp_path / "table.csv"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["form"] for row in rows] == ["inference", "training", "inference", "training", "inference, optimized"]
+    assert rows[0]["backbone"].startswith(peer)
+    assert float(rows[0]["ratio"]) == 1

@@ -115,7 +115,7 @@ def load_masks(config: MaskDataConfig, seed: int = 0) -> Splits:
     image or mask that cannot be read                   refused
     mask of another size                                refused
     label that is not named, color that is not listed   refused
-    mask without a pixel that counts                    kept in validation; refused in training
+    mask without a pixel that counts                    refused, but not by `read_masks`
     ==================================================  ==================================================
 
     Args:
@@ -145,7 +145,7 @@ def load_masks(config: MaskDataConfig, seed: int = 0) -> Splits:
     format, classes = _format(named, given, config.ignore_labels, read)
     problems: list[str] = []
     sets = [part.dataset(format, classes, problems.append) for part in read]
-    problems += _empty(sets[0])
+    problems += [problem for images in sets for problem in _empty(images)]
     if problems:
         raise InputError(f"bad images or masks: {shorten(problems, _LISTED, '; ')}")
     splits = Splits(*sets) if val else hold_out(sets[0], config.val_fraction or 0.1, seed)

@@ -38,9 +38,9 @@ def finetune() -> Sourced:
 @recipe(DetectionConfig)
 def detect() -> Sourced:
     """Objects in your photographs, with masks where the data has them; sized for a CPU."""
-    model = dict(model="sparx_mamba_atto", out_indices=(1, 2, 3), width=96, box_samples=64, test_size=(400, 240))
-    augment = dict(short_sides=(192, 208, 224, 240, 256), long_side=400)
-    optim = dict(epochs=30, batch_size=4, lr=1e-3, warmup_epochs=2, weight_decay=0.05)
+    model = dict(model="sparx_mamba_atto", out_indices=(1, 2, 3), width=96, box_samples=64, test_size=(320, 192))
+    augment = dict(short_sides=(144, 160, 176, 192), long_side=320)
+    optim = dict(epochs=16, batch_size=4, lr=1e-3, warmup_epochs=2, weight_decay=0.05)
     return {OURS: dict(model, **augment, **optim)}
 
 
