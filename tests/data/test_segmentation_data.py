@@ -154,7 +154,7 @@ def test_masks_without_a_pixel_that_counts(scenes):
     for split in ("train", "val"):
         path = scenes / "masks" / split / "0001.png"
         save(np.full_like(np.asarray(Image.open(path)), 255), path)
-    with pytest.raises(InputError, match=r"mask of 0001\.jpg has no pixel that counts.*mask of 0001"):
+    with pytest.raises(InputError, match=r"0001\.png has no pixel that counts.*0001\.png has"):
         load(scenes)
 
 

@@ -1,7 +1,7 @@
 import dataclasses
 import fnmatch
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -43,8 +43,8 @@ def recipes(words: Sequence[str]) -> int:
     console = Console()
     for text, group in itertools.groupby(rows, key=lambda row: row["text"]):
         console.print(f"[bold]{text}[/]", highlight=False)
-        shown = [(row["name"], row["model"], str(row["epochs"]), str(row["batch"]), f"{row['lr']:g}") for row in group]
-        if fits := max(len(name) + len(model) for name, model, *_ in shown) < console.width - 27:
+        shown = [(row["name"], row["model"], _length(row), str(row["batch"]), f"{row['lr']:g}") for row in group]
+        if fits := max(len(f"{name}{model}{length}") for name, model, length, *_ in shown) < console.width - 24:
             table = make_table("recipe", "model", ">epochs", ">batch", ">lr")
             table.columns[1].min_width = 22
         else:  # the names of these begin with that of the model
@@ -63,23 +63,28 @@ def recipes(words: Sequence[str]) -> int:
     return 0
 
 
+def _length(row: Mapping[str, Any]) -> str:
+    return str(row["epochs"]) if row["steps"] is None else f"{row['steps']:,} steps"
+
+
 def _row(recipe: library.Recipe) -> dict[str, Any]:
     config = recipe()
     batch = config.images_per_step
     lr = config.scaled(batch).lr
-    return dict(name=recipe.name, model=config.model, epochs=config.epochs, batch=batch, lr=lr, text=recipe.text)
+    length = dict(epochs=config.epochs if config.steps is None else None, steps=config.steps)
+    return dict(name=recipe.name, model=config.model, **length, batch=batch, lr=lr, text=recipe.text)
 
 
 def _show(recipe: library.Recipe, *, json: bool) -> int:
     groups = [kind for kind in recipe.config.groups if issubclass(kind, (DataConfig, RunConfig))]
     where = {item.name for kind in groups for item in dataclasses.fields(kind)}
     left_out = where - {"data", "seed", "precision", "filter_empty", "ignore_labels"} | {"max_skipped"}
+    row = _row(recipe)
     values = {
         name: {"value": value, "source": recipe.sources.get(name)}
         for name, value in library.to_dict(recipe()).items()
-        if name not in left_out and (name != "data" or value)
+        if name not in left_out and (name != "data" or value) and (name != "epochs" or row["epochs"])
     }
-    row = _row(recipe)
     if json:
         print_json({**row, "notes": recipe.notes, "values": values})
         return 0

@@ -4,7 +4,7 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,9 +128,9 @@ def load_masks(config: MaskDataConfig, seed: int = 0) -> Splits:
     if not config.data:
         raise InputError("which images? give --data PATH, a folder with images and masks")
     root = _folder(config.data)
-    train = _find(root, (config.train_split,) if config.train_split else _TRAIN) or _find(root)
+    train = _find(root, (config.train_split,)) if config.train_split else _find(root, _TRAIN) or _find(root)
     if train is None:
-        raise InputError(f"{root} holds no images and masks; looked for images/train and masks/train, or images, masks")
+        raise InputError(_nothing(root, config.train_split or "train"))
     names = (config.val_split,) if config.val_split else _VAL
     val = None
     if config.val_data is not None:
@@ -141,14 +141,10 @@ def load_masks(config: MaskDataConfig, seed: int = 0) -> Splits:
         raise InputError(f"{config.val_data or root} holds no images and masks of {' or '.join(names)}")
     given = config.class_map or next((file for file in (root / "classes.txt",) if file.is_file()), None)
     named = None if given is None else _read_classes(given)
-    read = [_pair(*place) for place in ((train,) if val is None else (train, val))]
-    format, classes = _format(named, given, config.ignore_labels, read)
-    problems: list[str] = []
-    sets = [part.dataset(format, classes, problems.append) for part in read]
-    problems += [problem for images in sets for problem in _empty(images)]
-    if problems:
-        raise InputError(f"bad images or masks: {shorten(problems, _LISTED, '; ')}")
-    splits = Splits(*sets) if val else hold_out(sets[0], config.val_fraction or 0.1, seed)
+    parts = [_pair(*place) for place in ((train,) if val is None else (train, val))]
+    format, classes = _format(named, config.ignore_labels, parts)
+    first, *others = _read(parts, format, classes)
+    splits = Splits(first, *others) if others else hold_out(first, config.val_fraction or 0.1, seed)
     for images in (splits.train, splits.val):
         images.max_pixels = config.max_pixels
     return splits
@@ -167,11 +163,8 @@ def read_masks(path: Path, format: MaskFormat, classes: tuple[str, ...]) -> Imag
     """
     place = _find(_folder(path), _VAL) or _find(path)
     if place is None:
-        raise InputError(f"{path} holds no images and masks; looked for images/val and masks/val, or images, masks")
-    problems: list[str] = []
-    images = _pair(*place).dataset(format, classes, problems.append)
-    if problems:
-        raise InputError(f"bad images or masks: {shorten(problems, _LISTED, '; ')}")
+        raise InputError(_nothing(path, "val"))
+    (images,) = _read([_pair(*place)], format, classes, allow_void=True)
     return images
 
 
@@ -218,25 +211,29 @@ class _Pairs:
     def paths(self) -> list[tuple[Path, Path]]:
         return [(self.images / image, self.masks / mask) for image, mask in self.names]
 
-    def dataset(self, format: MaskFormat, classes: tuple[str, ...], report: Callable[[str], None]) -> ImageDataset:
-        """The images as a data set; what is wrong goes to `report`."""
-        list(map(report, self.problems))
+
+def _read(
+    parts: Sequence[_Pairs], format: MaskFormat, classes: tuple[str, ...], *, allow_void: bool = False
+) -> list[ImageDataset]:
+    """The data sets of several folders; what is wrong in any of them is one error."""
+    problems, sets = [], []
+    for part in parts:
         with ThreadPoolExecutor() as pool:
-            checked = list(pool.map(functools.partial(_check, format), self.paths()))
-        list(map(report, [problem for problem in checked if isinstance(problem, str)]))
+            checked = list(pool.map(functools.partial(_check, format, allow_void), part.paths()))
+        problems += part.problems + [entry for entry in checked if isinstance(entry, str)]
         good = [entry for entry in checked if not isinstance(entry, str)]
-        sizes = np.array([size for size, _ in good], np.int64).reshape(-1, 2)
         pixels = np.array([counts for _, counts in good], np.int64).reshape(-1, len(classes))
-        ids = Strings(image for image, _ in self.names)
-        masks = Masks(self.masks, Strings(mask for _, mask in self.names), format, pixels)
-        read = functools.partial(file_below, self.images, ids)
-        bytes_ = np.array([file_size(str(image)) for image, _ in self.paths()])
-        dataset = ImageDataset(read, ids, {"original_size": sizes, "mask": masks}, classes, sizes=bytes_)
-        dataset.category_ids = format.labels
-        return dataset
+        masks = Masks(part.masks, Strings(mask for _, mask in part.names), format, pixels)
+        targets = {"original_size": np.array([size for size, _ in good], np.int64).reshape(-1, 2), "mask": masks}
+        ids = Strings(image for image, _ in part.names)
+        sizes = np.array([file_size(str(image)) for image, _ in part.paths()])
+        sets.append(ImageDataset(functools.partial(file_below, part.images, ids), ids, targets, classes, sizes=sizes))
+    if problems:
+        raise InputError(f"bad images or masks: {shorten(problems, _LISTED, '; ')}")
+    return sets
 
 
-def _check(format: MaskFormat, pair: tuple[Path, Path]) -> tuple[tuple[int, int], np.ndarray] | str:
+def _check(format: MaskFormat, allow_void: bool, pair: tuple[Path, Path]) -> tuple[tuple[int, ...], np.ndarray] | str:
     """The size of an image and the number of pixels of each class, or what is wrong."""
     try:
         sizes = image_sizes(pair[0])
@@ -246,17 +243,12 @@ def _check(format: MaskFormat, pair: tuple[Path, Path]) -> tuple[tuple[int, int]
     if mask.shape not in sizes:
         height, width = sizes[0]
         return f"mask {pair[1]} has {mask.shape[1]}x{mask.shape[0]} pixels, its image {width}x{height}"
-    return mask.shape, np.bincount(mask.ravel() + 1, minlength=len(format.labels) + 1)[1:]
-
-
-def _empty(images: ImageDataset) -> list[str]:
-    counts = images.targets["mask"].pixels.sum(1)
-    names = [images.ids[number] for number in np.flatnonzero(counts == 0).tolist()]
-    return [f"mask of {name} has no pixel that counts" for name in names]
+    counts = np.bincount(mask.ravel() + 1, minlength=len(format.labels) + 1)[1:]
+    return (mask.shape, counts) if counts.any() or allow_void else f"mask {pair[1]} has no pixel that counts"
 
 
 def _format(
-    named: list[tuple[int | None, str]] | None, file: Path | None, ignored: tuple[int, ...], parts: Sequence[_Pairs]
+    named: list[tuple[int | None, str]] | None, ignored: tuple[int, ...], parts: Sequence[_Pairs]
 ) -> tuple[MaskFormat, tuple[str, ...]]:
     """What the pixels mean, and the names of the classes."""
     if named is not None and named[0][0] is not None and any(_is_colored(mask) for mask in _some_masks(parts)):
@@ -323,6 +315,10 @@ def _read_classes(file: Path) -> list[tuple[int | None, str]]:
     if len(set(colors)) < len(colors) and None not in colors:
         raise InputError(f"{file} lists a color twice")
     return entries
+
+
+def _nothing(root: Path, split: str) -> str:
+    return f"{root} holds no images and masks; looked for images/{split} and masks/{split}, or images and masks"
 
 
 def _folder(path: str | Path) -> Path:

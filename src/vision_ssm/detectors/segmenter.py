@@ -91,7 +91,7 @@ class UperNet(Segmenter):
         for head in (self.decode_head, self.auxiliary_head):
             head.classifier = _Classifier(head.classifier.in_channels, num_classes, 1)
             nn.init.normal_(head.classifier.weight, std=0.01)  # as in mmseg
-            nn.init.zeros_(head.classifier.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(head.classifier.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.decode_head(self.maps(images))
