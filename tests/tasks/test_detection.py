@@ -167,7 +167,7 @@ def test_predict_and_eval_from_the_command_line(run, scenes, tmp_path, capsys):
     assert len(document["images"]) == len([*images.iterdir()]) == len([*out.glob("*.jpg")])
     assert (out / "predictions.csv").read_text().startswith("image,class,score,x1,y1,x2,y2\n")
     assert main(["predict", str(folder.path), str(images / "0000.png"), "--top", "3"]) == 2
-    assert "--top is for classifiers" in capsys.readouterr().err
+    assert "of detection, which has no --top" in capsys.readouterr().err
     plots = ["--plots", str(tmp_path / "plots")]
     assert main(["eval", str(folder.path), "--data", str(scenes), "--json", "--no-optimize", *plots]) == 0
     values = json.loads(capsys.readouterr().out)

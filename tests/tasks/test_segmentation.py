@@ -122,6 +122,20 @@ def test_small_data_are_learned(tmp_path):
     assert train(config, tmp_path / "run").metrics()["mIoU"] > 0.85
 
 
+def test_weights_of_rare_classes(scenes):
+    config = SegmentationConfig(data=str(scenes), **SEGMENTER, class_weights=True)
+    task = Segmentation.from_config(config, load_masks(config))
+    counts = torch.tensor(load_masks(config).train.counts())
+    shares = counts / counts.sum()
+    assert float((task.class_weights * shares).sum()) == pytest.approx(1)
+    assert task.class_weights[1] / task.class_weights[0] == pytest.approx(
+        float((1.02 + shares[0]).log() / (1.02 + shares[1]).log()), rel=1e-4
+    )
+    batch = task.collate([task.train_transform(load_masks(config).train.sample(key)) for key in (0, 1)])
+    losses, plain = task.training_step(task.model.eval(), batch)[0], task.model.losses(batch["image"], batch["mask"])
+    assert losses["pixels"] != plain["pixels"]
+
+
 def test_unet_and_classes_that_are_numbered(tmp_path, scenes):
     other = write_masks(tmp_path / "scenes", {"train": 5})
     (other / "classes.txt").unlink()

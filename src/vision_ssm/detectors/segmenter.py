@@ -44,14 +44,15 @@ class Segmenter(nn.Module):
         """
         raise NotImplementedError
 
-    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         """Return the losses, whose sum is to be minimized.
 
         Args:
             images: (B, 3, H, W).
             labels: Indices of the classes, ``IGNORED`` where a pixel does not count, (B, H, W).
+            weight: Weights of the classes, (classes,).
         """
-        return {"pixels": pixel_loss(self(images), labels)}
+        return {"pixels": pixel_loss(self(images), labels, weight)}
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters to exclude from weight decay, as timm's optimizers ask for them."""
@@ -96,11 +97,11 @@ class UperNet(Segmenter):
     def forward(self, images: Tensor) -> Tensor:
         return self.decode_head(self.maps(images))
 
-    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
         maps = self.maps(images)
         return {
-            "pixels": pixel_loss(self.decode_head(maps), labels),
-            "auxiliary": _AUXILIARY * pixel_loss(self.auxiliary_head(maps), labels),
+            "pixels": pixel_loss(self.decode_head(maps), labels, weight),
+            "auxiliary": _AUXILIARY * pixel_loss(self.auxiliary_head(maps), labels, weight),
         }
 
 
@@ -152,13 +153,13 @@ class _Classifier(nn.Conv2d):
         return super().forward(F.dropout2d(x, _DROPOUT, self.training))
 
 
-def pixel_loss(scores: Tensor, labels: Tensor) -> Tensor:
+def pixel_loss(scores: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the cross-entropy of scores, (B, classes, h, w), resized to labels, (B, H, W).
 
     It is the sum over the pixels that count, divided by the number of all pixels (mmseg's ``avg_non_ignore=False``).
     """
     scores = resize(scores, labels.shape[-2:]).float()
-    return F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
+    return F.cross_entropy(scores, labels, weight, ignore_index=IGNORED, reduction="sum") / labels.numel()
 
 
 def resize(scores: Tensor, size: Sequence[int]) -> Tensor:

@@ -499,12 +499,21 @@ class PixelAugmentConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationConfig(PixelAugmentConfig, MaskDataConfig, SegmenterConfig, TrainConfig):
+class PixelLossConfig(Config):
+    """Loss."""
+
+    class_weights: bool = False
+    """Weight the pixels of each class by 1 / ln(1.02 + its share of the training pixels), so that rare classes count
+    more (ENet, arXiv 1606.02147)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationConfig(PixelLossConfig, PixelAugmentConfig, MaskDataConfig, SegmenterConfig, TrainConfig):
     """Training of a semantic segmenter."""
 
     task: ClassVar[str] = "segmentation"
     groups: ClassVar[tuple[type[Config], ...]] = (
-        SegmenterConfig, MaskDataConfig, PixelAugmentConfig, OptimConfig, RunConfig,
+        SegmenterConfig, MaskDataConfig, PixelAugmentConfig, PixelLossConfig, OptimConfig, RunConfig,
     )  # fmt: skip
 
 

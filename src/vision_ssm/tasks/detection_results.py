@@ -1,4 +1,3 @@
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,13 @@ from vision_ssm.data import Images
 from vision_ssm.data.rle import encode_masks
 from vision_ssm.detectors import Detections, paste_mask
 from vision_ssm.engine.output import make_table
-from vision_ssm.errors import printable, shorten
+from vision_ssm.errors import shorten
+from vision_ssm.tasks.results import percent, print_classes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from vision_ssm.tasks.coco_metric import CocoFigures, CocoResults
-
-_MANY = 20  # rows of a table
 
 FIGURES = {
     "AP": "AP, IoU 0.5 to 0.95",
@@ -160,26 +158,14 @@ class DetectionResults:
 
     def report(self, console: "Console", *, title: str | None = None, details: bool = False) -> None:
         """Print the metrics, with `details` a row for each class; of many, those with the lowest AP."""
-        from rich.markup import escape
-
         if details:
             rows = self._per_class()
-            hidden = max(0, len(rows) - _MANY)
-            if hidden:
-                rows = sorted((row for row in rows if row["objects"]), key=lambda row: row["box_AP"])[:_MANY]
-            figures = [name for name in rows[0] if "AP" in name]
-            table = make_table("class", ">objects", *(f">{name.replace('_', ' ')}" for name in figures))
-            for row in rows:
-                shown = (_percent(row[name]) for name in figures)
-                table.add_row(escape(printable(row["class"])), f"{row['objects']:,}", *shown)
-            console.print(table)
-            if hidden:
-                console.print(f"and {hidden:,} other classes; --json lists all", highlight=False)
+            print_classes(rows, [name for name in rows[0] if name != "class"], "box_AP", console)
         if title:
             console.print(title, style="italic", highlight=False)
-        table = make_table("%", *(f">{kind}" for kind in self.kinds))
+        table = make_table("", *(f">{kind}" for kind in self.kinds))
         for name, text in FIGURES.items():
-            table.add_row(text, *(_percent(getattr(found, name)) for found in self.kinds.values()))
+            table.add_row(text, *(percent(getattr(found, name)) for found in self.kinds.values()))
         console.print(table)
         console.print(f"{self.images:,} images with {int(self.coco.objects.sum()):,} objects", highlight=False)
 
@@ -216,7 +202,3 @@ def coco_document(
             annotations.append({**entry, "iscrowd": 0})
     categories = [{"id": number, "name": name} for number, name in zip(category_ids, classes, strict=True)]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"

@@ -1,5 +1,6 @@
 import contextlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,21 +140,8 @@ class ClassificationResults:
 
     def report(self, console: "Console", *, title: str | None = None, details: bool = False) -> None:
         """Print the metrics, with `details` a row for each class; of many, those with the lowest recall."""
-        from rich.markup import escape
-
         if details:
-            rows = self.details()["per_class"]
-            hidden = 0
-            if len(rows) > _MANY:
-                rows = sorted((row for row in rows if row["images"]), key=lambda row: row["recall"])
-                rows, hidden = rows[:_MANY], max(0, len(rows) - _MANY)
-            table = make_table("class", ">images", ">recall", ">precision")
-            for row in rows:
-                shares = ["–" if row[k] is None else f"{row[k]:.1%}" for k in ("recall", "precision")]
-                table.add_row(escape(printable(row["class"])), f"{row['images']:,}", *shares)
-            console.print(table)
-            if hidden:
-                console.print(f"and {hidden:,} classes with at least this recall; --json lists all", highlight=False)
+            print_classes(self.details()["per_class"], ("images", "recall", "precision"), "recall", console)
         if title:
             console.print(title, style="italic", highlight=False)
         table = make_table("metric", "value", header=False)
@@ -174,6 +162,28 @@ class ClassificationResults:
         draw_confusion(self.confusion, self.classes, confusion)
         draw_predictions(self.records, self.classes, images, predictions)
         return {"Confusion": confusion, "Predictions": predictions}
+
+
+def print_classes(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], by: str, console: "Console") -> None:
+    """Print the metrics of classes: whole numbers, and shares in %; of many classes those with the lowest `by`."""
+    from rich.markup import escape
+
+    shown = rows
+    if len(rows) > _MANY:
+        shown = sorted((row for row in rows if row[by] is not None), key=lambda row: row[by])[:_MANY]
+    table = make_table("class", *(f">{name.replace('_', ' ')}" for name in columns))
+    for row in shown:
+        values = (f"{row[name]:,}" if isinstance(row[name], int) else percent(row[name]) for name in columns)
+        table.add_row(escape(printable(row["class"])), *values)
+    console.print(table)
+    if len(shown) < len(rows):
+        text = f"and {len(rows) - len(shown):,} classes with at least this {by.replace('_', ' ')} or none"
+        console.print(f"{text}; --json lists all", highlight=False)
+
+
+def percent(value: float | None) -> str:
+    """A share in %, as tables show it."""
+    return "–" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
 def describe_data(splits: Splits, size: int | None, console: "Console", *, what: str = "images") -> None:

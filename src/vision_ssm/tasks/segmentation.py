@@ -82,6 +82,7 @@ class Segmentation(Task):
         model: The segmenter (see `vision_ssm.detectors`).
         spec: Its description.
         config: How to train it, where it is trained; only augmentation is used here.
+        class_weights: (classes,) weights of the classes in the loss.
     """
 
     name: ClassVar[str] = "segmentation"
@@ -92,8 +93,15 @@ class Segmentation(Task):
     eval_batch_size: ClassVar[int | None] = 1
     csv_columns: ClassVar[tuple[str, ...]] = ("image", "class", "pixels", "share")
 
-    def __init__(self, model: nn.Module, spec: SegmenterSpec, config: SegmentationConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: SegmenterSpec,
+        config: SegmentationConfig | None = None,
+        class_weights: Tensor | None = None,
+    ) -> None:
         super().__init__(model, spec)
+        self.class_weights = class_weights
         self.config = config = config or SegmentationConfig()
         names = ("mIoU", "pixel_accuracy", "mean_accuracy")
         if config.monitor not in (None, *names):
@@ -109,7 +117,8 @@ class Segmentation(Task):
         how |= dict(labels=format.labels, ignored=format.ignored, colored=format.colored)
         colors = class_colors(config) or ()
         spec = SegmenterSpec(colors=colors, **how, **SegmenterSpec.common(config, splits.train))
-        return cls(start_model(config, spec, _create, cls.name, spec.decoder, resume=resume), spec, config)
+        weights = balanced_weights(splits.train.counts() or ()) if config.class_weights else None
+        return cls(start_model(config, spec, _create, cls.name, spec.decoder, resume=resume), spec, config, weights)
 
     @classmethod
     def create_model(cls, spec: SegmenterSpec) -> nn.Module:
@@ -145,7 +154,10 @@ class Segmentation(Task):
         return collate(samples)
 
     def training_step(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return model.losses(batch["image"], batch["mask"]), {}  # type: ignore[operator]
+        return model.losses(batch["image"], batch["mask"], self.class_weights), {}  # type: ignore[operator]
+
+    def start(self, device: torch.device) -> None:
+        self.class_weights = None if self.class_weights is None else self.class_weights.to(device)
 
     def describe(self, splits: Splits, console: "Console") -> None:
         describe_data(splits, None, console, what="pixels")
@@ -226,6 +238,13 @@ class Segmentation(Task):
             }
             for row in rows
         ]
+
+
+def balanced_weights(pixels: Sequence[int]) -> Tensor:
+    """The weights of classes by their numbers of pixels; their mean over all pixels is 1 (ENet, arXiv 1606.02147)."""
+    shares = torch.tensor(pixels, dtype=torch.float64) / sum(pixels)
+    weights = 1 / (1.02 + shares).log()
+    return (weights / (weights * shares).sum()).float()
 
 
 def _create(spec: SegmenterSpec, **start: Any) -> Segmenter:

@@ -1,6 +1,5 @@
 import colorsys
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,11 @@ from torch import Tensor
 
 from vision_ssm.data import Images
 from vision_ssm.engine.output import make_table
-from vision_ssm.errors import printable, shorten
+from vision_ssm.errors import shorten
+from vision_ssm.tasks.results import percent, print_classes
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-_MANY = 20  # rows of a table
 
 
 @dataclass(frozen=True)
@@ -119,31 +117,18 @@ class SegmentationResults:
             )
             union = true + said - hit
             iou, accuracy = hit / union if union else None, hit / true if true else None
-            rows.append({"class": name, "share": true / total, "IoU": iou, "accuracy": accuracy})
+            rows.append({"class": name, "share_of_pixels": true / total, "IoU": iou, "accuracy": accuracy})
         return rows
 
     def report(self, console: "Console", *, title: str | None = None, details: bool = False) -> None:
         """Print the metrics, with `details` a row for each class; of many, those with the lowest IoU."""
-        from rich.markup import escape
-
         if details:
-            rows = self._per_class()
-            hidden = max(0, len(rows) - _MANY)
-            if hidden:
-                known = (row for row in rows if row["IoU"] is not None)
-                rows = sorted(known, key=lambda row: row["IoU"])[:_MANY]
-            table = make_table("class", ">of all pixels", ">IoU", ">accuracy")
-            for row in rows:
-                shown = (_percent(row[name]) for name in ("share", "IoU", "accuracy"))
-                table.add_row(escape(printable(row["class"])), *shown)
-            console.print(table)
-            if hidden:
-                console.print(f"and {hidden:,} other classes; --json lists all", highlight=False)
+            print_classes(self._per_class(), ("share_of_pixels", "IoU", "accuracy"), "IoU", console)
         if title:
             console.print(title, style="italic", highlight=False)
-        table = make_table("metric", ">%", header=False)
+        table = make_table("metric", ">", header=False)
         for name, value in self.metrics().items():
-            table.add_row(name.replace("_", " "), _percent(value))
+            table.add_row(name.replace("_", " "), percent(value))
         console.print(table)
         console.print(f"{self.images:,} images", highlight=False)
 
@@ -181,7 +166,3 @@ def color_labels(labels: np.ndarray, colors: Sequence[str]) -> Image.Image:
 def read_labels(file: bytes) -> np.ndarray:
     """The label map of a PNG file."""
     return np.asarray(Image.open(io.BytesIO(file))).astype(np.int64)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.1f}"
