@@ -194,6 +194,28 @@ def test_command_line(run, scenes, tmp_path, capsys):
     assert "which has no --threshold" in capsys.readouterr().err
 
 
+def test_training_by_command_in_steps_and_with_all_labels(tmp_path, capsys):
+    scenes = write_masks(tmp_path / "scenes")
+    (scenes / "classes.txt").unlink()
+    small = [f"{name}={value}".replace(" ", "") for name, value in SEGMENTER["model_args"].items()]
+    words = ["train", "segment", "--data", str(scenes), "--ignore-labels", "--model", "vmamba_atto", "--model-args"]
+    words += [*small, "--width", "16", "--test-size", "96", "72", "--crop-size", "64", "--device", "cpu"]
+    words += ["--num-workers", "0", "--steps", "5", "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["epochs"] == 3  # of 2 steps each
+    task = load(tmp_path / "run")
+    assert (task.spec.classes, task.spec.labels[-1]) == (("0", "1", "2", "3", "255"), 255)
+    (found,) = task.predict([scenes / "images" / "val" / "0000.jpg"])
+    assert {*np.unique(np.asarray(task.spec.format.write(found.label_map.numpy())))} <= {0, 1, 2, 3, 255}
+    capsys.readouterr()
+    (scenes / "masks" / "train" / "0000.png").unlink()
+    assert main([*words, "--overwrite"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no mask for image" in error
+    assert load(tmp_path / "run").spec == task.spec  # nothing is lost
+
+
 def test_bad_options_are_refused(scenes):
     config = SegmentationConfig(data=str(scenes), **SEGMENTER, monitor="accuracy")
     with pytest.raises(InputError, match="--monitor must be one of mIoU"):

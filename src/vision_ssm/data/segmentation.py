@@ -49,7 +49,8 @@ class MaskFormat:
             InputError: The file cannot be read, or holds other labels.
         """
         values = read_mask(file, colored=self.colored)
-        found = self._table[values.clip(0, len(self._table) - 1)]
+        last = len(self._table) - 1  # of no label, as is -1
+        found = self._table[values.astype(np.intp).clip(-1, last)]
         if not found.all():
             raise InputError(f"mask {file} holds unknown {self.shown(np.unique(values[found == 0]).tolist())}")
         return found - np.int16(2)

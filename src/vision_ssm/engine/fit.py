@@ -95,7 +95,8 @@ def fit(
     device = find_device(config.device)
     if device.type == "cpu" and config.sync_batchnorm:
         raise InputError("--sync-batchnorm needs GPUs")
-    splits = task_type.load_data(config)
+    with console.status("looking at the data"):
+        splits = task_type.load_data(config)
     task = task_type.from_config(config, splits, resume=resume)
     if config.sync_batchnorm:
         task.model = convert_sync_batchnorm(task.model)

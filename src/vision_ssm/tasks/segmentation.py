@@ -59,15 +59,18 @@ class SegmenterSpec(DenseSpec):
     colored: bool = False
     """Whether masks are color images."""
     colors: tuple[str, ...] = ()
-    """Colors of the classes in pictures, such as #ff8800."""
+    """Colors of the classes in pictures, such as #ff8800; by default some that are easy to tell apart."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.colors:
-            object.__setattr__(self, "colors", default_colors(len(self.classes)))
-        for name in ("labels", "colors"):
-            if len(values := getattr(self, name)) != len(self.classes):
+        for name, values in (("labels", self.labels), ("colors", self.palette)):
+            if len(values) != len(self.classes):
                 raise InputError(f"{len(self.classes)} classes have {len(values)} {name}")
+
+    @property
+    def palette(self) -> tuple[str, ...]:
+        """A color for each class."""
+        return self.colors or default_colors(len(self.classes))
 
     @property
     def format(self) -> MaskFormat:
@@ -209,12 +212,13 @@ class Segmentation(Task):
         return records
 
     def evaluation(self, values: Any, records: Sequence[Any]) -> SegmentationResults:
-        return SegmentationResults(self.spec.classes, self.spec.colors, values.cpu(), tuple(records))
+        return SegmentationResults(self.spec.classes, self.spec.palette, values.cpu(), tuple(records))
 
     def decode(self, outputs: Any, batch: Batch) -> list[SegmentationPrediction]:
         """The label maps."""
+        how = self.spec.classes, self.spec.palette
         pairs = zip(batch["id"], outputs, strict=True)
-        return [SegmentationPrediction(name, self.spec.classes, self.spec.colors, x.cpu()) for name, x in pairs]
+        return [SegmentationPrediction(name, *how, labels.cpu()) for name, labels in pairs]
 
     def write_picture(self, prediction: Any, path: Path, *, max_pixels: int | None = None, **options: Any) -> None:
         """Write the image under the colors of the classes, and into index/ and color/ the label map alone."""
