@@ -19,7 +19,7 @@ from vision_ssm.errors import InputError
 from vision_ssm.recipes import SegmentationConfig
 from vision_ssm.tasks import load, train
 from vision_ssm.tasks.classification import Classification, ClassifierSpec
-from vision_ssm.tasks.segmentation import Segmentation
+from vision_ssm.tasks.segmentation import Segmentation, balanced_weights
 from vision_ssm.tasks.segmentation_results import mean_iou
 
 
@@ -123,14 +123,12 @@ def test_small_data_are_learned(tmp_path):
 
 
 def test_weights_of_rare_classes(scenes):
-    config = SegmentationConfig(data=str(scenes), **SEGMENTER, class_weights=True)
+    config = SegmentationConfig(data=str(scenes), **SEGMENTER, class_balance=0.5)
     task = Segmentation.from_config(config, load_masks(config))
     counts = torch.tensor(load_masks(config).train.counts())
-    shares = counts / counts.sum()
-    assert float((task.class_weights * shares).sum()) == pytest.approx(1)
-    assert task.class_weights[1] / task.class_weights[0] == pytest.approx(
-        float((1.02 + shares[0]).log() / (1.02 + shares[1]).log()), rel=1e-4
-    )
+    assert float((task.class_weights * counts).sum() / counts.sum()) == pytest.approx(1)
+    assert float(task.class_weights[1] / task.class_weights[0]) == pytest.approx(float(counts[0] / counts[1]) ** 0.5)
+    assert balanced_weights([3, 0, 1], 1.0).tolist() == pytest.approx([2 / 3, 0, 2])
     batch = task.collate([task.train_transform(load_masks(config).train.sample(key)) for key in (0, 1)])
     losses, plain = task.training_step(task.model.eval(), batch)[0], task.model.losses(batch["image"], batch["mask"])
     assert losses["pixels"] != plain["pixels"]

@@ -502,9 +502,9 @@ class PixelAugmentConfig(Config):
 class PixelLossConfig(Config):
     """Loss."""
 
-    class_weights: bool = False
-    """Weight the pixels of each class by 1 / ln(1.02 + its share of the training pixels), so that rare classes count
-    more (ENet, arXiv 1606.02147)."""
+    class_balance: float = limited(0.0, least=0, most=1)
+    """Weight the pixels of each class by its share of the training pixels to the power of minus this: 0 weights all
+    alike, 1 all classes alike."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,7 +120,8 @@ class Segmentation(Task):
         how |= dict(labels=format.labels, ignored=format.ignored, colored=format.colored)
         colors = class_colors(config) or ()
         spec = SegmenterSpec(colors=colors, **how, **SegmenterSpec.common(config, splits.train))
-        weights = balanced_weights(splits.train.counts() or ()) if config.class_weights else None
+        balance, counts = config.class_balance, splits.train.counts() or ()
+        weights = balanced_weights(counts, balance) if balance else None
         return cls(start_model(config, spec, _create, cls.name, spec.decoder, resume=resume), spec, config, weights)
 
     @classmethod
@@ -244,10 +245,10 @@ class Segmentation(Task):
         ]
 
 
-def balanced_weights(pixels: Sequence[int]) -> Tensor:
-    """The weights of classes by their numbers of pixels; their mean over all pixels is 1 (ENet, arXiv 1606.02147)."""
+def balanced_weights(pixels: Sequence[int], balance: float) -> Tensor:
+    """The weights of classes by their numbers of pixels; their mean over all pixels is 1, absent classes have none."""
     shares = torch.tensor(pixels, dtype=torch.float64) / sum(pixels)
-    weights = 1 / (1.02 + shares).log()
+    weights = torch.where(shares > 0, shares**-balance, 0)
     return (weights / (weights * shares).sum()).float()
 
 
