@@ -1,12 +1,9 @@
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from vision_ssm.data import Images, Sample, Splits, Transform, open_image
@@ -20,13 +17,9 @@ from vision_ssm.errors import InputError
 from vision_ssm.recipes import SegmentationConfig
 from vision_ssm.recipes.config import limited
 from vision_ssm.tasks.dense import DenseSpec, start_model
+from vision_ssm.tasks.label_maps import default_colors, pack_labels
 from vision_ssm.tasks.results import describe_data
-from vision_ssm.tasks.segmentation_results import (
-    SegmentationPrediction,
-    SegmentationResults,
-    default_colors,
-    mean_iou,
-)
+from vision_ssm.tasks.segmentation_results import SegmentationPrediction, SegmentationResults, mean_iou
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -207,9 +200,7 @@ class Segmentation(Task):
                 continue
             metrics.update(labels[None], truth[None])
             confusion = _confusion(labels[counts], truth[counts], len(self.spec.classes))
-            file = io.BytesIO()
-            Image.fromarray(labels.cpu().numpy().astype(np.uint16)).save(file, "PNG")
-            records.append((name, mean_iou(confusion), file.getvalue()))
+            records.append((name, mean_iou(confusion), pack_labels(labels.cpu().numpy())))
         return records
 
     def evaluation(self, values: Any, records: Sequence[Any]) -> SegmentationResults:

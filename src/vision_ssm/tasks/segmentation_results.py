@@ -1,18 +1,16 @@
-import colorsys
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 from torch import Tensor
 
 from vision_ssm.data import Images
 from vision_ssm.engine.output import make_table
 from vision_ssm.errors import shorten
+from vision_ssm.tasks.label_maps import color_labels
 from vision_ssm.tasks.results import percent, print_classes
 
 if TYPE_CHECKING:
@@ -147,22 +145,3 @@ def mean_iou(confusion: Tensor) -> float:
     """Mean over the classes that occur or are predicted of intersection over union, as in mmseg."""
     hits, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
     return float((hits / union)[union > 0].mean())
-
-
-def default_colors(count: int) -> tuple[str, ...]:
-    """Colors that are easy to tell apart where they are few."""
-    turns = (0.61803398875 * i % 1 for i in range(count))
-    tones = ((0.75, 0.9), (0.9, 0.6), (0.45, 1.0))
-    parts = (colorsys.hsv_to_rgb(turn, *tones[i % 3]) for i, turn in enumerate(turns))
-    return tuple("#" + "".join(f"{round(255 * part):02x}" for part in color) for color in parts)
-
-
-def color_labels(labels: np.ndarray, colors: Sequence[str]) -> Image.Image:
-    """The picture of a label map; black where a pixel does not count."""
-    table = np.array([*map(ImageColor.getrgb, colors), (0, 0, 0)], np.uint8)  # the last one has index -1 too
-    return Image.fromarray(table[labels])
-
-
-def read_labels(file: bytes) -> np.ndarray:
-    """The label map of a PNG file."""
-    return np.asarray(Image.open(io.BytesIO(file))).astype(np.int64)
