@@ -382,9 +382,21 @@ def test_other_categories_in_validation_are_refused(scenes, tmp_path):
         load(write(root, other, "val2017"))
 
 
-def test_a_wrong_size_is_found_when_the_image_is_read(scenes, tmp_path):
+def test_annotations_of_an_image_with_a_bad_field_are_not_said_to_have_none(scenes, tmp_path):
+    root, data = copied(scenes, tmp_path)
+    data["images"][0]["width"] = "wide"
+    with pytest.raises(InputError) as caught:
+        load(write(root, data))
+    assert "width must be a whole number" in caught.value.line
+    assert "there is no image" not in caught.value.line
+
+
+def test_a_wrong_size_is_found_beforehand_or_in_large_data_sets_when_the_image_is_read(scenes, tmp_path, monkeypatch):
     root, _ = copied(scenes, tmp_path)
     Image.new("RGB", (50, 40)).save(root / "train2017/0002.png")
+    with pytest.raises(InputError, match="image 13: it has 50x40 pixels, not 112x112"):
+        load(root)
+    monkeypatch.setattr("vision_ssm.data.coco._MEASURED", 7)
     images = load(root).train
     with pytest.raises(InputError, match=r"0002\.png: it has 50x40 pixels, the annotations say 112x112"):
         images.sample(2)

@@ -129,6 +129,18 @@ def test_ignored_labels_leave_the_others_in_order(scenes):
     assert np.array_equal(np.asarray(splits.train.targets["mask"].format.write(np.array([[0, 2]]))), [[1, 3]])
 
 
+def test_labels_besides_255_and_all_of_them(scenes):
+    (scenes / "classes.txt").write_text("ground\ndisc\nsquare\n")
+    assert load(scenes, ignore_labels=(3,)).train.targets["mask"].format == MaskFormat((0, 1, 2), (3, 255))
+    for path in scenes.glob("masks/*/*.png"):
+        save(np.where(np.asarray(Image.open(path)) > 0, np.uint8(255), np.uint8(0)), path)
+    (scenes / "classes.txt").write_text("ground\nshape\n")
+    splits = load(scenes, ignore_labels=())
+    assert splits.train.targets["mask"].format == MaskFormat((0, 255))
+    assert splits.train.classes == ("ground", "shape")
+    assert set(np.unique(mask_of(splits.train, 0))) == {0, 1}
+
+
 def test_all_that_is_wrong_is_reported_together(scenes):
     train = scenes / "masks" / "train"
     save(np.zeros((5, 7), np.uint8), train / "0000.png")

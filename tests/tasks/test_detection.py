@@ -70,7 +70,7 @@ def test_predictions_are_in_pixels_of_the_image(run, scenes):
 def test_another_test_size_of_a_file(run):
     folder, _ = run
     assert load(folder.path, test_size=[200, 160]).spec.test_size == (200, 160)
-    with pytest.raises(InputError, match="has no img_size; the entries are detector"):
+    with pytest.raises(InputError, match="is of detection, which has no img_size, but"):
         load(folder.path, img_size=3)
     with pytest.raises(InputError, match="longer side first"):
         load(folder.path, test_size=(100, 160))

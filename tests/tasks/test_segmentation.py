@@ -185,6 +185,9 @@ def test_command_line(run, scenes, tmp_path, capsys):
     (found,) = vision_ssm.load(folder.path).predict([scenes / "images" / "val" / "0000.jpg"])
     assert np.array_equal(np.asarray(Image.open(out / "index" / "0000.png")), found.label_map.numpy())
     assert Image.open(out / "color" / "0000.png").size == Image.open(scenes / "images" / "val" / "0000.jpg").size
+    image = Image.open(scenes / "images" / "val" / "0000.jpg")
+    assert Image.open(out / "0000.jpg").height > 2 * image.height  # the true classes above the predicted ones
+    assert found.draw(image).height < 2 * image.height
     rows = list(csv.DictReader((out / "predictions.csv").open()))
     assert list(rows[0]) == ["image", "class", "pixels", "share"]
     capsys.readouterr()

@@ -149,9 +149,10 @@ def show_costs(task: str, model: str, kind: str, size: tuple[int, int], classes:
     table.add_row("input", f"3 x {size[0]} x {size[1]}")
     beside = _beside(parameters, "M", differences["parameters_difference"])
     table.add_row("parameters", f"{cost.parameters:,}", beside)
-    table.add_row("MACs", f"{cost.macs:,}", "1,000 proposals, 100 masks" if kind.endswith("rcnn") else "")
+    proposals = {"mask-rcnn": "1,000 proposals, 100 masks", "faster-rcnn": "1,000 proposals"}.get(kind, "")
+    table.add_row("MACs", f"{cost.macs:,}", proposals)
     table.add_row("papers' ops", f"{cost.paper_ops:,}", _beside(flops, "G", differences["flops_difference"]))
-    table.add_row("FLOPs", f"{cost.flops:,}", "2 per MAC, as torch counts")
+    table.add_row("FLOPs", f"{cost.flops:,}", "as torch counts, 2 per MAC of its products")
     console.print(table)
     for result in results:
         row = dataclasses.asdict(result)

@@ -81,8 +81,8 @@ class PredictOptions(ComputeOptions):
     top: int | None = limited(None, least=1)
     """How many classes a classifier names per image (5)."""
     threshold: float | None = limited(None, least=0, most=1)
-    """Leave out objects with a lower score (0.5), or answer "unsure" where the most probable class is less probable
-    (0)."""
+    """Leave out objects with a lower score (0.5; none is below 0.05), or answer "unsure" where the best class is less
+    probable (0)."""
     out: Path | None = None
     """Folder for predictions.csv and predictions.json instead of a table; beside them lie pictures of what detectors
     and segmenters found. The JSON of detectors is a data set in COCO format, masks of segmenters are in index/."""
@@ -105,9 +105,10 @@ def evaluate(words: Sequence[str]) -> int:
     speed = evaluation.images / (time.monotonic() - start)
     for line in evaluation.remarks():
         console.out(line, highlight=False)
+    plots: dict[str, Path] = {}
     if options.plots is not None:
         options.plots.mkdir(parents=True, exist_ok=True)
-        evaluation.draw(images, options.plots)
+        plots = evaluation.draw(images, options.plots)
     if options.json:
         values = {**source, **evaluation.metrics(), "images_per_second": round(speed, 1)}
         print_json({**values, **evaluation.details()})
@@ -119,6 +120,7 @@ def evaluate(words: Sequence[str]) -> int:
         note = "" if same else ", which is not what was measured here"
         lines += [f"published accuracy {source['published_top1']:.1f}%, on {_PUBLISHED_ON}{note}"]
     lines += [f"{task.summary}; {speed:,.1f} images/s with loading"]
+    lines += [f"{what:<12} {path}" for what, path in plots.items()]
     console.out("\n".join(lines), highlight=False)
     return 0
 

@@ -10,12 +10,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vision_ssm.data.dataset import ImageDataset, Ragged, Splits, Strings, hold_out
+from vision_ssm.data.images import image_sizes
 from vision_ssm.data.rle import Rle, decode_masks, to_rle
 from vision_ssm.data.sources import file_below, file_size
 from vision_ssm.errors import InputError, shorten
@@ -25,6 +27,7 @@ _TRAIN, _VAL = ("train",), ("val", "valid", "test")
 _LOOKED_FOR = "annotations/instances_{name}*.json and {name}/_annotations.coco.json"
 _LISTED = 20  # bad entries in one message
 _LARGEST = 1_000_000  # side of an image in pixels
+_MEASURED = 20_000  # images whose sizes are looked up beforehand
 _PROBED = 100  # images that are looked for in a folder to tell whether it holds them
 _SMALLEST = 32  # side in pixels below which published trainings leave out an image
 
@@ -66,12 +69,13 @@ def load_coco(config: DataConfig, seed: int = 0, *, filter_empty: bool = False) 
     box that is not four finite numbers, or outside of the image    refused
     polygon of an odd number of numbers, or not finite, or far off  refused
     run lengths that do not decode or are of another size           refused
-    file of an image that is missing                                refused
+    file of an image that is missing, image of another size         refused
     no object at all                                                refused
     ==============================================================  =============================================
 
-    An image whose size is not the one in the file is an error when it is read. It is compared as a viewer shows it,
-    with its EXIF orientation, and only where that swaps the sides of the one in the file, as it is stored.
+    Sizes of images are compared as a viewer shows them, with the EXIF orientation, and only where that swaps the sides
+    of the one in the file, as they are stored. In files of over 20,000 images they are compared when an image is read;
+    one of another size counts as unreadable then.
 
     Args:
         config: Which images.
@@ -92,7 +96,8 @@ def load_coco(config: DataConfig, seed: int = 0, *, filter_empty: bool = False) 
     train, *val = _read_files([place] if val_place is None else [place, val_place])
     splits = Splits(train, *val) if val else hold_out(train, config.val_fraction or 0.1, seed)
     if splits.val.classes != train.classes:
-        raise InputError(f"{val_place} has other categories than {place}")
+        others = shorten(sorted({*splits.val.classes} ^ {*train.classes})) or "their order"
+        raise InputError(f"{val_place} has other categories than {place}: {others}")
     if filter_empty:
         splits = Splits(_without_empty(splits.train), splits.val)
     for name, images in (("training", splits.train), ("validation", splits.val)):
@@ -220,14 +225,15 @@ def _read(file: Path, problems: list[str]) -> ImageDataset:
     labels = {entry["id"]: label for label, entry in enumerate(categories)}
     fields = {"id": int, "image_id": int, "category_id": int, "bbox": list}
     objects = []
+    declared = {entry.get("id") for entry in data["images"] if isinstance(entry, dict)}  # the bad ones, too
     for entry in _checked(data["annotations"], "annotation", fields, bad.append):
-        if entry["image_id"] not in numbers:
+        if entry["image_id"] not in numbers and entry["image_id"] not in declared:
             bad.append(f"annotation {entry['id']}: there is no image {entry['image_id']}")
         elif entry["category_id"] not in labels:
             bad.append(f"annotation {entry['id']}: there is no category {entry['category_id']}")
         elif entry.get("iscrowd", 0) not in (0, 1):
             bad.append(f"annotation {entry['id']}: iscrowd {entry['iscrowd']}, must be 0 or 1")
-        else:
+        elif entry["image_id"] in numbers:
             objects.append(entry)
     number = np.array([numbers[entry["image_id"]] for entry in objects], np.int64)
     boxes, kept = _boxes(objects, original_size[number], bad.append, noted)
@@ -317,7 +323,24 @@ def _find_files(file: Path, images: Sequence[Mapping[str, Any]], report: Report)
     sizes = np.array([file_size(str(root / entry["file_name"])) for entry in images])
     for number in np.flatnonzero(sizes < 0).tolist():
         report(f"image {images[number]['id']}: no file {root / images[number]['file_name']}")
+    if len(images) <= _MEASURED:
+        with ThreadPoolExecutor() as pool:
+            for problem in pool.map(functools.partial(_size_problem, root), images):
+                if problem:
+                    report(problem)
     return root, sizes
+
+
+def _size_problem(root: Path, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with the size of an image, by the header of its file; one that has none may be replaced later."""
+    try:
+        sizes = image_sizes(root / entry["file_name"])
+    except InputError:
+        return None
+    if (entry["height"], entry["width"]) in sizes or entry["height"] == _LARGEST:
+        return None
+    height, width = sizes[0]
+    return f"image {entry['id']}: it has {width}x{height} pixels, not {entry['width']}x{entry['height']}"
 
 
 def _boxes(
@@ -431,7 +454,7 @@ def _run_lengths(rle: Rle, height: int, width: int) -> Rle:
         compressed = to_rle(rle, height, width)
         decode_masks([compressed], height, width)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"the run lengths of the mask do not decode: {error!s:.80}") from error
+        raise ValueError(f"the run lengths of the mask do not decode to {width}x{height} pixels") from error
     return compressed
 
 

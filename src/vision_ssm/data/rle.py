@@ -41,5 +41,10 @@ def decode_masks(rles: Sequence[Rle], height: int, width: int) -> np.ndarray:
     return masks
 
 
+def mask_area(rle: Rle) -> float:
+    """Number of pixels of a mask."""
+    return float(mask.area(rle))
+
+
 def _as_text(rle: Rle) -> Rle:
     return {"size": list(rle["size"]), "counts": rle["counts"].decode()}

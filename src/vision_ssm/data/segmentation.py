@@ -26,6 +26,7 @@ _MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif", ".pgm", ".ppm")
 _SUFFIX = re.compile(r"[_-](masks?|labels?|gt|seg|L)$")  # of the names of masks, as some programs write them
 _LISTED = 20  # bad files in one message
 _MOST = 1000  # classes that are not named
+_VOID = 255  # does not count in most data sets
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class MaskFormat:
         last = len(self._table) - 1  # of no label, as is -1
         found = self._table[values.astype(np.intp).clip(-1, last)]
         if not found.all():
-            raise InputError(f"mask {file} holds unknown {self.shown(np.unique(values[found == 0]).tolist())}")
+            hint = "a line with a color and no name" if self.colored else "--ignore-labels"
+            unknown = self.shown(np.unique(values[found == 0]).tolist())
+            raise InputError(f"mask {file} holds unknown {unknown}; {hint} leaves some out")
         return found - np.int16(2)
 
     @functools.cached_property
@@ -169,6 +172,13 @@ def read_masks(path: Path, format: MaskFormat, classes: tuple[str, ...]) -> Imag
     return images
 
 
+def mask_beside(image: Path) -> Path | None:
+    """The mask of an image in a folder of images, where there is one."""
+    folder = _masks_of(image.parent)
+    names = [f"{image.stem}{ending}" for ending in _MASK_EXTENSIONS]
+    return next((folder / name for name in names if (folder / name).is_file()), None) if folder else None
+
+
 def class_colors(config: MaskDataConfig) -> tuple[str, ...] | None:
     """The colors of the classes, such as #ff8800, where their file lists some."""
     file = config.class_map or Path(config.data) / "classes.txt"
@@ -253,16 +263,16 @@ def _format(
 ) -> tuple[MaskFormat, tuple[str, ...]]:
     """What the pixels mean, and the names of the classes."""
     if named is not None and named[0][0] is not None and any(_is_colored(mask) for mask in _some_masks(parts)):
-        labels = tuple(color for color, name in named if name)
-        others = tuple(color for color, name in named if not name)
-        return MaskFormat(labels, others, colored=True), tuple(name for _, name in named if name)  # type: ignore[arg-type]
+        colors, others = (tuple(color or 0 for color, name in named if bool(name) == kept) for kept in (True, False))
+        return MaskFormat(colors, others, colored=True), tuple(name for _, name in named if name)
     if named is not None:
         names = tuple(name for _, name in named if name)
-        free = (label for label in range(len(names) + len(ignored)) if label not in ignored)
-        return MaskFormat(tuple(free)[: len(names)], ignored), names
-    found: set[int] = set()
-    with ThreadPoolExecutor() as pool:
-        found.update(*pool.map(_labels, [mask for part in parts for _, mask in part.paths()]))
+        ignored = _with_void(ignored, len(names))
+        labels = tuple(label for label in range(len(names) + len(ignored)) if label not in ignored)[: len(names)]
+        if not ignored and len(found := _found(parts)) == len(names):  # such as 0 and 255
+            labels = tuple(sorted(found))
+        return MaskFormat(labels, ignored), names
+    ignored, found = _with_void(ignored, 0), _found(parts)
     classes = sorted(found - set(ignored))
     if len(classes) > _MOST:
         raise InputError(f"the masks hold {len(classes):,} labels up to {classes[-1]:,}; name the classes: --class-map")
@@ -270,6 +280,18 @@ def _format(
         hint = "; --ignore-labels without numbers ignores none" if found & set(ignored) else ""
         raise InputError(f"the masks hold {len(classes)} label that counts; at least two are needed{hint}")
     return MaskFormat(tuple(classes), ignored), tuple(map(str, classes))
+
+
+def _with_void(ignored: tuple[int, ...], classes: int) -> tuple[int, ...]:
+    """The labels that do not count with 255, unless none are ignored, or there are so many classes that it is one."""
+    extra = ignored and _VOID not in ignored and classes + len(ignored) <= _VOID
+    return (*ignored, _VOID) if extra else ignored
+
+
+def _found(parts: Sequence[_Pairs]) -> set[int]:
+    """All labels that the masks hold."""
+    with ThreadPoolExecutor() as pool:
+        return set().union(*pool.map(_labels, [mask for part in parts for _, mask in part.paths()]))
 
 
 def _some_masks(parts: Sequence[_Pairs]) -> list[Path]:

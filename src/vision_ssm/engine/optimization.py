@@ -47,7 +47,8 @@ class LearningRate:
         else:
             kind: Any = {"cosine": CosineLRScheduler, "tanh": TanhLRScheduler, "poly": PolyLRScheduler}[optim.schedule]
             power = dict(power=1.0) if optim.schedule == "poly" else {}
-            self.scheduler = kind(optimizer, length, lr_min=optim.min_lr, **power, **common)
+            # Of a single step timm says that it has no effect.
+            self.scheduler = kind(optimizer, max(length, 2), lr_min=optim.min_lr, **power, **common)
 
     def set(self, step: int) -> None:
         """Set the rates for the step that follows `step` others."""

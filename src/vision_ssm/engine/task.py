@@ -123,10 +123,13 @@ class Task(ABC):
             spec = from_dict(cls.Spec, values)
         except (InputError, TypeError, KeyError) as error:
             raise InputError(f"{path} does not describe a model for {cls.name}: {error}") from error
+        if unknown := changes.keys() - values.keys():
+            has = f"which has no {' and '.join(sorted(unknown))}"
+            raise InputError(f"{path} is of {cls.name}, {has}, but {', '.join(values)}")
         try:
             spec = from_dict(cls.Spec, {**values, **changes})
         except TypeError as error:
-            raise InputError(f"{error}; the entries are {', '.join(values)}") from error
+            raise InputError(str(error)) from error
         model = cls.create_model(spec)
         load_weights(model, read_weights(path), path)
         return cls(model, spec).ready(find_device(device), precision, optimized=optimized)

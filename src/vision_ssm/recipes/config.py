@@ -474,7 +474,7 @@ class MaskDataConfig(DataConfig):
     """Text file with one class per line, in the order of their labels; for color masks, and for the colors of pictures,
     R G B NAME, where a color without a name does not count. By default classes.txt in --data, or else numbers."""
     ignore_labels: tuple[int, ...] = limited((255,), least=0)
-    """Labels of pixels that do not count; the classes are the other ones."""
+    """Labels of pixels that do not count, besides 255; the classes are the other ones. Without a number all count."""
 
 
 @dataclass(frozen=True, kw_only=True)

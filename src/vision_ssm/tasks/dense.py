@@ -12,7 +12,7 @@ from torch import nn
 from vision_ssm.checkpoints import CheckpointError
 from vision_ssm.data import Images, seeded
 from vision_ssm.engine.run_folder import weights_file
-from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
+from vision_ssm.engine.weights import load_weights, read_metadata, read_weights, stored_metadata
 from vision_ssm.errors import InputError, shorten
 from vision_ssm.models.create import default_cfg
 from vision_ssm.recipes.config import Config, DenseConfig, check_longer_first, limited
@@ -84,6 +84,10 @@ def start_model(
     start: dict[str, Any] = {}
     if isinstance(path := config.backbone_weights, Path) and not resume:
         path = weights_file(path) if path.is_dir() else path
+        if (known := stored_metadata(path)) is not None and known["task"] != "classification":
+            raise InputError(f"--backbone-weights {path} is of {known['task']}; --pretrained takes the whole")
+        if known is not None and known["model"] != config.model:
+            raise InputError(f"--backbone-weights {path} is of {known['model']}, not of {config.model}")
         start["backbone_state"] = read_weights(path, config.model)
     elif path is True and not resume:
         start["backbone_pretrained"] = True

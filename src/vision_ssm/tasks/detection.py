@@ -134,7 +134,7 @@ class Detection(Task):
         line = f"Model  {self.spec.detector} on {self.spec.model}, {parameters / 1e6:.2f} M parameters"
         console.out(f"{line}, best epoch by {self.monitor.replace('_', ' ')}", highlight=False)
         if self.config.detector != self.spec.detector:
-            console.out("Note   the data has no masks, so the detector predicts boxes only", highlight=False)
+            console.out("Note   not all objects have masks, so the detector predicts boxes only", highlight=False)
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(batch["image"], batch["size"], batch["original_size"])

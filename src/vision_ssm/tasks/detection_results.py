@@ -1,3 +1,4 @@
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from vision_ssm.data import Images
-from vision_ssm.data.rle import encode_masks
+from vision_ssm.data.rle import encode_masks, mask_area
 from vision_ssm.detectors import Detections, paste_mask
 from vision_ssm.engine.output import make_table
 from vision_ssm.errors import shorten
@@ -193,12 +194,13 @@ def coco_document(
     annotations: list[dict[str, Any]] = []
     for number, row in enumerate(rows, start=1):
         size = {name: row[name] for name in ("height", "width")}
-        images.append({"id": number, "file_name": row["image"], **size})
+        images.append({"id": number, "file_name": os.path.abspath(row["image"]), **size})
         for found in row["objects"]:
             x1, y1, x2, y2 = found["box"]
             entry = {"id": len(annotations) + 1, "image_id": number, "category_id": category_ids[found["label"]]}
             entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "score": found["score"]}
-            entry |= {"segmentation": found["mask"]} if "mask" in found else {}
+            if "mask" in found:
+                entry |= {"segmentation": found["mask"], "area": mask_area(found["mask"])}
             annotations.append({**entry, "iscrowd": 0})
     categories = [{"id": number, "name": name} for number, name in zip(category_ids, classes, strict=True)]
     return {"images": images, "annotations": annotations, "categories": categories}

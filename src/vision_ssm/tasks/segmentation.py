@@ -1,3 +1,4 @@
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +9,12 @@ from torch import Tensor, nn
 
 from vision_ssm.data import Images, Sample, Splits, Transform, open_image
 from vision_ssm.data.pixels import collate, eval_transform, train_transform
-from vision_ssm.data.segmentation import MaskFormat, class_colors, load_masks, read_masks
+from vision_ssm.data.segmentation import MaskFormat, class_colors, load_masks, mask_beside, read_masks
 from vision_ssm.detectors import Segmenter, create_segmenter
 from vision_ssm.detectors.segmenter import IGNORED, label_map, slide, to_original
 from vision_ssm.engine.files import atomic_write
 from vision_ssm.engine.task import Batch, Task
-from vision_ssm.errors import InputError
+from vision_ssm.errors import InputError, shorten
 from vision_ssm.recipes import SegmentationConfig
 from vision_ssm.recipes.config import limited
 from vision_ssm.tasks.dense import DenseSpec, start_model
@@ -161,6 +162,9 @@ class Segmentation(Task):
         parameters = sum(p.numel() for p in self.model.parameters())
         line = f"Model  {self.spec.decoder} on {self.spec.model}, {parameters / 1e6:.2f} M parameters"
         console.out(f"{line}, best epoch by {self.monitor.replace('_', ' ')}", highlight=False)
+        if not self.spec.colored and self.spec.labels != tuple(range(len(self.spec.labels))):
+            pairs = zip(self.spec.labels, self.spec.classes, strict=True)
+            console.out(f"Note   labels: {shorten([f'{a} {b}' for a, b in pairs], 20)}", highlight=False)
 
     def forward(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         """The (H, W) int64 index of the best class of every pixel of the original images."""
@@ -213,8 +217,15 @@ class Segmentation(Task):
         return [SegmentationPrediction(name, *how, labels.cpu()) for name, labels in pairs]
 
     def write_picture(self, prediction: Any, path: Path, *, max_pixels: int | None = None, **options: Any) -> None:
-        """Write the image under the colors of the classes, and into index/ and color/ the label map alone."""
-        picture = prediction.draw(open_image(prediction.id, max_pixels=max_pixels))
+        """Write the image under the colors of the classes, and into index/ and color/ the label map alone.
+
+        Where the image's mask is known, the true classes stand above the predicted ones.
+        """
+        truth = None
+        if mask := mask_beside(Path(prediction.id)):
+            with contextlib.suppress(InputError):  # of other labels
+                truth = self.spec.format.read(mask)
+        picture = prediction.draw(open_image(prediction.id, max_pixels=max_pixels), truth)
         with atomic_write(path.with_name(f"{path.name}.jpg")) as file:
             picture.save(file, "JPEG", quality=92)
         labels = prediction.label_map.numpy()

@@ -23,9 +23,20 @@ def blend(image: Image.Image, labels: np.ndarray, colors: Sequence[str]) -> Imag
     return colored
 
 
-def add_legend(image: Image.Image, entries: Sequence[tuple[str, str]]) -> Image.Image:
-    """Write names and colors of classes below an image."""
-    size = max(11, round(min(image.size) / 26))
+def draw_maps(
+    image: Image.Image, maps: Sequence[np.ndarray], classes: Sequence[str], colors: Sequence[str]
+) -> Image.Image:
+    """Draw an image under one label map after the other, from top to bottom, and a legend below."""
+    canvas = Image.new("RGB", (image.width, image.height * len(maps)))
+    for place, labels in enumerate(maps):
+        canvas.paste(blend(image, labels, colors), (0, place * image.height))
+    present = sorted({*np.concatenate([np.unique(labels) for labels in maps]).tolist()} - {IGNORED})
+    return add_legend(canvas, [(classes[label], colors[label]) for label in present], size=min(image.size))
+
+
+def add_legend(image: Image.Image, entries: Sequence[tuple[str, str]], size: int) -> Image.Image:
+    """Write names and colors of classes below an image, in letters that suit an image of this size."""
+    size = max(11, round(size / 26))
     font = ImageFont.truetype(findfont(FontProperties()), size)
     measure = ImageDraw.Draw(image)
     places: list[tuple[int, int, str, str]] = []
@@ -68,7 +79,8 @@ def draw_pairs(
     """
     numbers = {images.id(key): key for key in range(len(images))}  # type: ignore[arg-type]
     order = sorted(records, key=lambda record: -record[1])
-    rows = [("best", order[:most]), ("worst", order[most:][-most:])]
+    half = min(most, (len(order) + 1) // 2)
+    rows = [("best", order[:half]), ("worst", order[half:][-most:])]
     rows = [(title, found) for title, found in rows if found]
     columns = max(len(found) for _, found in rows)
     figure = Figure(figsize=(4.2 * columns, 6.6 * len(rows) + 1), layout="constrained")

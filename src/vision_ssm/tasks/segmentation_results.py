@@ -53,13 +53,18 @@ class SegmentationPrediction:
         """The label map in the colors of the classes."""
         return color_labels(self.label_map.numpy(), self.colors)
 
-    def draw(self, image: Image.Image) -> Image.Image:
-        """The image under the colors of the classes, with a legend below."""
-        from vision_ssm.tasks.segmentation_plots import add_legend, blend  # seconds, for matplotlib
+    def draw(self, image: Image.Image, truth: np.ndarray | None = None) -> Image.Image:
+        """The image under the colors of the classes, with a legend below.
 
-        labels = self.label_map.numpy()
-        present = np.unique(labels).tolist()
-        return add_legend(blend(image, labels, self.colors), [(self.classes[i], self.colors[i]) for i in present])
+        Args:
+            image: The image.
+            truth: (H, W) indices of the true classes, -1 where a pixel does not count; they are drawn above.
+        """
+        from vision_ssm.tasks.segmentation_plots import draw_maps  # seconds, for matplotlib
+
+        known = truth is not None and truth.shape == tuple(self.label_map.shape)
+        maps = [*([truth] if known else []), self.label_map.numpy()]
+        return draw_maps(image, maps, self.classes, self.colors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
