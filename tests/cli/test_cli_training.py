@@ -182,7 +182,7 @@ def test_overwrite_only_when_told_and_only_a_run(run, images, tmp_path, capsys):
         pytest.param("digits --auto-augment foo", "Unknown AA policy foo", id="unknown-policy"),
         pytest.param("digits --scale 1 0.5", "--scale takes the smaller value first", id="reversed-range"),
         pytest.param("classify", "give --data PATH", id="no-data"),
-        pytest.param("classification", "classify, digits, detect, not classification", id="train-what"),
+        pytest.param("classification", "classify, digits, detect, segment, not classification", id="train-what"),
     ],
 )
 def test_bad_options_get_one_line_and_leave_nothing(words, message, tmp_path, capsys, monkeypatch):

@@ -260,7 +260,11 @@ def without(state, key):
         (lambda state: state, ("--model-args", "num_classes=3"), "the number of classes comes from the file"),
         (lambda state: state, ("--ema",), "theirs.pth keeps no averaged weights apart; leave --ema out"),
         (lambda state: state, ("--backbone",), "has no names that begin with backbone.; leave --backbone out"),
-        (lambda state: backbone_of_a_segmenter()[1], (), "3 besides (decode_head 2, neck 1); --backbone takes"),
+        (
+            lambda state: backbone_of_a_segmenter()[1],
+            (),
+            "3 besides (decode_head 2, neck 1); --task segment takes all, --backbone takes",
+        ),
         (lambda state: state, ("--verify", __file__), "cannot read image"),
         (lambda state: state, ("--verify", "none.png"), "cannot read image none.png: No such file"),
     ],

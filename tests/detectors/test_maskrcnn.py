@@ -226,8 +226,9 @@ def test_file_to_masks_agrees(golden: Published, converted: Path, tmp_path: Path
     Image.fromarray(np.ascontiguousarray(picture[..., ::-1])).save(tmp_path / "picture.png")  # BGR to RGB
     task = vision_ssm.load(converted, test_size=facts["resize_scale"] or facts["picture"][::-1])
     (found,) = task.predict([tmp_path / "picture.png"])
-    assert_detections(golden, key, found.found, 6)
-    golden.assert_close(f"{key}.mask_logits", found.found.mask_probs[:6].logit(), 1e-3)
+    objects = in_published_order(golden, key, found.found)
+    assert_detections(golden, key, objects, 6)
+    golden.assert_close(f"{key}.mask_logits", objects.mask_probs[:6].logit(), 1e-3)
     if case == "resized":
         return
     sample = task.eval_transform({"image": Image.open(tmp_path / "picture.png"), "id": ""})
@@ -239,6 +240,14 @@ def test_file_to_masks_agrees(golden: Published, converted: Path, tmp_path: Path
         proposals, scores = task.model.propose(*task.model.rpn(pyramid), task.model.anchors(pyramid), sizes)[0]
     golden.assert_close(f"{key}.proposals", proposals[:50], 5e-3)
     golden.assert_close(f"{key}.proposal_scores", scores[:50], 5e-5)
+
+
+def in_published_order(golden: Published, key: str, found: Detections) -> Detections:
+    """Exchange objects whose scores are equal within the tolerance: packed layers round in another way on every CPU."""
+    order = torch.cdist(tensor(golden.arrays[f"{key}.bboxes"]), found.boxes).argmin(1)
+    assert sorted(order.tolist()) == [*range(len(found))]
+    assert (found.scores[order] - found.scores).abs().max() < 5e-5
+    return Detections(found.boxes[order], found.scores[order], found.labels[order], found.size, found.mask_probs[order])
 
 
 def assert_detections(golden: Published, key: str, found: Detections, masks: int) -> None:
