@@ -263,7 +263,7 @@ def without(state, key):
         (
             lambda state: backbone_of_a_segmenter()[1],
             (),
-            "3 besides (decode_head 2, neck 1); --task segment takes all, --backbone takes",
+            "3 besides (decode_head 2, neck 1); --task segment takes all,",
         ),
         (lambda state: state, ("--verify", __file__), "cannot read image"),
         (lambda state: state, ("--verify", "none.png"), "cannot read image none.png: No such file"),
