@@ -49,5 +49,5 @@ def segment() -> Sourced:
     """Every pixel of your photographs; sized for a CPU."""
     model = dict(model="sparx_mamba_atto", out_indices=(1, 2, 3), width=96, test_size=(320, 240))
     augment = dict(scale=(0.6, 1.6), crop_size=192, class_balance=0.25)
-    optim = dict(epochs=30, batch_size=4, lr=2e-3, warmup_epochs=2, weight_decay=0.05)
+    optim = dict(epochs=50, batch_size=4, lr=2e-3, warmup_epochs=2, weight_decay=0.05)
     return {OURS: dict(model, **augment, **optim)}
