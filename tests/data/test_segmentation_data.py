@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from scenes import write_masks
-from vision_ssm.data.pixels import VariedCrop, train_transform
+from vision_ssm.data.pixels import train_transform
 from vision_ssm.data.segmentation import MaskFormat, class_colors, load_masks, read_mask, read_masks
 from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import MaskDataConfig
@@ -253,4 +253,3 @@ def test_crops_without_a_dominant_class_are_sought():
     crops = [change({**sample(64, 256), "mask": mask})["mask"] for _ in range(20)]
     mixed = sum(bool(0.25 <= (crop == 1).float().mean() <= 0.75) for crop in crops)
     assert mixed > 14  # without seeking about 4
-    assert VariedCrop(64, 0.75).max_share == 0.75

@@ -140,7 +140,7 @@ PUBLISHED_SEGMENTERS = (
     PublishedSegmenter("efficient_vmamba_base", 46.5, 47.3, 65, 930),
     # arXiv 2407.13772, section 4.3
     PublishedSegmenter("group_mamba_tiny", 48.6, 49.2, 49, 955, note=_UNPUBLISHED),
-    # arXiv 2403.19888v1, table 3
+    # arXiv 2403.19888v1, section 6
     PublishedSegmenter("vim2_tiny", 48.6, 49.9, 51, note=_UNPUBLISHED),
     PublishedSegmenter("vim2_small", 50.2, 51.4, 75, note=_UNPUBLISHED),
 )

@@ -10,14 +10,13 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vision_ssm.data.dataset import ImageDataset, Ragged, Splits, Strings, hold_out
-from vision_ssm.data.images import image_sizes
+from vision_ssm.data.images import image_sizes, in_threads
 from vision_ssm.data.rle import Rle, decode_masks, to_rle
 from vision_ssm.data.sources import file_below, file_size
 from vision_ssm.errors import InputError, shorten
@@ -324,10 +323,8 @@ def _find_files(file: Path, images: Sequence[Mapping[str, Any]], report: Report)
     for number in np.flatnonzero(sizes < 0).tolist():
         report(f"image {images[number]['id']}: no file {root / images[number]['file_name']}")
     if len(images) <= _MEASURED:
-        with ThreadPoolExecutor() as pool:
-            for problem in pool.map(functools.partial(_size_problem, root), images):
-                if problem:
-                    report(problem)
+        for problem in filter(None, in_threads(functools.partial(_size_problem, root), images)):
+            report(problem)
     return root, sizes
 
 

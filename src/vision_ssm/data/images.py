@@ -1,14 +1,18 @@
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from vision_ssm.errors import InputError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def open_image(
@@ -63,12 +67,21 @@ def image_sizes(file: Path) -> list[tuple[int, int]]:
         InputError: It is no image.
     """
     try:
-        with warnings.catch_warnings(), Image.open(file) as image:
-            warnings.simplefilter("ignore")
+        with Image.open(file) as image:
             stored = image.height, image.width
             return [stored[::-1], stored] if _swaps(image) else [stored]
     except Exception as error:  # decoders raise anything
         raise InputError(f"cannot read image {file}: {_reason(error)}") from error
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """What a function that reads image files gives for each of many; warnings of odd files are left out.
+
+    Filters of warnings belong to the whole process, so the threads themselves must not change them.
+    """
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore")
+        return list(pool.map(function, items))
 
 
 def _is_stored_as(image: Image.Image, size: Sequence[int]) -> bool:

@@ -5,7 +5,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vision_ssm.data.dataset import ImageDataset, Splits, Strings, hold_out
-from vision_ssm.data.images import image_sizes
+from vision_ssm.data.images import image_sizes, in_threads
 from vision_ssm.data.sources import EXTENSIONS, file_below, file_size
 from vision_ssm.errors import InputError, shorten
 from vision_ssm.recipes.config import MaskDataConfig
@@ -229,8 +228,7 @@ def _read(
     """The data sets of several folders; what is wrong in any of them is one error."""
     problems, sets = [], []
     for part in parts:
-        with ThreadPoolExecutor() as pool:
-            checked = list(pool.map(functools.partial(_check, format, allow_void), part.paths()))
+        checked = in_threads(functools.partial(_check, format, allow_void), part.paths())
         problems += part.problems + [entry for entry in checked if isinstance(entry, str)]
         good = [entry for entry in checked if not isinstance(entry, str)]
         pixels = np.array([counts for _, counts in good], np.int64).reshape(-1, len(classes))
@@ -290,8 +288,7 @@ def _with_void(ignored: tuple[int, ...], classes: int) -> tuple[int, ...]:
 
 def _found(parts: Sequence[_Pairs]) -> set[int]:
     """All labels that the masks hold."""
-    with ThreadPoolExecutor() as pool:
-        return set().union(*pool.map(_labels, [mask for part in parts for _, mask in part.paths()]))
+    return set().union(*in_threads(_labels, [mask for part in parts for _, mask in part.paths()]))
 
 
 def _some_masks(parts: Sequence[_Pairs]) -> list[Path]:

@@ -19,7 +19,26 @@ from vision_ssm.detectors.detections import Detections
 Sizes = Sequence[tuple[int, int]]
 
 
-class Detector(nn.Module, ABC):
+class OnBackbone(nn.Module):
+    """A network on a backbone, which it holds as ``backbone``."""
+
+    backbone: nn.Module
+    backbone_name: str = ""
+    """timm's name of the backbone."""
+    class_layers: ClassVar[tuple[str, ...]]
+    """Names of the layers whose weights depend on the classes."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters to exclude from weight decay, as timm's optimizers ask for them."""
+        named: Any = getattr(getattr(self.backbone, "model", None), "no_weight_decay", set)
+        return {f"backbone.model.{name}" for name in named()}
+
+    def published_no_weight_decay(self) -> set[str]:
+        """Return the names of all parameters that the published training excludes from weight decay."""
+        return detector_no_decay(self, self.backbone_name)
+
+
+class Detector(OnBackbone, ABC):
     """A backbone, a feature pyramid and heads; a subclass gives the heads.
 
     Images are normalized and padded with 0 at the right and the bottom. ``sizes`` are (height, width) of the images
@@ -35,11 +54,6 @@ class Detector(nn.Module, ABC):
         divisor: Number whose multiples images are padded to. In training, anchors beyond an image's own padding are
             left out, whatever the size of the batch.
     """
-
-    backbone_name: str = ""
-    """timm's name of the backbone."""
-    class_layers: ClassVar[tuple[str, ...]]
-    """Names of the layers whose weights depend on the classes."""
 
     def __init__(
         self,
@@ -92,15 +106,6 @@ class Detector(nn.Module, ABC):
     @abstractmethod
     def forward_costs(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run every layer on inputs of fixed sizes, to count operations; works on the meta device."""
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters to exclude from weight decay, as timm's optimizers ask for them."""
-        named: Any = getattr(getattr(self.backbone, "model", None), "no_weight_decay", set)
-        return {f"backbone.model.{name}" for name in named()}
-
-    def published_no_weight_decay(self) -> set[str]:
-        """Return the names of all parameters that the published training excludes from weight decay."""
-        return detector_no_decay(self, self.backbone_name)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Return the maps of all levels, (B, width, H / stride, W / stride), finest first."""

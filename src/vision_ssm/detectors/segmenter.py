@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision_ssm.checkpoints import detector_no_decay
-from vision_ssm.detectors.detector import to_nchw
+from vision_ssm.detectors.detector import OnBackbone, to_nchw
 
 IGNORED = -1
 """The class of pixels that do not count."""
@@ -21,17 +20,12 @@ _CLASSES = 16  # resized at a time, which keeps memory small where there are man
 _DROPOUT = 0.1
 
 
-class Segmenter(nn.Module):
+class Segmenter(OnBackbone):
     """A backbone and a decoder; a subclass gives the decoder.
 
     Args:
         backbone: timm's feature extractor: images, (B, 3, H, W), to maps.
     """
-
-    backbone_name: str = ""
-    """timm's name of the backbone."""
-    class_layers: ClassVar[tuple[str, ...]]
-    """Names of the layers whose weights depend on the classes."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -53,15 +47,6 @@ class Segmenter(nn.Module):
             weight: Weights of the classes, (classes,).
         """
         return {"pixels": pixel_loss(self(images), labels, weight)}
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters to exclude from weight decay, as timm's optimizers ask for them."""
-        named: Any = getattr(getattr(self.backbone, "model", None), "no_weight_decay", set)
-        return {f"backbone.model.{name}" for name in named()}
-
-    def published_no_weight_decay(self) -> set[str]:
-        """Return the names of all parameters that the published training excludes from weight decay."""
-        return detector_no_decay(self, self.backbone_name)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Return the maps of the backbone, (B, C, H / stride, W / stride), finest first."""

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -123,9 +124,10 @@ class Task(ABC):
             spec = from_dict(cls.Spec, values)
         except (InputError, TypeError, KeyError) as error:
             raise InputError(f"{path} does not describe a model for {cls.name}: {error}") from error
-        if unknown := changes.keys() - values.keys():
+        names = [item.name for item in dataclasses.fields(cls.Spec)]
+        if unknown := changes.keys() - set(names):
             has = f"which has no {' and '.join(sorted(unknown))}"
-            raise InputError(f"{path} is of {cls.name}, {has}, but {', '.join(values)}")
+            raise InputError(f"{path} is of {cls.name}, {has}, but {', '.join(names)}")
         try:
             spec = from_dict(cls.Spec, {**values, **changes})
         except TypeError as error:

@@ -141,8 +141,10 @@ class SegmentationResults:
         from vision_ssm.tasks.segmentation_plots import draw_pairs
 
         predictions, confusion = folder / "predictions.png", folder / "confusion.png"
-        draw_pairs(self.records, self.classes, self.colors, images, predictions)
         draw_confusion(self.confusion, self.classes, confusion, what="pixels")
+        if not self.records:
+            return {"Confusion": confusion}
+        draw_pairs(self.records, self.classes, self.colors, images, predictions)
         return {"Predictions": predictions, "Confusion": confusion}
 
 
