@@ -16,7 +16,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("vision_ssm.cli.use:predict", "predict for images with a trained model"),
     "models": ("vision_ssm.cli.models:models", "list the models of this package"),
     "info": ("vision_ssm.cli.models:info", "show what a model costs and the maps it gives"),
-    "bench": ("vision_ssm.cli.models:bench", "time models, with every setting that matters"),
+    "bench": ("vision_ssm.cli.bench:bench", "time models, with every setting that matters"),
+    "analyze": ("vision_ssm.cli.analyze:analyze", "look into models: similarity, receptive fields, attention, maps"),
+    "ablate": ("vision_ssm.cli.ablate:ablate", "train or measure a grid of variants of a recipe"),
+    "report": ("vision_ssm.cli.report:report", "put all about one or more runs into one HTML file"),
     "convert": ("vision_ssm.cli.convert:convert", "turn an official checkpoint into safetensors"),
 }
 """Name of each command: where its function is, and what it does."""
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         needed = f"{words[0]} needs {package}, which is not installed"
-        extras = {"faster_coco_eval": "detection", "transformers": "segmentation"}
+        extras = {"faster_coco_eval": "detection", "transformers": "segmentation", "pytorch_grad_cam": "analysis"}
         extra = extras.get(package, "segmentation" if package.startswith("segmentation_models") else "train")
         return fail(f"{needed}; pip install 'vision-ssm[{extra}]' installs all that it needs")
     except OSError as error:

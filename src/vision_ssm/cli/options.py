@@ -2,11 +2,15 @@ import ast
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from vision_ssm.errors import InputError
+
+Size = Annotated[tuple[int, ...], arg(metavar="HEIGHT [WIDTH]", help_behavior_hint="(default: the model's own)")]
 
 
 def parse_options(kind: Any, words: Sequence[str], command: str, *, pairs: bool = False, **options: Any) -> Any:
@@ -78,3 +82,11 @@ def _flag_or_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | Pa
         is_instance=lambda value: isinstance(value, (bool, Path)),
         str_from_instance=lambda value: [str(value) if isinstance(value, Path) else "off"],
     )
+
+
+def height_and_width(given: tuple[int, ...], default: Sequence[int]) -> tuple[int, int]:
+    """Return height and width as `--size` gives them, or the default, whose last two numbers they are."""
+    if len(given) > 2:
+        raise InputError(f"--size takes one or two numbers, got {' '.join(map(str, given))}")
+    height, width = given or default[-2:] if len(given) != 1 else given * 2
+    return height, width

@@ -248,7 +248,7 @@ class Task(ABC):
         # In several processes each of them measures all images.
         metrics = self.metrics(sync_on_compute=False).to(self.device)
         records: list[Any] = []
-        for batch in self._batches(images, batch_size, workers):
+        for batch in self.batches(images, batch_size, workers):
             with self._autocast():
                 records += self.evaluation_step(self.model, batch, metrics)
             on_batch(len(batch["id"]))
@@ -299,11 +299,8 @@ class Task(ABC):
         max_pixels: int | None = None,
     ) -> Iterator[Any]:
         """Yield what `predict` returns, one after the other."""
-        images = [images] if isinstance(images, Picture) else images
-        ids = [str(item) if isinstance(item, (str, Path)) else f"number {i}" for i, item in enumerate(images)]
-        data = ImageDataset(functools.partial(_given, images), ids, {}, ())
-        data.max_pixels = max_pixels
-        for batch in self._batches(data, batch_size, workers, tolerant=unreadable is not None):
+        data = as_dataset(images, max_pixels)
+        for batch in self.batches(data, batch_size, workers, tolerant=unreadable is not None):
             if unreadable is not None:
                 unreadable |= batch["unreadable"]
             if batch["id"]:
@@ -338,9 +335,20 @@ class Task(ABC):
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
-    def _batches(
-        self, images: Images, batch_size: int | None, workers: int | None, *, tolerant: bool = False
+    def batches(
+        self, images: Images, batch_size: int | None = None, workers: int | None = None, *, tolerant: bool = False
     ) -> Iterable[Batch]:
+        """Batches of images as the model takes them, in order, on its device and in its dtype.
+
+        Args:
+            images: The images; see `as_dataset` for files and arrays.
+            batch_size: Batch size; by default what the task says, or 64.
+            workers: Number of loading processes; by default chosen from the number of cores.
+            tolerant: Leave out images that cannot be read; each batch says which and why, under `unreadable`.
+
+        Raises:
+            InputError: An image cannot be read; names it.
+        """
         batch_size = batch_size or self.eval_batch_size or 64
         # Starting processes takes longer than loading a few images.
         few = not isinstance(images, ImageStream) and len(images) <= 4 * batch_size
@@ -354,6 +362,15 @@ class Task(ABC):
     def _move(self, value: Tensor) -> Tensor:
         dtype = self.dtype if value.is_floating_point() else value.dtype
         return value.to(self.device, dtype, non_blocking=True)
+
+
+def as_dataset(images: Picture | Sequence[Picture], max_pixels: int | None = None) -> ImageDataset:
+    """Images without labels, from paths, PIL images or (H, W, 3) uint8 arrays, or one of them."""
+    images = [images] if isinstance(images, Picture) else images
+    ids = [str(item) if isinstance(item, (str, Path)) else f"number {i}" for i, item in enumerate(images)]
+    data = ImageDataset(functools.partial(_given, images), ids, {}, ())
+    data.max_pixels = max_pixels
+    return data
 
 
 def _given(images: Sequence[Picture], number: int) -> Path | Image.Image:

@@ -200,19 +200,20 @@ class Classification(Task):
         return cls(model, spec, config, teacher, counts=splits.train.counts())
 
     @classmethod
-    def from_timm(cls, name: str, weights: Path | None = None) -> "Classification":
+    def from_timm(cls, name: str, weights: Path | None = None, *, pretrained: bool = True) -> "Classification":
         """Any timm model in its authors' settings, with as many outputs as its weights have.
 
         Args:
             name: timm's name.
             weights: A checkpoint file of it; by default the published weights.
+            pretrained: Without a file, whether to take the published weights or random ones.
 
         Raises:
             InputError: The model is unknown, has no published weights, or the file cannot be read or does not fit.
         """
         known = default_cfg(name)
         if weights is None:
-            model = create_model(name, {}, known.num_classes, pretrained=True)
+            model = create_model(name, {}, known.num_classes, pretrained=pretrained)
         else:
             state = read_weights(weights, name)
             names = [f"{head}.weight" for head in classifier_names(known.classifier)]

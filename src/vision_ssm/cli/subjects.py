@@ -1,0 +1,123 @@
+"""What the commands that analyze take as MODEL or RUN, and the images they look at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from vision_ssm.engine.run_folder import RunFolder, weights_file
+from vision_ssm.errors import InputError
+from vision_ssm.recipes.config import Config, limited
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vision_ssm.data import ImageDataset
+    from vision_ssm.engine.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisOptions(Config):
+    """Images, and where results go."""
+
+    data: Path | None = None
+    """An image file or a folder of images; by default the validation images of the (first) run."""
+    images: int = limited(64, least=1)
+    """How many images to look at, spread evenly over those there are."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("analysis")
+    """Folder for the picture and the numbers."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to look at.
+
+    Args:
+        name: How to call it.
+        task: The model, in evaluation mode, and how it takes images.
+        run: The folder that it is from.
+    """
+
+    name: str
+    task: "Task"
+    run: Path | None = None
+
+    @property
+    def model(self) -> "nn.Module":
+        """The network."""
+        return self.task.model
+
+
+def load_subject(word: str, device: str = "auto") -> Subject:
+    """A model by what stands for it on the command line.
+
+    Args:
+        word: The folder of a run, or a weights file of one; or a timm name, with its published weights, or as
+            NAME=FILE with those of a file, or as NAME=random with new ones (always the same).
+        device: auto, cpu, cuda, cuda:1 or mps.
+
+    Raises:
+        InputError: There is no such model, file or device.
+    """
+    import torch
+
+    from vision_ssm.engine.devices import find_device
+    from vision_ssm.tasks import load
+    from vision_ssm.tasks.classification import Classification
+
+    if Path(word).exists():
+        path = weights_file(Path(word))
+        run = path.parent if (path.parent / "config.json").is_file() else None
+        return Subject(Path(word).name or word, load(path, device, optimized=False), run)
+    name, equals, source = word.partition("=")
+    torch.manual_seed(0)
+    try:
+        task = Classification.from_timm(
+            name, Path(source) if equals and source != "random" else None, pretrained=not equals
+        )
+    except InputError as error:
+        also = "" if equals else f"; {name}=FILE takes the weights of a file, {name}=random new ones"
+        raise InputError(f"{error.line}{also}") from None
+    return Subject(word, task.ready(find_device(device), optimized=False))
+
+
+def load_subjects(words: Sequence[str], device: str = "auto") -> list[Subject]:
+    """Several models; see `load_subject`.
+
+    Raises:
+        InputError: There are none, or one cannot be loaded.
+    """
+    if not words:
+        raise InputError("name at least one model or run, such as vmamba_tiny or runs/x")
+    return [load_subject(word, device) for word in words]
+
+
+def choose_images(options: AnalysisOptions, subjects: Sequence[Subject]) -> "ImageDataset":
+    """The images of `--data`, or of the first run; as many as `--images`, spread evenly.
+
+    Raises:
+        InputError: There are none.
+    """
+    from vision_ssm.data import ImageStream, find_images
+    from vision_ssm.engine.task import as_dataset
+
+    if options.data is not None:
+        return as_dataset(_spread(find_images([options.data]), options.images))
+    subject = next((subject for subject in subjects if subject.run is not None), None)
+    if subject is None or subject.run is None:
+        raise InputError("which images? give a folder of them with --data DIR")
+    images = subject.task.load_data(RunFolder(subject.run).read_config()).val
+    if isinstance(images, ImageStream):
+        raise InputError(f"the images of {subject.run} are a stream; give a folder of some with --data DIR")
+    return images.subset(_spread(range(len(images)), options.images))
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
