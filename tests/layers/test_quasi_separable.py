@@ -84,6 +84,24 @@ def test_shared_projections(path: ScanPath, size: tuple[int, int], aligned: bool
 
 
 @forms
+def test_one_direction_is_the_lower_half_of_the_matrix(aligned: bool) -> None:
+    channels, length = 3, 7
+    of = dict(x=random(2, 1, length, channels), dbc=random(2, 1, length, 1 + 2 * 2), A=rates(1, channels, 2))
+    options: dict[str, Any] = dict(D=random(channels), dt_weight=random(1, 1, channels), aligned=aligned)
+    bias = random(1, 1, channels)
+    y = quasi_separable_scan(**of, **options, dt_bias=bias, paths=(ROWS,), bidirectional=False)
+    # The other direction has no part in it where its step sizes are zero.
+    still = torch.cat([bias, torch.full_like(bias, -1e3)])
+    expected = quasi_separable_scan(**of, **options, dt_bias=still, paths=(ROWS,))
+    torch.testing.assert_close(y, expected, **TOLERANCE)
+    index, weight = torch.tensor([[1], [0]]), torch.tensor([[0.5], [2.0]], dtype=torch.float64)
+    two: dict[str, Any] = dict(dt_bias=bias.expand(-1, 2, -1), path_index=index, path_weight=weight)
+    chosen = quasi_separable_scan(**of, **options, **two, paths=(ROWS, ROWS), bidirectional=False)
+    diagonal = of["x"] * options["D"]
+    torch.testing.assert_close(chosen - diagonal, (y - diagonal) * weight.view(2, 1, 1, 1), **TOLERANCE)
+
+
+@forms
 def test_projections_of_their_own(aligned: bool) -> None:
     channels, states, length = 2, 3, 6
     of = dict(

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+import vision_ssm
 from vision_ssm.analysis import complexity
 from vision_ssm.layers.patches import PatchMerging
 from vision_ssm.models import EfficientVMamba
 from vision_ssm.models.efficient_vmamba import ES2D, EVSSBlock, GridLinear, InvertedResidual
+from vision_ssm.scan import CROSS_SCAN
 
 MINI: dict[str, Any] = dict(dims=(8, 16, 16), depths=(1, 1, 2), num_classes=3)
 
@@ -30,6 +32,58 @@ def test_operations_as_published(name: str, giga_ops: float) -> None:
     assert cost.paper_ops / 1e9 == pytest.approx(giga_ops, rel=0.005)
 
 
+# Tables 5, 6 and 8 of the paper: parameters in millions and operations in billions, as far as it prints them. The
+# author names the widths of the first row in an issue.
+PLAIN: dict[str, Any] = dict(conv_branch=False, gate=False, scanning=(True,) * 4)
+ABLATIONS: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "baseline": ("tiny", dict(PLAIN, atrous=False, dims=(32, 64, 128, 256)), "2.4", "0.9"),
+    "atrous": ("tiny", PLAIN, "5", "0.8"),
+    "all-scanning": ("tiny", dict(scanning=(True,) * 4), "5", "0.8"),
+    "late-scanning": ("tiny", dict(scanning=(False, False, True, True)), "5", "0.7"),
+    "none-scanning": ("tiny", dict(scanning=(False,) * 4), "6", "0.7"),
+    "published": ("tiny", {}, "6", "0.8"),
+    "base-none-scanning": ("base", dict(scanning=(False,) * 4), "34", "3.8"),
+}
+
+
+@pytest.mark.parametrize("case", ABLATIONS)
+def test_ablations_have_the_published_cost(case: str) -> None:
+    size, options, parameters, operations = ABLATIONS[case]
+    cost = complexity(timm.create_model(f"efficient_vmamba_{size}", device="meta", **options))
+    assert f"{cost.parameters / 1e6:.{len(parameters.partition('.')[2])}f}" == parameters
+    assert f"{cost.paper_ops / 1e9:.1f}" == operations
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(atrous=False),
+        dict(conv_branch=False),
+        dict(gate=False),
+        dict(conv_branch=False, gate=False, mlp_ratio=2.0),
+        dict(scanning=(False, True, True)),
+    ],
+    ids=lambda value: ",".join(value),
+)
+def test_ablated_models_learn_and_can_be_optimized(options: dict[str, Any]) -> None:
+    model = EfficientVMamba(**MINI | options).train()
+    x = torch.randn(2, 3, 33, 47)
+    model(x).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    with torch.no_grad():
+        torch.testing.assert_close(vision_ssm.optimize(model)(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_without_skipping_the_scan_is_the_gated_one_of_all_tokens() -> None:
+    model = EfficientVMamba(**MINI, atrous=False, gate=False)
+    block = model.stages[0].blocks[0]
+    assert block.ss2d.paths == CROSS_SCAN
+    assert block.ss2d.gated
+    u = torch.randn(1, 5, 6, 8)
+    y = block.norm1(u)
+    torch.testing.assert_close(block(u), u + block.ss2d(y) + block.conv_branch(y))
+
+
 def test_small_variant_is_small() -> None:
     model = timm.create_model("efficient_vmamba_atto", device="meta")
     assert sum(p.numel() for p in model.parameters()) < 1e6
@@ -41,7 +95,10 @@ def test_small_variant_is_small() -> None:
         (dict(stem_stride=0), "stem_stride must be at least 1, got 0"),
         (dict(output_stride=8), "output_stride must be 16, the network's own, got 8"),
         (dict(dims=(8, 16)), "got 2 and 3"),
-        (dict(dims=(7, 16, 16)), r"dims of the first two stages must be at least 8, got \(7, 16, 16\)"),
+        (dict(dims=(7, 16, 16)), r"dims of stages that scan must be at least 8, got \(7, 16, 16\)"),
+        (dict(scanning=(True, False)), r"True or False for each of the 3 stages, got \(True, False\)"),
+        (dict(scanning=(True, 2, False)), r"True or False for each of the 3 stages, got \(True, 2, False\)"),
+        (dict(scanning=True), "True or False for each of the 3 stages, got True"),
         (dict(depths=(1, 0, 1)), "must be at least 1"),
         (dict(in_chans=0), "in_chans must be at least 1, got 0"),
         (dict(d_state=0), "d_state must be at least 1, got 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+import vision_ssm
 from vision_ssm.analysis import complexity
+from vision_ssm.layers import SS2D
 from vision_ssm.models import GroupMamba
+from vision_ssm.models.group_mamba import GroupSS2D, ModulatedGroupMamba
 
 SMALL: dict[str, Any] = dict(dims=(16, 32), depths=(1, 2), mlp_ratios=(2, 2), stem_dim=8, num_classes=3)
 
@@ -44,6 +48,64 @@ def test_published_weight_decay_by_numbers() -> None:
     model = on_meta("group_mamba_tiny")
     spared = model.published_no_weight_decay()
     assert sum(p.numel() for name, p in model.named_parameters() if name in spared) == 119_165
+
+
+def test_ablations_in_numbers() -> None:
+    def parameters(**options: Any) -> int:
+        return sum(p.numel() for p in on_meta("group_mamba_tiny", **options).parameters())
+
+    gates = [m for m in on_meta("group_mamba_tiny").modules() if isinstance(m, ModulatedGroupMamba)]
+    assert parameters() - parameters(channel_affinity=False) == sum(
+        p.numel() for mixer in gates for layer in (mixer.fc1, mixer.fc2) for p in layer.parameters()
+    )
+    # Three routes more in each of four groups of d channels: projections of R + 2 and of R, rates, biases and D.
+    more = sum(4 * 3 * d * (2 * math.ceil(d / 16) + 5) * n for d, n in ((16, 3), (32, 4), (87, 9), (112, 3 + 1)))
+    assert parameters(all_directions=True) - parameters() == more
+    wide = sum(p.numel() for p in on_meta("group_mamba_tiny_wide").parameters())
+    assert wide == pytest.approx(sum(p.numel() for p in on_meta("vmamba_tiny").parameters()), rel=0.002)
+    assert isinstance(on_meta("group_mamba_tiny_wide").get_classifier(), nn.Linear)
+
+
+def test_all_directions_are_four_scans_of_a_quarter_each() -> None:
+    groups = GroupSS2D(16, all_directions=True)
+    for p in (groups.A_log, groups.D):
+        nn.init.normal_(p)
+    x = torch.randn(2, 5, 7, 16)
+    parts = []
+    for group in range(4):
+        alone = SS2D(4, gated=True, conv_bias=True)
+        here, routes = slice(4 * group, 4 * group + 4), slice(4 * group, 4 * group + 4)
+        features = groups.x_proj.weight.shape[0] // 4
+        with torch.no_grad():
+            alone.in_proj.weight.copy_(
+                torch.cat([groups.in_proj.weight[here], groups.gate_proj.weight[here]]).flatten(1)
+            )
+            alone.out_proj.weight.copy_(groups.out_proj.weight[here].flatten(1))
+            alone.x_proj.weight.copy_(groups.x_proj.weight[features * group : features * (group + 1)].flatten(1))
+            alone.conv2d.weight.copy_(groups.conv2d.weight[here])
+            alone.conv2d.bias.copy_(groups.conv2d.bias[here])
+            for name in ("dt_weight", "dt_bias", "A_log", "D"):
+                getattr(alone, name).copy_(getattr(groups, name)[routes])
+        parts.append(alone(x[..., here]))
+    torch.testing.assert_close(groups(x), torch.cat(parts, -1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(channel_affinity=False), dict(all_directions=True), dict(channel_affinity=False, all_directions=True)],
+    ids=lambda value: ",".join(value),
+)
+def test_ablated_models_learn_and_can_be_optimized(options: dict[str, Any]) -> None:
+    model = GroupMamba(**SMALL, gate_reduction=2, **options).train()
+    assert any("fc1" in name and "mlp" not in name for name, _ in model.named_parameters()) == (
+        "channel_affinity" not in options
+    )
+    x = torch.randn(2, 3, 33, 47)
+    model(x).square().mean().backward()
+    still = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert still == {"head.block.mixer.ss2d.A_log"}
+    with torch.no_grad():
+        torch.testing.assert_close(vision_ssm.optimize(model)(x), model.eval()(x), rtol=1e-4, atol=1e-4)
 
 
 def test_atto_is_small() -> None:

@@ -10,7 +10,9 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.export import Dim
 
+import vision_ssm
 from vision_ssm.analysis import complexity
 from vision_ssm.layers import QSTokenMixer, SelectiveChannelMixer, SelectiveTokenMixer
 from vision_ssm.models import MambaMixer
@@ -37,6 +39,84 @@ def test_sizes(name: str, parameters: str, macs: str, scalars: int) -> None:
     assert f"{cost.parameters / 1e6:.2f}" == parameters
     assert f"{cost.macs / 1e9:.2f}" == macs
     assert sum(p.numel() for key, p in model.named_parameters() if key.endswith("scalars")) == scalars
+
+
+# The options of the ablations; None of their sizes is published but that of ViM2-MLP, whose token mixers were larger.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "mlp": dict(mlp_ratio=4.0),
+    "sequential": dict(weighted_average=False),
+    "vim2-mlp": dict(mlp_ratio=4.0, weighted_average=False),
+    "fixed": dict(switch=False),
+    "forward": dict(bidirectional=False),
+    "all": dict(mlp_ratio=2.0, weighted_average=False, switch=False, bidirectional=False),
+    "aligned": dict(switch=False, bidirectional=False, aligned=True),
+}
+
+
+@pytest.mark.parametrize("qs_mixer", [False, True], ids=["vim2", "viqs"])
+@pytest.mark.parametrize("case", ABLATIONS)
+def test_ablated_models_learn_and_can_be_optimized(case: str, qs_mixer: bool) -> None:
+    model = MambaMixer(**TINY, **ABLATIONS[case], qs_mixer=qs_mixer).train()
+    x = torch.randn(2, 3, 33, 47)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("scalars", "router.weight")):
+                p.add_(0.1 * torch.randn_like(p))  # starts at zero
+    loss = model(x).square().mean()
+    assert (model.aux_loss is None) == (ABLATIONS[case].get("switch") is False)
+    (loss if model.aux_loss is None else loss + model.aux_loss).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    # Without a choice of paths nothing is left unused.
+    zero = [name for name, p in model.named_parameters() if not p.grad.any()]
+    assert zero == [] or model.aux_loss is not None
+    with torch.no_grad():
+        torch.testing.assert_close(vision_ssm.optimize(model)(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_ablations_in_numbers() -> None:
+    def parameters(**options: Any) -> int:
+        return sum(p.numel() for p in timm.create_model("vim2_tiny", device="meta", **options).parameters())
+
+    whole, dims, mixers = parameters(), (96, 192, 384, 768), (2, 2, 6, 2)
+    assert whole - parameters(weighted_average=False) == 107
+    # Half of the biases of the step sizes: of token mixers 4 paths of 2 C channels, of half as many channel mixers C.
+    assert whole - parameters(bidirectional=False) == sum(
+        n * (4 * 2 + 1 / 2) * d for d, n in zip(dims, mixers, strict=True)
+    )
+    # No router, and rates and biases of two paths less, or of none.
+    routers = sum(4 * (d + 1) * n for d, n in zip(dims, mixers, strict=True))
+    assert whole - parameters(switch=False, scans=4) == routers
+    paths = sum(2 * 2 * d * (16 + 2) * n for d, n in zip(dims, mixers, strict=True))
+    assert whole - parameters(switch=False) == routers + paths
+    mlp = parameters(mlp_ratio=4.0, weighted_average=False)
+    token_mixers_and_rest = parameters(mlp_ratio=1.0, weighted_average=False) - sum(
+        n // 2 * (2 * d * d + 2 * d) for d, n in zip(dims, mixers, strict=True)
+    )
+    assert mlp - token_mixers_and_rest == sum(n // 2 * (8 * d * d + 5 * d) for d, n in zip(dims, mixers, strict=True))
+
+
+def test_fixed_scans_are_the_switch_with_the_same_choice_for_all() -> None:
+    switched, fixed = (SelectiveTokenMixer(16, scans=2, switch=switch).eval() for switch in (True, False))
+    state = switched.state_dict()
+    with torch.no_grad():
+        state["switch.router.bias"].copy_(torch.tensor([9.0, 9.0, 0.0, 0.0]))
+    own = fixed.state_dict()
+    state = {
+        key: value[:, :2] if key == "dt_bias" else value[: len(own[key])] for key, value in state.items() if key in own
+    }
+    fixed.load_state_dict(state)
+    x = torch.randn(3, 5, 4, 16)
+    torch.testing.assert_close(fixed(x)[0], switched(x)[0])
+    assert fixed.train()(x)[1] is None
+
+
+def test_an_ablated_model_can_be_traced_and_exported() -> None:
+    model = MambaMixer(**TINY | dict(dims=(32,), depths=(1,)), **ABLATIONS["all"]).eval()
+    x, other = torch.randn(2, 3, 40, 56), torch.randn(3, 3, 33, 47)
+    sizes = {0: Dim("batch", min=1, max=16), 2: Dim("height", min=32, max=512), 3: Dim("width", min=32, max=512)}
+    exported = torch.export.export(model, (x,), dynamic_shapes=[sizes]).module()
+    torch.testing.assert_close(exported(other), model(other), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(other), model(other), rtol=1e-5, atol=1e-6)
 
 
 @both
@@ -226,6 +306,7 @@ def test_bfloat16_autocast_stays_finite(qs_mixer: bool, aligned: bool) -> None:
         (dict(qs_mixer=True, dims=(8, 16)), "multiple of 32"),
         (dict(dims=(8,)), "got 1 and 2"),
         (dict(d_state=0), "d_state must be at least 1, got 0"),
+        (dict(mlp_ratio=0), "mlp_ratio must give 16 channels at least one hidden channel, got 0"),
         (dict(channel_expand=0), "channel_expand must give 16 channels at least one inner channel, got 0"),
         (dict(aux_loss_weight=-1), "aux_loss_weight must be at least 0, got -1"),
         (dict(drop_path_rate=1.5), "drop_path_rate must be between 0 and 1, got 1.5"),

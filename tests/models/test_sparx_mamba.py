@@ -38,9 +38,9 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any], float]] = {
     "step-1": ("sparx_mamba_tiny", dict(steps=1), 29.284),
     "dgc": ("dgc_mamba_tiny", {}, 27.679),
     "dgc-input-kept": ("dgc_mamba_tiny", dict(cross_stage=(False, False, True, False)), 28.306),
-    "dsn": ("dsn_mamba_tiny", {}, 30.666),
-    "dsn-from-block-1": ("dsn_mamba_tiny", dict(starts=(None, 1, 0, 0)), 30.538),
-    "dsn-input-kept": ("dsn_mamba_tiny", dict(cross_stage=True), 32.527),
+    "dsn": ("dsn_mamba_tiny", {}, 32.527),
+    "dsn-without-input": ("dsn_mamba_tiny", dict(cross_stage=False), 30.666),
+    "dsn-without-input-from-block-1": ("dsn_mamba_tiny", dict(cross_stage=False, starts=(None, 1, 0, 0)), 30.538),
 }
 
 
@@ -51,9 +51,33 @@ def test_ablations_have_the_published_parameters(case: str) -> None:
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == parameters
 
 
-@pytest.mark.parametrize(("name", "operations"), [("dgc_mamba_tiny", 5.371), ("dsn_mamba_tiny", 5.875)])
+@pytest.mark.parametrize(("name", "operations"), [("dgc_mamba_tiny", 5.371), ("dsn_mamba_tiny", 6.208)])
 def test_ablations_have_the_published_cost(name: str, operations: float) -> None:
     assert complexity(timm.create_model(name, device="meta")).paper_ops / 1e9 == pytest.approx(operations, rel=5e-4)
+
+
+def test_dsn_reads_all_that_came_before() -> None:
+    for stage in timm.create_model("dsn_mamba_tiny", device="meta").stages[1:]:
+        assert [sorted(maps) for maps in stage.connections.reads] == [
+            list(range(layer + 1)) for layer in range(len(stage.blocks))
+        ]
+
+
+def test_the_window_binds_in_a_deep_stage_and_not_in_the_published_one() -> None:
+    def built(depth: int, window: int | None) -> tuple[tuple[tuple[int, ...], ...], int]:
+        options: dict[str, Any] = dict(depths=(2, 2, depth, 2), windows=(None, None, window, None))
+        model = timm.create_model("sparx_mamba_tiny", device="meta", **options)
+        return model.stages[2].connections.reads, sum(p.numel() for p in model.parameters())
+
+    assert built(7, 3) == built(7, None)
+    one, two, three, everything = (built(10, window) for window in (1, 2, 3, None))
+    # Ganglion layers 1, 3, 5, 7 and 9, each of which reads the normal layer before it and up to M of them.
+    assert [maps for maps in one[0] if maps] == [(0, 1), (3, 2), (5, 4), (7, 6), (9, 8)]
+    assert [maps for maps in two[0] if maps] == [(0, 1), (3, 2), (5, 2, 4), (7, 4, 6), (9, 6, 8)]
+    assert everything[0][-1] == (9, 2, 4, 6, 8)
+    assert len({reads for reads, _ in (one, two, three, everything)}) == 4
+    # A further map costs d (13 + 2 d) parameters, d = 320.
+    assert [model[1] - one[1] for model in (two, three, everything)] == [n * 208_960 for n in (3, 5, 6)]
 
 
 @pytest.mark.parametrize(

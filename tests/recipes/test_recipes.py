@@ -31,8 +31,19 @@ def test_every_value_has_a_source(recipe):
 def test_every_size_with_published_training_has_a_recipe():
     models = {recipe().model for recipe in PUBLISHED}
     ours = {name for name in registered_models() if not name.endswith("_atto")}
-    assert ours - models == {"dgc_mamba_tiny", "dsn_mamba_tiny"}
+    assert ours - models == {"dgc_mamba_tiny", "dsn_mamba_tiny", "group_mamba_tiny_wide"}
     assert len(RECIPES) == len(PUBLISHED) + len(DETECTION) + len(SEGMENTATION) + 6
+
+
+@published
+def test_recipe_and_model_agree_on_the_crop(recipe):
+    config = recipe()
+    assert config.crop_pct == timm.get_pretrained_cfg(config.model).crop_pct
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_recipes_of_sparx_name_the_synchronized_batch_norms_of_the_authors(size):
+    assert "--devices 8 --grad-accum 1 --sync-batchnorm" in " ".join(RECIPES[f"sparx-mamba-{size}-in1k"].notes)
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from vision_ssm.layers.conv import conv_act
 from vision_ssm.layers.patches import symbolic
 from vision_ssm.layers.quasi_separable import quasi_separable_scan
 from vision_ssm.layers.ss2d import decay_rates, init_step_bias
-from vision_ssm.layers.switch_of_scans import SCAN_POOL, SwitchOfScans
+from vision_ssm.layers.switch_of_scans import SCAN_POOL, FixedScans, SwitchOfScans
 from vision_ssm.scan import ROWS, ScanPath
 from vision_ssm.scan.routes import as_paths
 
@@ -165,6 +165,8 @@ class _TokenMixer(nn.Module):
         expand: float = 2.0,
         paths: Sequence[ScanPath] = SCAN_POOL,
         scans: int = 2,
+        switch: bool = True,
+        bidirectional: bool = True,
         aligned: bool = False,
         drop_path: float = 0.0,
         device: torch.device | None = None,
@@ -180,7 +182,7 @@ class _TokenMixer(nn.Module):
         if not 1 <= scans <= len(as_paths(paths)):
             raise ValueError(f"scans must be between 1 and {len(paths)}, the number of paths, got {scans}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.d_state, self.inner, self.aligned = d_state, inner, aligned
+        self.d_state, self.inner, self.aligned, self.bidirectional = d_state, inner, aligned, bidirectional
         self.norm = nn.LayerNorm(dim, **dd)
         self.gate = MultiResolutionConv(dim, **dd)
         self.gate_proj = nn.Linear(dim, inner, bias=False, **dd)
@@ -188,7 +190,7 @@ class _TokenMixer(nn.Module):
         self.in_proj = nn.Linear(dim, inner, bias=False, **dd)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, **dd)
         self.act = nn.SiLU()
-        self.switch = SwitchOfScans(dim, paths, scans, **dd)
+        self.switch = SwitchOfScans(dim, paths, scans, **dd) if switch else FixedScans(paths, scans)
         self.out_norm = nn.LayerNorm(inner, **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.drop_path = _drop_path(drop_path)
@@ -225,6 +227,8 @@ class SelectiveTokenMixer(_TokenMixer):
         dt_rank: R, rank of the step size; ``None`` for ``ceil(dim / 16)``.
         paths: The pool of paths.
         scans: How many of them an image takes.
+        switch: Choose them for every image; else all images take the first ones.
+        bidirectional: Walk them in both directions, or forwards alone.
         aligned: The aligned form of the quasi-separable scan instead of the shift form.
         drop_path: Stochastic depth rate.
         device: Device of the parameters.
@@ -248,10 +252,10 @@ class SelectiveTokenMixer(_TokenMixer):
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         if rank < 1:
             raise ValueError(f"dt_rank must be at least 1, got {rank}")
-        paths = len(self.switch.paths)
+        directions, paths = 2 if self.bidirectional else 1, len(self.switch.paths)
         self.x_proj = nn.Linear(self.inner, rank + 2 * self.d_state, bias=False, **dd)
         self.dt_weight = nn.Parameter(torch.empty(1, rank, self.inner, **dd))
-        self.dt_bias = nn.Parameter(torch.empty(2, paths, self.inner, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(directions, paths, self.inner, **dd))
         self.A_log = nn.Parameter(torch.empty(paths, self.inner, self.d_state, **dd))
         self.D = nn.Parameter(torch.empty(self.inner, **dd))
         self.reset_scan_parameters()
@@ -280,6 +284,7 @@ class SelectiveTokenMixer(_TokenMixer):
             path_index=index,
             path_weight=weight,
             aligned=self.aligned,
+            bidirectional=self.bidirectional,
         )
 
 
@@ -295,6 +300,8 @@ class QSTokenMixer(_TokenMixer):
         expand: Inner channels per channel; ``dim * expand`` must be a multiple of 32.
         paths: The pool of paths.
         scans: How many of them an image takes.
+        switch: Choose them for every image; else all images take the first ones.
+        bidirectional: Walk them in both directions, or forwards alone.
         aligned: The aligned form of the quasi-separable scan instead of the shift form.
         drop_path: Stochastic depth rate.
         device: Device of the parameters.
@@ -311,11 +318,12 @@ class QSTokenMixer(_TokenMixer):
         super().__init__(dim, **options, **dd)
         if self.inner % _HEAD:
             raise ValueError(f"dim * expand must be a multiple of {_HEAD}, the channels of a head, got {self.inner}")
-        paths, heads, features = len(self.switch.paths), self.inner // _HEAD, 2 * self.d_state
+        directions, paths = 2 if self.bidirectional else 1, len(self.switch.paths)
+        heads, features = self.inner // _HEAD, 2 * self.d_state
         self.bcdt_proj = nn.Linear(dim, features + heads, bias=False, **dd)
         self.bc_conv2d = nn.Conv2d(features, features, 3, padding=1, groups=features, **dd)
         self.bc_act = nn.SiLU()
-        self.dt_bias = nn.Parameter(torch.empty(2, paths, heads, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(directions, paths, heads, **dd))
         self.A_log = nn.Parameter(torch.empty(paths, heads, **dd))
         self.D = nn.Parameter(torch.empty(heads, **dd))
         self.reset_scan_parameters()
@@ -346,6 +354,7 @@ class QSTokenMixer(_TokenMixer):
             path_index=index,
             path_weight=weight,
             aligned=self.aligned,
+            bidirectional=self.bidirectional,
         )
 
 
@@ -374,9 +383,10 @@ def _scan_channels(
     """
     batch, channels, height, width = a.shape
     tokens = height * width
-    step = raw[..., :1] + dt_bias.t()  # (B, C, 2), one per direction
+    directions = dt_bias.shape[0]
+    step = raw[..., :1] + dt_bias.t()  # (B, C, directions)
     bc = raw[..., 1:] + bc_bias
-    dbc = torch.cat([step.unsqueeze(-1), bc.unsqueeze(2).expand(-1, -1, 2, -1)], dim=-1)
+    dbc = torch.cat([step.unsqueeze(-1), bc.unsqueeze(2).expand(-1, -1, directions, -1)], dim=-1)
     y = quasi_separable_scan(
         a.reshape(batch, 1, channels, tokens),  # a sequence of channels, whose features are the tokens
         dbc.flatten(2).unsqueeze(1),
@@ -385,6 +395,7 @@ def _scan_channels(
         (ROWS,),
         dt_weight=A.new_ones(1, 1, tokens),
         aligned=aligned,
+        bidirectional=directions == 2,
     )
     return y.reshape(batch, channels, height, width).permute(0, 2, 3, 1)
 
@@ -424,6 +435,7 @@ class SelectiveChannelMixer(nn.Module):
         expand: Inner channels per channel.
         d_state: N, states; the rank of the matrix off its diagonal.
         gated: Multiply by ``SiLU(z)``, with z a projection of the input.
+        bidirectional: Scan in both directions, or forwards alone.
         aligned: The aligned form of the quasi-separable scan instead of the shift form.
         drop_path: Stochastic depth rate.
         device: Device of the parameters.
@@ -440,6 +452,7 @@ class SelectiveChannelMixer(nn.Module):
         expand: float = 1.0,
         d_state: int = 16,
         gated: bool = True,
+        bidirectional: bool = True,
         aligned: bool = False,
         drop_path: float = 0.0,
         device: torch.device | None = None,
@@ -463,7 +476,7 @@ class SelectiveChannelMixer(nn.Module):
         self.act = nn.SiLU()
         self.x_proj = nn.Linear(_DESCRIPTOR**2, 1 + 2 * d_state, bias=False, **dd)
         self.bc_bias = nn.Parameter(torch.empty(width, 2 * d_state, **dd))
-        self.dt_bias = nn.Parameter(torch.empty(2, width, **dd))
+        self.dt_bias = nn.Parameter(torch.empty(2 if bidirectional else 1, width, **dd))
         self.A_log = nn.Parameter(torch.empty(1, **dd))
         self.D = nn.Parameter(torch.empty(width, **dd))
         self.out_norm = nn.LayerNorm(width, **dd)
@@ -493,3 +506,25 @@ class SelectiveChannelMixer(nn.Module):
         if self.gate_proj is not None:
             y = y * self.gate_act(self.gate_proj(u))
         return x + self.drop_path(self.out_proj(y))
+
+
+class MlpChannelMixer(nn.Module):
+    """An MLP on every token in place of :class:`SelectiveChannelMixer`, for ablations; with norm and residual.
+
+    Args:
+        dim: Channels of input and output.
+        hidden: Hidden channels.
+        drop_path: Stochastic depth rate.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+    """
+
+    def __init__(self, dim: int, hidden: int, *, drop_path: float = 0.0, **dd: Any) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, hidden, **dd)
+        self.drop_path = _drop_path(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform a map, (B, H, W, dim), and add the input."""
+        return x + self.drop_path(self.mlp(self.norm(x)))

@@ -29,6 +29,7 @@ def quasi_separable_scan(
     path_index: Tensor | None = None,
     path_weight: Tensor | None = None,
     aligned: bool = False,
+    bidirectional: bool = True,
 ) -> Tensor:
     """Scan a map along both directions of every path and add the diagonal.
 
@@ -40,7 +41,8 @@ def quasi_separable_scan(
         M_ii = D
 
     This is the shift form. In the aligned form C has index i, and the exponents run over j+1..i and i..j-1. Outputs of
-    several paths are added, weighted by ``path_weight``; the diagonal is added once.
+    several paths are added, weighted by ``path_weight``; the diagonal is added once. Without the backward direction,
+    ``M_ij`` is 0 for j > i, and what is said below of both directions is of one.
 
     Sizes: B images, H x W tokens, C channels, P paths, N states, R the rank of the step size. Directions are the two
     senses in which a path is walked, forward first. A size of 1 in place of P means shared by all paths.
@@ -59,6 +61,7 @@ def quasi_separable_scan(
         path_index: Which P' of the paths each image takes, (B, P') integers.
         path_weight: Weight of each of these paths, (B, P').
         aligned: The aligned form instead of the shift form.
+        bidirectional: Both directions, or the forward one alone.
 
     Returns:
         The mixed map, (B, H, W, C), in the dtype of ``x``; under autocast in that of ``D``, float32 or that of ``x``.
@@ -72,19 +75,19 @@ def quasi_separable_scan(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch raises an error for "meta"
-    backward = [Reversed(path) for path in paths]
-    directed = [*paths, *backward] if aligned else [Shifted(path) for path in (*paths, *backward)]
+    directed: Sequence[ScanPath] = [*paths, *(Reversed(path) for path in paths)] if bidirectional else paths
+    directed = directed if aligned else [Shifted(path) for path in directed]
     rank = 0 if dt_weight is None else dt_weight.shape[1]
-    if path_index is not None:
+    if path_index is not None and bidirectional:
         path_index = torch.cat([path_index, path_index + len(paths)], dim=1)
     if path_weight is not None:
-        path_weight = torch.cat([path_weight, path_weight], dim=1).to(dtype)
+        path_weight = (torch.cat([path_weight, path_weight], dim=1) if bidirectional else path_weight).to(dtype)
     y = route_scan(
         x.reshape(batch, height * width, channels),
         dbc.unflatten(-1, (-1, rank + 2 * A.shape[2])).flatten(1, 2),
-        _both_directions(A.to(dtype), len(paths)).expand(-1, channels, -1),
+        _per_route(A.to(dtype), len(directed)).expand(-1, channels, -1),
         build_routes(directed, height, width, x.device),
-        dt_weight=None if dt_weight is None else _both_directions(dt_weight.to(dtype), len(paths)),
+        dt_weight=None if dt_weight is None else _per_route(dt_weight.to(dtype), len(directed)),
         dt_bias=None if dt_bias is None else dt_bias.to(dtype).flatten(0, 1),
         delta=None if delta is None else delta.reshape(batch, height * width, 1, channels),
         inclusive=not aligned,
@@ -96,5 +99,5 @@ def quasi_separable_scan(
     return torch.addcmul(y.reshape(batch, height, width, channels), x, D.to(x.dtype))
 
 
-def _both_directions(parameter: Tensor, paths: int) -> Tensor:
-    return parameter if parameter.shape[0] in (1, 2 * paths) else torch.cat([parameter, parameter])
+def _per_route(parameter: Tensor, routes: int) -> Tensor:
+    return parameter if parameter.shape[0] in (1, routes) else torch.cat([parameter, parameter])

@@ -20,6 +20,33 @@ SCAN_POOL: tuple[ScanPath, ...] = (ROWS, COLUMNS, AntiDiagonal(), Diagonal())
 """Rows, columns and both diagonals; each is walked in both directions."""
 
 
+class FixedScans(nn.Module):
+    """The first ``k`` of several paths for every image, with equal weights; in place of :class:`SwitchOfScans`.
+
+    Args:
+        paths: The pool, of which the rest is dropped.
+        k: Paths per image.
+    """
+
+    def __init__(self, paths: Sequence[ScanPath], k: int) -> None:
+        super().__init__()
+        self.paths, self.k = as_paths(paths)[:k], k
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return indices, weights and no balance term for a map, (B, H, W, dim), as :class:`SwitchOfScans` does."""
+        index, weight = _first(x, self.k)
+        return index, weight, None
+
+
+def _first(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the indices 0 to k - 1 and equal weights for every image, (B, k) both; one leaf of an FX graph."""
+    index = torch.arange(k, device=x.device).expand(x.shape[0], -1)
+    return index, torch.full_like(index, 1 / k, dtype=torch.float32)
+
+
+torch.fx.wrap("_first")
+
+
 class SwitchOfScans(nn.Module):
     """Choose ``k`` of several paths per image, and a weight for each.
 

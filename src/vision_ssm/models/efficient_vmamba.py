@@ -24,9 +24,6 @@ from vision_ssm.scan import ATROUS_SCAN
 
 __all__ = ["EfficientVMamba"]
 
-# The first stages scan, those after them convolve.
-_SCANNING_STAGES = 2
-
 
 def from_cells(y: Tensor, height: int, width: int) -> Tensor:
     """Undo :func:`vision_ssm.layers.patches.cells`; one leaf of an FX graph.
@@ -117,17 +114,28 @@ class EVSSBlock(nn.Module):
     """A scan and a convolution of the same normalized map, gated and added; then an MLP where there is one.
 
     Source: section 4.2 and figure 3 of the paper. The published model has one gate for both branches, applied to each,
-    and one decision of stochastic depth for their sum.
+    and one decision of stochastic depth for their sum. ``atrous``, ``conv_branch`` and ``gate`` are for ablations.
     """
 
     def __init__(
-        self, dim: int, d_state: int, ssm_ratio: float, mlp_ratio: float, drop_path: float = 0.0, **dd: Any
+        self,
+        dim: int,
+        d_state: int,
+        ssm_ratio: float,
+        mlp_ratio: float,
+        drop_path: float = 0.0,
+        *,
+        atrous: bool = True,
+        conv_branch: bool = True,
+        gate: bool = True,
+        **dd: Any,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, **dd)
-        self.ss2d = ES2D(dim, d_state, ssm_ratio, **dd)
-        self.conv_branch = ConvBranch(dim, **dd)
-        self.gate = ChannelGate(dim, dim // 8, nn.LayerNorm(dim, **dd), nn.GELU(), **dd)
+        scan = ES2D if atrous else partial(SS2D, conv_bias=True, gated=True)
+        self.ss2d = scan(dim, d_state=d_state, ssm_ratio=ssm_ratio, **dd)
+        self.conv_branch = ConvBranch(dim, **dd) if conv_branch else None
+        self.gate = ChannelGate(dim, dim // 8, nn.LayerNorm(dim, **dd), nn.GELU(), **dd) if gate else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.mlp = None
         if mlp_ratio > 0:
@@ -137,8 +145,11 @@ class EVSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform a map, (B, H, W, dim), into one of the same shape."""
-        y = self.norm1(x)
-        x = x + self.drop_path1(self.gate(self.ss2d(y)) + self.gate(self.conv_branch(y)))
+        u = self.norm1(x)
+        y = self.gate(self.ss2d(u))
+        if self.conv_branch is not None:
+            y = y + self.gate(self.conv_branch(u))
+        x = x + self.drop_path1(y)
         if self.mlp is not None:
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
@@ -196,8 +207,6 @@ class Stem(nn.Module):
 class EfficientVMamba(Backbone):
     """EfficientVMamba backbone and classifier, with timm's interface. Images of any height and width.
 
-    The first two stages are of EVSS blocks, all later ones of inverted residuals.
-
     Options that all families have are documented on :class:`vision_ssm.models.backbone.Backbone`.
 
     Args:
@@ -205,6 +214,11 @@ class EfficientVMamba(Backbone):
         d_state: States per channel.
         ssm_ratio: Inner channels of the scan per channel.
         mlp_ratio: Hidden channels per channel of an MLP in every EVSS block; 0 for none, as published.
+        scanning: For each stage, whether it is of EVSS blocks, else of inverted residuals; ``None`` for EVSS blocks in
+            the first two, as published. Tables 6 and 8 of the paper vary it.
+        atrous: Skip-sampled scans; else EVSS blocks scan all tokens along four routes, as the baseline of table 5 does.
+        conv_branch: Whether EVSS blocks have the convolution beside the scan; table 5 has rows without it and the gate.
+        gate: Whether EVSS blocks weigh the channels of their branches.
 
     Raises:
         ValueError: If an option is out of range.
@@ -221,6 +235,10 @@ class EfficientVMamba(Backbone):
         d_state: int = 16,
         ssm_ratio: float = 2.0,
         mlp_ratio: float = 0.0,
+        scanning: Sequence[bool] | None = None,
+        atrous: bool = True,
+        conv_branch: bool = True,
+        gate: bool = True,
         feature_norm: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -229,19 +247,21 @@ class EfficientVMamba(Backbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_options(dims, depths, in_chans, drop_path_rate)
-        if min(dims[:_SCANNING_STAGES]) < 8:
-            raise ValueError(f"dims of the first two stages must be at least 8, got {tuple(dims)}")
+        scanning = [i < 2 for i in range(len(dims))] if scanning is None else scanning
+        if not isinstance(scanning, Sequence) or len(scanning) != len(dims) or not {*scanning} <= {True, False}:
+            raise ValueError(f"scanning must hold True or False for each of the {len(dims)} stages, got {scanning}")
+        if any(scans and dim < 8 for scans, dim in zip(scanning, dims, strict=True)):
+            raise ValueError(f"dims of stages that scan must be at least 8, got {tuple(dims)}")
         if mlp_ratio < 0:
             raise ValueError(f"mlp_ratio must be at least 0, got {mlp_ratio}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        scan: dict[str, Any] = dict(d_state=d_state, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio)
+        evss: dict[str, Any] = dict(d_state=d_state, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio)
+        evss |= dict(atrous=atrous, conv_branch=conv_branch, gate=gate)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = [
             Stage(
                 [
-                    EVSSBlock(dim, drop_path=rate, **scan, **dd)
-                    if i < _SCANNING_STAGES
-                    else InvertedResidual(dim, rate, **dd)
+                    EVSSBlock(dim, drop_path=rate, **evss, **dd) if scanning[i] else InvertedResidual(dim, rate, **dd)
                     for rate in rates[i]
                 ],
                 PatchMerging(dims[i - 1], dim, **dd) if i else None,

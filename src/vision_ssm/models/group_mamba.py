@@ -89,18 +89,20 @@ class GroupSS2D(SS2D):
     """Four gated SS2D side by side, each on a quarter of the channels and along one route: section 3.2 of the paper.
 
     The groups share nothing. The scan's parameters are those of four SS2D of a quarter of the width; everything else
-    acts on all channels at once.
+    acts on all channels at once. With ``all_directions`` every group is scanned along all four routes, whose outputs
+    are added: four times the scan, on four copies of the map.
     """
 
-    def __init__(self, dim: int, **dd: Any) -> None:
-        width = dim // _GROUPS
-        super().__init__(width, paths=_PATHS, gated=True, conv_bias=True, **dd)
-        rank, states = self.dt_weight.shape[1], self.A_log.shape[2]
+    def __init__(self, dim: int, all_directions: bool = False, **dd: Any) -> None:
+        width, routes = dim // _GROUPS, len(_PATHS) if all_directions else 1
+        super().__init__(width, paths=_PATHS * routes, gated=True, conv_bias=True, **dd)
+        self.routes = routes  # of each group
+        features = routes * (self.dt_weight.shape[1] + 2 * self.A_log.shape[2])
         self.in_proj = group_linear(dim, width, **dd)  # type: ignore[assignment]
         self.gate_proj = group_linear(dim, width, **dd)
         self.gate_act = nn.SiLU()
         self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
-        self.x_proj = group_linear(dim, rank + 2 * states, **dd)  # type: ignore[assignment]
+        self.x_proj = group_linear(dim, features, **dd)  # type: ignore[assignment]
         self.out_norm = GroupLayerNorm(dim, **dd)
         self.out_proj = group_linear(dim, width, **dd)  # type: ignore[assignment]
 
@@ -108,7 +110,12 @@ class GroupSS2D(SS2D):
         """Mix a map, (B, H, W, C), into one of the same shape."""
         z = conv_act(x, self.gate_proj, self.gate_act)
         x = conv_act(conv_act(x, self.in_proj), self.conv2d, self.act)
-        y = scan_map(x, conv_act(x, self.x_proj), *self.scan_parameters(), self.paths)
+        dbc = conv_act(x, self.x_proj)
+        if self.routes > 1:
+            x = x.unflatten(-1, (_GROUPS, 1, -1)).expand(-1, -1, -1, -1, self.routes, -1).flatten(-3)
+        y = scan_map(x, dbc, *self.scan_parameters(), self.paths)
+        if self.routes > 1:
+            y = y.unflatten(-1, (_GROUPS, self.routes, -1)).sum(-2).flatten(-2)
         return self.drop(conv_act(self.out_norm(y) * z, self.out_proj))
 
 
@@ -118,23 +125,27 @@ class ModulatedGroupMamba(nn.Module):
     Source: figure 2 and section 3.3 of the paper, where the gate is called channel affinity modulation.
     """
 
-    def __init__(self, dim: int, gate_reduction: int, **dd: Any) -> None:
+    def __init__(self, dim: int, gate_reduction: int | None, all_directions: bool, **dd: Any) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, **dd)
-        self.ss2d = GroupSS2D(dim, **dd)
-        self.fc1 = nn.Linear(dim, dim // gate_reduction, **dd)
-        self.act = nn.ReLU()
-        self.fc2 = nn.Linear(dim // gate_reduction, dim, **dd)
+        self.ss2d = GroupSS2D(dim, all_directions, **dd)
+        self.gated = gate_reduction is not None
+        if gate_reduction is not None:
+            self.fc1 = nn.Linear(dim, dim // gate_reduction, **dd)
+            self.act = nn.ReLU()
+            self.fc2 = nn.Linear(dim // gate_reduction, dim, **dd)
         self.skip_scale = nn.Parameter(torch.ones(1, **dd))
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix a map."""
         x = self.norm(x)
-        gate = torch.sigmoid(self.fc2(self.act(self.fc1(x.mean((1, 2), keepdim=True)))))  # (B, 1, 1, C)
+        scale: Tensor = self.skip_scale
+        if self.gated:
+            scale = scale * torch.sigmoid(self.fc2(self.act(self.fc1(x.mean((1, 2), keepdim=True)))))  # (B, 1, 1, C)
         # As published: the groups' output is multiplied by their input, not added to it, and the norm, the same as
         # above, leaves of skip_scale no more than its sign and its weight against the norm's eps.
-        y = self.ss2d(x) * x * (self.skip_scale * gate)
+        y = self.ss2d(x) * x * scale
         return self.proj(self.norm(y))
 
 
@@ -156,9 +167,11 @@ class ConvMlp(nn.Module):
 class GroupMambaBlock(nn.Module):
     """``x + mixer(x)``, then ``x + mlp(norm(x))``; (B, H, W, C). The mixer begins with a norm of its own."""
 
-    def __init__(self, dim: int, hidden: int, gate_reduction: int, drop_path: float, **dd: Any) -> None:
+    def __init__(
+        self, dim: int, hidden: int, gate_reduction: int | None, all_directions: bool, drop_path: float, **dd: Any
+    ) -> None:
         super().__init__()
-        self.mixer = ModulatedGroupMamba(dim, gate_reduction, **dd)
+        self.mixer = ModulatedGroupMamba(dim, gate_reduction, all_directions, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm = nn.LayerNorm(dim, eps=_EPS, **dd)
         self.mlp = ConvMlp(dim, hidden, **dd)
@@ -177,9 +190,9 @@ class ClassBlock(nn.Module):
     ``A_log`` and the other taps of ``mixer.ss2d`` have no effect and a gradient of zero.
     """
 
-    def __init__(self, dim: int, hidden: int, gate_reduction: int, **dd: Any) -> None:
+    def __init__(self, dim: int, hidden: int, gate_reduction: int | None, all_directions: bool, **dd: Any) -> None:
         super().__init__()
-        self.mixer = ModulatedGroupMamba(dim, gate_reduction, **dd)
+        self.mixer = ModulatedGroupMamba(dim, gate_reduction, all_directions, **dd)
         self.norm1 = nn.LayerNorm(dim, eps=_EPS, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=_EPS, **dd)
         self.mlp = Mlp(dim, hidden, **dd)
@@ -198,7 +211,8 @@ class GroupMambaHead(ClassifierHead):
         self,
         dim: int,
         hidden: int,
-        gate_reduction: int,
+        gate_reduction: int | None,
+        all_directions: bool,
         num_classes: int,
         *,
         pool_type: str,
@@ -209,7 +223,7 @@ class GroupMambaHead(ClassifierHead):
         super().__init__(dim, num_classes, pool_type=pool_type, drop_rate=drop_rate, input_fmt="NHWC", **dd)
         self._check_pooling()
         self.distilled_training = False
-        self.block: nn.Module = ClassBlock(dim, hidden, gate_reduction, **dd)
+        self.block: nn.Module = ClassBlock(dim, hidden, gate_reduction, all_directions, **dd)
         self.norm: nn.Module = nn.LayerNorm(dim, eps=_EPS, **dd)
         self.fc_dist = self._classifier(num_classes, **dd) if distilled else None
 
@@ -260,6 +274,9 @@ class GroupMamba(Backbone):
             of two or three ReLU units often starts with all of them at zero, and then never learns.
         stem_dim: Channels inside the stem.
         stem_stride: Stride of the stem: 4 as published, 2 or 1 for small images.
+        channel_affinity: Whether the mixers have the channel gate; without it, a row of the paper's table 4.
+        all_directions: Scan every group along all four routes, not one: four times the scan. The paper's table 4 begins
+            with all four directions on all channels; whether in groups, we do not know.
         distilled: Whether there is a second classifier, for distillation; see :meth:`set_distilled_training`.
         feature_norm: Normalize the last stage's map too in ``forward_intermediates`` and ``features_only``, with the
             head's norm, as published detection and segmentation networks on this backbone do.
@@ -279,6 +296,8 @@ class GroupMamba(Backbone):
         gate_reduction: int = 16,
         stem_dim: int = 32,
         stem_stride: int = 4,
+        channel_affinity: bool = True,
+        all_directions: bool = False,
         distilled: bool = True,
         feature_norm: bool = False,
         drop_rate: float = 0.0,
@@ -298,11 +317,12 @@ class GroupMamba(Backbone):
                 f"gate_reduction must be between 1 and {min(dims)}, the least of dims, got {gate_reduction}"
             )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        mixer = gate_reduction if channel_affinity else None, all_directions
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         last = len(dims) - 1
         stages = [
             Stage(
-                [GroupMambaBlock(dim, hiddens[i], gate_reduction, rate, **dd) for rate in rates[i]],
+                [GroupMambaBlock(dim, hiddens[i], *mixer, rate, **dd) for rate in rates[i]],
                 Downsample(dims[i - 1], dim, **dd) if i else None,
                 nn.LayerNorm(dim, eps=_EPS, **dd) if i < last else None,
             )
@@ -324,7 +344,7 @@ class GroupMamba(Backbone):
         self.head = GroupMambaHead(
             dims[-1],
             hiddens[-1],
-            gate_reduction,
+            *mixer,
             num_classes,
             pool_type=global_pool,
             drop_rate=drop_rate,
@@ -394,6 +414,7 @@ default_cfgs = generate_default_cfgs(
         "group_mamba_tiny.dist_in1k": _cfg(_HUB + "Tiny/resolve/main/groupmamba_tiny_ema.pth", "83.3"),
         "group_mamba_small.dist_in1k": _cfg(_HUB + "Small/resolve/main/groupmamba_small_ema.pth", "83.9"),
         "group_mamba_base.dist_in1k": _cfg(_HUB + "Base/resolve/main/groupmamba_base_ema.pth", "84.5"),
+        "group_mamba_tiny_wide.untrained": _cfg(classifier="head.fc", license="apache-2.0"),
         "group_mamba_atto.untrained": _cfg(**ATTO),
     }
 )
@@ -422,6 +443,13 @@ def group_mamba_base(pretrained: bool = False, **kwargs: Any) -> GroupMamba:
     """GroupMamba-B: 57.2 M parameters, of which 0.5 M are the second classifier."""
     args = dict(depths=(3, 6, 21, 3), dims=(96, 192, 424, 512), stem_dim=64)
     return _create_group_mamba("group_mamba_base", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def group_mamba_tiny_wide(pretrained: bool = False, **kwargs: Any) -> GroupMamba:
+    """GroupMamba-T*, undistilled and as large as VMamba-T (the paper's table 4); widths ours: 30.2 M parameters."""
+    args = dict(depths=(3, 4, 9, 3), dims=(72, 144, 404, 512), stem_dim=32, distilled=False)
+    return _create_group_mamba("group_mamba_tiny_wide", pretrained, **dict(args, **kwargs))
 
 
 @register_model

@@ -11,7 +11,7 @@ are chosen to meet its parameter counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from vision_ssm.layers import (
     SwitchOfScans,
     WeightedAverage,
 )
+from vision_ssm.layers.mamba_mixer import MlpChannelMixer
 from vision_ssm.layers.patches import PatchEmbed, PatchMerging
 from vision_ssm.models.backbone import ATTO, Backbone, check_options, make_cfg
 from vision_ssm.scan import ScanPath
@@ -40,20 +41,28 @@ class MixerStage(nn.Module):
     """Downsampling, then mixers, each of which reads a weighted average of all earlier outputs; maps are (B, H, W, C).
 
     Args:
-        dim: Channels.
         blocks: Token mixers, which return a map and a balance term, and channel mixers, which return a map.
         downsample: First module of the stage; ``None`` in the first stage.
+        weighted_average: ``False`` lets a mixer read the newest output alone.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None, **dd: Any) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        downsample: nn.Module | None = None,
+        weighted_average: bool = True,
+        **dd: Any,
+    ) -> None:
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if downsample is None else downsample
         self.blocks = nn.ModuleList(blocks)
-        self.averages = nn.ModuleList(WeightedAverage(n + 1, **dd) for n in range(len(blocks)))
-        self.out_average = WeightedAverage(len(blocks) + 1, **dd)
+        self.weighted_average = weighted_average
+        if weighted_average:
+            self.averages = nn.ModuleList(WeightedAverage(n + 1, **dd) for n in range(len(blocks)))
+            self.out_average = WeightedAverage(len(blocks) + 1, **dd)
 
     def forward(self, x: Tensor, return_balance: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Transform a map, (B, H, W, in_dim).
@@ -62,19 +71,24 @@ class MixerStage(nn.Module):
             The map, and with ``return_balance`` the balance terms of those token mixers that gave one.
         """
         maps, terms = [self.downsample(x)], []
-        for average, block in zip(self.averages, self.blocks, strict=True):
+        for n, block in enumerate(self.blocks):
+            average = self.averages[n] if self.weighted_average else _newest
             if self.grad_checkpointing:
                 y, balance = checkpoint(_mix, average, block, *maps)
             else:
                 y, balance = _mix(average, block, *maps)
-            maps.append(y)
+            maps = [*maps, y] if self.weighted_average else [y]
             if balance is not None:
                 terms.append(balance)
-        y = self.out_average(maps)
+        y = self.out_average(maps) if self.weighted_average else maps[-1]
         return (y, terms) if return_balance else y
 
 
-def _mix(average: nn.Module, block: nn.Module, *maps: Tensor) -> tuple[Tensor, Tensor | None]:
+def _newest(maps: Sequence[Tensor]) -> Tensor:
+    return maps[-1]
+
+
+def _mix(average: Callable[..., Tensor], block: nn.Module, *maps: Tensor) -> tuple[Tensor, Tensor | None]:
     result = block(average(maps))
     return result if isinstance(result, tuple) else (result, None)
 
@@ -99,6 +113,12 @@ class MambaMixer(Backbone):
         channel_expand: Inner channels of the channel mixers per channel.
         paths: The pool of scan paths of every token mixer.
         scans: How many of them an image takes.
+        switch: Choose them for every image; else all images take the first ones with equal weights, there is no router,
+            and ``aux_loss`` is ``None``.
+        bidirectional: Walk paths and channels in both directions, or forwards alone.
+        mlp_ratio: Hidden channels per channel of MLPs in place of the selective channel mixers; ``None`` for these.
+            With ``weighted_average=False`` it has the form of the paper's ablation ViM2-MLP.
+        weighted_average: Let mixers read a weighted average of all earlier outputs of their stage, else the newest.
         aligned: The aligned form of the quasi-separable scan instead of the shift form.
         aux_loss_weight: Factor in ``aux_loss``.
 
@@ -120,6 +140,10 @@ class MambaMixer(Backbone):
         channel_expand: float = 1.0,
         paths: Sequence[ScanPath] = SCAN_POOL,
         scans: int = 2,
+        switch: bool = True,
+        bidirectional: bool = True,
+        mlp_ratio: float | None = None,
+        weighted_average: bool = True,
         aligned: bool = False,
         aux_loss_weight: float = 0.01,
         feature_norm: bool = False,
@@ -136,23 +160,30 @@ class MambaMixer(Backbone):
             raise ValueError(
                 f"channel_expand must give {min(dims)} channels at least one inner channel, got {channel_expand}"
             )
+        if mlp_ratio is not None and int(min(dims) * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio must give {min(dims)} channels at least one hidden channel, got {mlp_ratio}")
         if not aux_loss_weight >= 0:
             raise ValueError(f"aux_loss_weight must be at least 0, got {aux_loss_weight}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        shared: dict[str, Any] = dict(d_state=d_state, aligned=aligned, **dd)
-        token: dict[str, Any] = dict(expand=expand, paths=paths, scans=scans, **shared)
+        shared: dict[str, Any] = dict(d_state=d_state, bidirectional=bidirectional, aligned=aligned, **dd)
+        token: dict[str, Any] = dict(expand=expand, paths=paths, scans=scans, switch=switch, **shared)
         channel: dict[str, Any] = dict(expand=channel_expand, gated=not qs_mixer, **shared)
         token_mixer = QSTokenMixer if qs_mixer else SelectiveTokenMixer
+
+        def channel_mixer(dim: int, rate: float) -> nn.Module:
+            if mlp_ratio is not None:
+                return MlpChannelMixer(dim, int(dim * mlp_ratio), drop_path=rate, **dd)
+            return SelectiveChannelMixer(dim, drop_path=rate, **channel)
+
         rates = calculate_drop_path_rates(drop_path_rate, [3 * depth for depth in depths], stagewise=True)
         stages = [
             MixerStage(
                 [
-                    SelectiveChannelMixer(dim, drop_path=rate, **channel)
-                    if n % 3 == 2
-                    else token_mixer(dim, drop_path=rate, **token)
+                    channel_mixer(dim, rate) if n % 3 == 2 else token_mixer(dim, drop_path=rate, **token)
                     for n, rate in enumerate(rates[i])
                 ],
                 PatchMerging(dims[i - 1], dim, **dd) if i else None,
+                weighted_average,
                 **dd,
             )
             for i, dim in enumerate(dims)

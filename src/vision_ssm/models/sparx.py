@@ -217,9 +217,11 @@ class SparXMamba(Backbone):
         stem_convs: Convolutions of the stem, 2 or 3.
         steps: Distance of the ganglion layers in each stage, S in the paper.
         starts: First block of each stage that may be a ganglion layer; ``None`` for none in that stage.
-        windows: Number of earlier ganglion layers that one reads, M in the paper; ``None`` for all.
-        cross_stage: Let later ganglion layers read the stage's input too. No published model does.
-        dense: Let ganglion layers read all earlier normal layers of their stage.
+        windows: Number of earlier ganglion layers that one reads, M in the paper; ``None`` for all, as in the paper's
+            ablation DGC. It binds where a stage has more than M + 1 ganglion layers.
+        cross_stage: Let later ganglion layers read the stage's input too, as in the paper's ablation DSN. No published
+            model does.
+        dense: Let ganglion layers read all earlier normal layers of their stage, as in ``dgc_mamba_tiny``.
         reductions: Factor by which the aggregator's queries and keys are smaller than the map.
         learnable_scale: Give every aggregator a learnable attention scale, as the published detection backbone has.
         d_state: States per channel.
@@ -435,15 +437,23 @@ def sparx_mamba_base(pretrained: bool = False, **kwargs: Any) -> SparXMamba:
 
 @register_model
 def dgc_mamba_tiny(pretrained: bool = False, **kwargs: Any) -> SparXMamba:
-    """DGC-Mamba-T, an ablation: ganglion layers as in SparX-Mamba-T, reading all earlier layers; 27.7 M parameters."""
+    """DGC-Mamba-T, an ablation (dense ganglion connections): 27.7 M parameters.
+
+    The authors' DGC is SparX without the window between ganglion layers. In the published SparX-Mamba-T it never
+    binds: the model reads the same maps without it. So this is a reading with denser inner connections: the ganglion
+    layers of SparX-Mamba-T, each of which reads all earlier layers of its stage, the normal ones too.
+    """
     args = dict(windows=None, dense=True)
     return _create_sparx("dgc_mamba_tiny", pretrained, **dict(args, **kwargs))
 
 
 @register_model
 def dsn_mamba_tiny(pretrained: bool = False, **kwargs: Any) -> SparXMamba:
-    """DSN-Mamba-T, an ablation: all layers from the second stage on are ganglion layers; 30.7 M parameters."""
-    args = dict(steps=1, starts=(None, 0, 0, 0), windows=None)
+    """DSN-Mamba-T, an ablation ("exactly DenseNet's strategy"): 32.5 M parameters.
+
+    From the second stage on, every layer reads all earlier outputs of its stage, and the stage's input.
+    """
+    args = dict(steps=1, starts=(None, 0, 0, 0), windows=None, cross_stage=True)
     return _create_sparx("dsn_mamba_tiny", pretrained, **dict(args, **kwargs))
 
 

@@ -370,8 +370,8 @@ _cfg = partial(
 default_cfgs = generate_default_cfgs(
     {
         "sparx_swin_tiny.untrained": _cfg(),
-        "sparx_swin_small.untrained": _cfg(),
-        "sparx_swin_base.untrained": _cfg(),
+        "sparx_swin_small.untrained": _cfg(crop_pct=0.95),
+        "sparx_swin_base.untrained": _cfg(crop_pct=0.95),
         "sparx_swin_atto.untrained": _cfg(**ATTO),
     }
 )

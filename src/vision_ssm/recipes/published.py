@@ -55,7 +55,8 @@ def _sparx_mamba(model: str, drop_path_rate: float, crop_pct: float) -> Recipe:
         f"{where}, train.py and scripts (timm 0.6.12)": _COMMON | rates | schedule | others,
     }
     notes = (
-        "Batch norms shared their statistics between the GPUs, 2048 images; here each 256 images have their own.",
+        "Batch norms shared their statistics between the GPUs, 2048 images; here each 256 images have their own. On as "
+        "many GPUs, --devices 8 --grad-accum 1 --sync-batchnorm does what the authors did.",
         "Whether the published accuracy is that of the moving average is not stated.",
     )
     return _recipe("SparX-Mamba" + _AS_PUBLISHED, values, notes)
