@@ -73,15 +73,16 @@ def draw_routes(paths: Sequence[ScanPath], height: int, width: int, columns: int
         for _, x, y in visited[:1]:
             axes.scatter([x], [y], s=80, facecolor="none", edgecolor="black", linewidth=1.2, zorder=4)
         axes.set(xlim=(-0.7, width - 0.3), ylim=(height - 0.3, -0.7), aspect="equal", xticks=[], yticks=[])
-        axes.set_title(_name(path), fontsize=8)
+        axes.set_title(path_name(path), fontsize=8)
         axes.spines[:].set_color("0.8")
     return figure
 
 
-def _name(path: ScanPath) -> str:
+def path_name(path: ScanPath) -> str:
+    """The class of a path and its attributes, such as `Reversed(Rows)`."""
     inner = getattr(path, "path", None)
     own = type(path).__name__
     if isinstance(inner, ScanPath):
-        return f"{own}({_name(inner)})"
+        return f"{own}({path_name(inner)})"
     values = [str(getattr(path, field.name)) for field in fields(path)]
     return f"{own}({', '.join(values)})" if values else own

@@ -170,10 +170,17 @@ class ChannelAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mix the channels of ``v``, (B, H, W, C), by the products of ``q`` and ``k``, both (B, H', W', C)."""
         shape = v.shape
-        q, k, v = (x.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        weights = self.weights(q, k)
+        return (self._in_groups(v) @ weights.transpose(-1, -2)).transpose(1, 2).reshape(shape)
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return how much each channel takes of each channel of its group, (B, heads, C / heads, C / heads)."""
+        q, k = self._in_groups(q), self._in_groups(k)
         scale = q.shape[2] ** -0.5 if self.scale is None else self.scale
-        weights = ((q * scale).transpose(-1, -2) @ k).softmax(-1)  # (B, heads, C / heads, C / heads)
-        return (v @ weights.transpose(-1, -2)).transpose(1, 2).reshape(shape)
+        return ((q * scale).transpose(-1, -2) @ k).softmax(-1)
+
+    def _in_groups(self, x: Tensor) -> Tensor:
+        return x.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, H * W, C / heads)
 
 
 def _reduced_or_whole(reduced: Tensor, whole: Tensor) -> Tensor:
