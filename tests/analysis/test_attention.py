@@ -25,8 +25,8 @@ SCANS = {
     "sparx_mamba_atto": ("stages.1.blocks.1.ss2d", 4),
     "efficient_vmamba_atto": ("stages.0.blocks.0.ss2d", 4),
     "group_mamba_atto": ("stages.2.blocks.0.mixer.ss2d", 4),
-    "vim2_atto": ("stages.1.blocks.0.token_mixer", 4),
-    "viqs_atto": ("stages.1.blocks.0.token_mixer", 4),
+    "vim2_atto": ("stages.1.blocks.0", 4),
+    "viqs_atto": ("stages.1.blocks.0", 4),
 }
 
 
@@ -133,7 +133,7 @@ def test_the_reference_backend_is_seen_too():
     image = first_image(32, 32)[0]
     with use_backend("reference"):
         found = scan_attention(model, [image])
-    assert found.layer == "stages.2.blocks.1.ss2d"
+    assert found.layer == "stages.2.blocks.2.ss2d"  # the last of the third stage
     assert found.images[0].token == (found.images[0].absolute.shape[1] // 2,) * 2
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -175,19 +176,17 @@ class ScanAttention(Result):
     images: tuple[ImageAttention, ...]
 
     def plot(self) -> Figure:
-        """The picture, the weights of all routes and of each; of a single image signed weights and steps too."""
+        """The picture, the weights on all routes and on each; of a single image signed weights and steps too."""
         single = len(self.images) == 1
         panels = max(len(item.routes) for item in self.images) + (5 if single else 2)
         columns = 5 if single else panels
         rows = -(-panels // columns) if single else len(self.images)
-        first = self.images[0]
-        shape = first.picture.shape
-        figure = new_figure(2.3 * columns, (2.3 * shape[0] / shape[1] + 0.75) * rows + 0.8)
+        shape = self.images[0].picture.shape
+        figure = new_figure(2.2 * columns, ((1.65 if single else 1.9) * shape[0] / shape[1] + 0.45) * rows + 0.5)
         figure.suptitle(
-            f"What a token attends to in {self.layer} of {self.model}\n{first.absolute.shape[1]}×"
-            f"{first.absolute.shape[2]} tokens of {first.pixels[0]:.3g}×{first.pixels[1]:.3g} pixels; weights are "
-            "means over channels, colors follow their square roots",
-            fontsize=11,
+            f"What the marked token attends to in {self.layer} of {self.model}\n"
+            "weights: means over channels, colored by their square roots, each route as all routes",
+            fontsize=10,
         )
         axes = figure.subplots(rows, columns, squeeze=False)
         for each in axes.flat:
@@ -198,17 +197,21 @@ class ScanAttention(Result):
 
     def _draw(self, item: ImageAttention, places: Iterator[Axes], single: bool) -> None:
         top = _top(item.absolute)
-        _draw_map(next(places), item, _elide(item.image), None)
-        _draw_map(next(places), item, "all routes, |weight|", item.absolute[0], top)
+        size = "×".join(f"{side:.3g}" for side in item.pixels)
+        grid = "×".join(map(str, item.absolute.shape[1:]))
+        title = f"{short_name(item.image)}\n{grid} tokens of {size} pixels"
+        _draw_map(next(places), item, title, None)
+        _draw_map(next(places), item, "|weight|\nall routes", item.absolute[0], top)
         if single:
-            _draw_map(next(places), item, "all routes, weight", item.signed[0], _top(item.signed[0]), signed=True)
+            _draw_map(next(places), item, "weight\nall routes", item.signed[0], _top(item.signed[0]), signed=True)
             # Tokens that several routes read have a step size on each.
-            for title, maps in (("step size Δ", item.steps), ("decay exp(Δ A)", item.decays)):
+            for what, maps in (("step size Δ", item.steps), ("decay exp(Δ A)", item.decays)):
                 known = np.isfinite(maps)
                 mean = np.where(known, maps, 0).sum(0) / np.maximum(known.sum(0), 1)
-                _draw_map(next(places), item, title, np.where(known.any(0), mean, np.nan), None)
+                _draw_map(next(places), item, f"{what}\nmean of the routes", np.where(known.any(0), mean, np.nan))
         for route, weight, values in zip(item.routes, item.route_weights, item.absolute[1:], strict=True):
-            _draw_map(next(places), item, route if weight == 1 else f"{route} × {weight:.2f}", values, top)
+            title = route if weight == 1 else f"{route}\nweight of the route {weight:.2f}"
+            _draw_map(next(places), item, title, values, top, bar=False)
 
     def rows(self) -> list[dict[str, Any]]:
         lines = []
@@ -225,7 +228,14 @@ class ScanAttention(Result):
 
 
 def _draw_map(
-    axes: Axes, item: ImageAttention, title: str, values: Any, top: float | None = None, *, signed: bool = False
+    axes: Axes,
+    item: ImageAttention,
+    title: str,
+    values: Any,
+    top: float | None = None,
+    *,
+    signed: bool = False,
+    bar: bool = True,
 ) -> None:
     """Draw values over the gray picture, or without any the picture itself, and mark the token."""
     from matplotlib.colors import FuncNorm, Normalize
@@ -233,23 +243,24 @@ def _draw_map(
 
     height, width = item.picture.shape[:2]
     extent = (0, width, height, 0)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=8)
     if values is None:
         axes.imshow(item.picture, extent=extent)
     else:
         axes.imshow(item.picture.mean(2), extent=extent, cmap="gray", vmin=-0.4, vmax=1.4)
-        norm: Any = Normalize()
+        norm: Any = Normalize(np.nanmin(values), np.nanmax(values))
         if top is not None:
             norm = FuncNorm((_root, _square), vmin=-top if signed else 0, vmax=top)
             values = np.where(values == 0, np.nan, values)  # not seen at all: the picture stays bare
-        if np.isfinite(values).any():
-            colors = "PuOr" if signed else COLOR_MAP
-            image = axes.imshow(values, extent=extent, cmap=colors, norm=norm, alpha=0.8, interpolation="nearest")
-            bar = axes.figure.colorbar(image, ax=axes, shrink=0.75, pad=0.02)
+        colors = "PuOr" if signed else COLOR_MAP
+        image = axes.imshow(values, extent=extent, cmap=colors, norm=norm, alpha=0.8, interpolation="nearest")
+        if bar:
+            side = axes.inset_axes((1.03, 0, 0.06, 1))  # as high as the picture
             low, high = float(norm.vmin), float(norm.vmax)
-            bar.set_ticks([low, 0.0, high] if signed else [low, float(norm.inverse(0.5)), high])
-            bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
-            bar.ax.tick_params(labelsize=7)
+            digits = 4 if top is None else 3  # decays differ little
+            ticks = [low, 0.0, high] if signed else [low, float(norm.inverse(0.5)), high]
+            axes.figure.colorbar(image, cax=side, ticks=ticks, format=lambda value, _: f"{value:.{digits}g}")
+            side.tick_params(labelsize=7)
     down, right = item.pixels
     corner = (item.token[1] * right, item.token[0] * down)
     for color, line in (("white", 3.0), (COLORS[1], 1.5)):
@@ -359,7 +370,7 @@ class ChannelMaps(Result):
         limits = dict(vmin=0, vmax=float(self.weights.max()))
         for (row, head), each in np.ndenumerate(axes):
             image = each.imshow(self.weights[row, head], cmap=COLOR_MAP, interpolation="nearest", **limits)
-            each.set_title(f"{_elide(self.images[row])}, head {head}" if head == 0 else f"head {head}", fontsize=9)
+            each.set_title(f"{short_name(self.images[row])}, head {head}" if head == 0 else f"head {head}", fontsize=9)
             each.tick_params(labelsize=7)
             each.set_xlabel(f"channel of the earlier layers (of {channels})" if row == count - 1 else "", fontsize=8)
             each.set_ylabel("channel" if head == 0 else "", fontsize=8)
@@ -447,7 +458,7 @@ class SwitchChoices(Result):
         axes.set(xlabel="weight of a path, in both directions", xlim=(0, 1), ylabel="layer")
         axes.spines[["top", "right"]].set_visible(False)
         count = len(self.images)
-        axes.set_title(f"Paths that the switches of {self.model} take, mean of {count} image{'s' * (count > 1)}")
+        figure.suptitle(f"Paths that {self.model} takes, mean of {count} image{'s' * (count > 1)}", fontsize=11)
         figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
         return figure
 
@@ -508,5 +519,7 @@ def _top(values: np.ndarray) -> float:
     return max(float(np.abs(values).max()), 1e-30)
 
 
-def _elide(name: str, most: int = 24) -> str:
+def short_name(image: str, most: int = 28) -> str:
+    """The name of an image file with its folder, or of another image, cut from the left."""
+    name = "/".join(PurePath(image).parts[-2:])
     return name if len(name) <= most else f"…{name[1 - most :]}"

@@ -33,7 +33,7 @@ class AttentionOptions(AnalysisOptions):
 def attention(words: Sequence[str]) -> int:
     """Draw what a scan attends to; `words` follow `vision-ssm analyze attention`."""
     options: AttentionOptions = parse_options(AttentionOptions, words, "analyze attention")
-    from vision_ssm.analysis.attention import channel_attention, scan_attention, switch_choices
+    from vision_ssm.analysis.attention import channel_attention, scan_attention, short_name, switch_choices
     from vision_ssm.analysis.scan_layers import ATTENTION, choose_layer, find_scan_layers
     from vision_ssm.detectors.detector import OnBackbone
 
@@ -42,9 +42,11 @@ def attention(words: Sequence[str]) -> int:
     names: list[str] = []
     images: list[Any] = []
     for batch in subject.task.batches(choose_images(options, [subject]), 1):
-        image = batch["image"][0]
-        if "size" in batch:  # padded
-            height, width = batch["size"][0].tolist()
+        several = "images" in batch  # a segmenter's, one for each size
+        image = batch["images"][0][0] if several else batch["image"][0]
+        size = batch["sizes"][0] if several else batch.get("size")
+        if size is not None:  # the rest is padding
+            height, width = size[0].tolist()
             image = image[:, :height, :width]
         names.append(batch["id"][0])
         images.append(image)
@@ -81,7 +83,7 @@ def attention(words: Sequence[str]) -> int:
             weight = "" if row["route_weight"] is None else f"{row['route_weight']:.2f}"
             numbers = (f"{row['near']:.1%}", f"{row['distance_tokens']:.1f}", f"{row['distance_pixels']:.0f}")
             shown = numbers if row["sum"] > 0 else ("",) * 3  # the route does not write the token
-            table.add_row(row["image"], row["route"], weight, f"{row['sum']:.3g}", *shown)
+            table.add_row(short_name(row["image"], 40), row["route"], weight, f"{row['sum']:.3g}", *shown)
         console.print(table)
     console.out("\n".join(map(str, files)), highlight=False)
     return 0
