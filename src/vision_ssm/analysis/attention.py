@@ -1,6 +1,6 @@
 """What scans attend to: rows of the matrices by which they mix tokens, channel attention, and chosen routes.
 
-Source: Ali, Zimerman and Wolf, "The Hidden Attention of Mamba Models", arXiv 2403.01590, equations 10 to 12; VMamba,
+Source: Ali, Zimerman and Wolf, "The Hidden Attention of Mamba Models", arXiv 2403.01590; VMamba,
 arXiv 2401.10166, section 5, which draws such maps.
 """
 
@@ -338,8 +338,10 @@ def _arguments(model: nn.Module, image: Tensor, run: Run, layer: str) -> ScanArg
 
     def note(name: str, call: Call) -> None:
         if name == layer and call[2] is not None:
-            tensors = {field: value for field, value in vars(call[2]).items() if isinstance(value, Tensor)}
-            kept[:] = [replace(call[2], **{field: value.clone() for field, value in tensors.items()})]
+            tensors: dict[str, Any] = {
+                field: value.clone() for field, value in vars(call[2]).items() if isinstance(value, Tensor)
+            }
+            kept[:] = [replace(call[2], **tensors)]
 
     trace(model, image, run, note)
     return kept[0]
@@ -367,7 +369,7 @@ class ChannelMaps(Result):
         figure = new_figure(2.5 * heads + 0.8, 2.5 * count + 1)
         figure.suptitle(f"Channels that channels attend to: {self.layer} of {self.model}", fontsize=11)
         axes = figure.subplots(count, heads, squeeze=False)
-        limits = dict(vmin=0, vmax=float(self.weights.max()))
+        limits = dict(vmin=float(self.weights.min()), vmax=float(self.weights.max()))
         for (row, head), each in np.ndenumerate(axes):
             image = each.imshow(self.weights[row, head], cmap=COLOR_MAP, interpolation="nearest", **limits)
             each.set_title(f"{short_name(self.images[row])}, head {head}" if head == 0 else f"head {head}", fontsize=9)
@@ -376,6 +378,7 @@ class ChannelMaps(Result):
             each.set_ylabel("channel" if head == 0 else "", fontsize=8)
         bar = figure.colorbar(image, ax=axes, shrink=0.8)
         bar.set_label("weight; a row has sum 1", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
         return figure
 
     def rows(self) -> list[dict[str, Any]]:

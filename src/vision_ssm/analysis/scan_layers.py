@@ -62,11 +62,12 @@ def find_scan_layers(
 
     def note(name: str, call: Call) -> None:
         module, inputs, args = call
-        grid = inputs[0].shape[1:3]
         if args is None:
-            heads = module.heads
-            found[name] = ScanLayer(name, ATTENTION, tuple(grid), (), inputs[0].shape[3] // heads, heads)
+            heads: Any = module.heads
+            height, width, channels = inputs[2].shape[1:]  # queries and keys may be smaller
+            found[name] = ScanLayer(name, ATTENTION, (height, width), (), channels // heads, heads)
             return
+        grid = inputs[0].shape[1:3]
         tokens = args.x.shape[1]
         grids = [grid, inputs[0].shape[2:4]]  # a map is (B, H, W, C) in this package, and may be (B, C, H, W) elsewhere
         grid = next((tuple(grid) for grid in grids if len(grid) == 2 and prod(grid) == tokens), (1, tokens))
