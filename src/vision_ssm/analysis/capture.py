@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -33,12 +33,15 @@ def find_blocks(model: nn.Module) -> dict[str, int]:
 
 
 @contextmanager
-def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def capture(
+    model: nn.Module, names: Sequence[str], change: Callable[[Any], Any] = lambda output: output
+) -> Iterator[dict[str, Any]]:
     """Keep the latest outputs of some modules: a mapping that a forward pass fills.
 
     Args:
         model: The model.
         names: Names of modules.
+        change: What to keep of an output, where the whole is too large.
 
     Raises:
         InputError: There is no module of that name.
@@ -51,7 +54,7 @@ def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
                 raise InputError(f"{type(model).__name__} has no part {name}{nearest(name, modules)}")
 
             def keep(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-                outputs[name] = output
+                outputs[name] = change(output)
 
             stack.callback(modules[name].register_forward_hook(keep).remove)
         yield outputs
@@ -60,3 +63,59 @@ def capture(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
 def as_tensor(output: Any) -> Tensor:
     """The map among what a block returns, such as a mixer's map and balance term."""
     return output if isinstance(output, Tensor) else next(part for part in output if isinstance(part, Tensor))
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """What gives the maps: the backbone of a detector or segmenter, or the model itself."""
+    return getattr(model, "backbone", model)
+
+
+def stage_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The maps (B, C, H, W) of a model's stages, finest first.
+
+    They are those of timm's ``forward_intermediates``, of a detector's or segmenter's backbone, or else the outputs of
+    the last blocks of the stages.
+
+    Args:
+        model: The model.
+        images: (B, 3, H, W), normalized.
+
+    Raises:
+        InputError: The model has no such maps.
+    """
+    network: Any = backbone_of(model)
+    last = getattr(network, "output_fmt", "NCHW") == "NHWC"
+    if network is not model:
+        return [x.permute(0, 3, 1, 2) if last else x for x in network(images)]
+    if hasattr(network, "forward_intermediates"):
+        return network.forward_intermediates(images, intermediates_only=True)
+    names = {stage: name for name, stage in find_blocks(network).items()}
+    with capture(network, list(names.values()), as_tensor) as outputs:
+        network(images)
+    maps = [outputs[name] for name in names.values()]
+    if any(x.ndim != 4 for x in maps):
+        raise InputError(f"{type(model).__name__} gives no maps: an output of a block has {maps[0].ndim} dimensions")
+    return [x.permute(0, 3, 1, 2) if last else x for x in maps]
+
+
+def check_stages(stages: Sequence[int] | None, count: int) -> list[int]:
+    """The stages to look at, all by default.
+
+    Raises:
+        InputError: There is no such stage.
+    """
+    if wrong := [stage for stage in stages or () if stage not in range(count)]:
+        raise InputError(f"there are stages 0 to {count - 1}, not {', '.join(map(str, wrong))}")
+    return list(range(count) if stages is None else stages)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

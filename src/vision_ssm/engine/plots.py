@@ -1,8 +1,10 @@
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from vision_ssm.engine.files import atomic_write
@@ -46,3 +48,19 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG file, whole or not at all."""
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=130)
+
+
+def elide(name: str, length: int) -> str:
+    """A name as matplotlib can show it, shortened in its middle."""
+    known = _characters()
+    name = "".join(c if ord(c) in known else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+    # The middle goes, because names are often told apart by their ends.
+    tail = length // 3
+    short = name if len(name) <= length else f"{name[: length - tail - 1]}…{name[-tail:]}"
+    return short.replace("$", r"\$")  # dollar signs would start matplotlib's maths
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    """What matplotlib's default font can show."""
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())

@@ -14,9 +14,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from vision_ssm.data import Images
 from vision_ssm.data.coco import outlines
 from vision_ssm.data.rle import decode_masks, to_rle
-from vision_ssm.engine.plots import save_figure
+from vision_ssm.engine.plots import elide, save_figure
 from vision_ssm.tasks.coco_metric import RECALLS, CocoFigures
-from vision_ssm.tasks.plots import elide
 
 _COLORS = [tuple(round(255 * part) for part in color) for color in colormaps["tab10"].colors]  # type: ignore[attr-defined]
 _THRESHOLD = 0.5

@@ -1,4 +1,3 @@
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -6,14 +5,13 @@ import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from torch import Tensor
 
 from vision_ssm.data import Images
-from vision_ssm.engine.plots import save_figure
+from vision_ssm.engine.plots import elide, save_figure
 
 Record = tuple[str, int, float, int]
 """Id of an image, its predicted class, the probability and its true class."""
@@ -115,19 +113,3 @@ def _thumbnail(image: Image.Image, side: int = 160) -> Image.Image:
     square = Image.new("RGB", (side, side), "#f2f2f2")
     square.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
     return square
-
-
-def elide(name: str, length: int) -> str:
-    """A name as matplotlib can show it, shortened in its middle."""
-    known = _characters()
-    name = "".join(c if ord(c) in known else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
-    # The middle goes, because names are often told apart by their ends.
-    tail = length // 3
-    short = name if len(name) <= length else f"{name[: length - tail - 1]}…{name[-tail:]}"
-    return short.replace("$", r"\$")  # dollar signs would start matplotlib's maths
-
-
-@functools.cache
-def _characters() -> frozenset[int]:
-    """What matplotlib's default font can show."""
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())

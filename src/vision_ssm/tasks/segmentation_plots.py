@@ -8,9 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vision_ssm.data import Images
 from vision_ssm.detectors.segmenter import IGNORED
-from vision_ssm.engine.plots import save_figure
+from vision_ssm.engine.plots import elide, save_figure
 from vision_ssm.tasks.label_maps import color_labels, read_labels
-from vision_ssm.tasks.plots import elide
 
 _ALPHA = 0.6  # of the colors over the image
 _SIDE = 640  # pixels of the longest side in a sheet

@@ -1,0 +1,203 @@
+"""Effective receptive fields: which pixels the center of a stage's map depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vision_ssm.analysis.capture import check_stages, evaluation_mode, stage_outputs
+from vision_ssm.analysis.result import COLOR_MAP, Result, new_figure
+from vision_ssm.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHARES = (0.2, 0.3, 0.5, 0.99)
+"""Shares of a field's sum for which areas are given, those of RepLKNet and SLaK."""
+
+Normalization = Literal["none", "max", "sum"]
+_DIVISORS: dict[Normalization, Any] = {"none": lambda values: 1.0, "max": np.max, "sum": np.sum}
+
+
+@dataclass(frozen=True)
+class Field:
+    """The field of the central output of one stage.
+
+    Args:
+        model: What the model is called.
+        stage: The stage, counted from 0.
+        map_size: Height and width of its map.
+        images: Number of images.
+        values: float64 (height, width) of the input, mean absolute gradient, normalized.
+    """
+
+    model: str
+    stage: int
+    map_size: tuple[int, int]
+    images: int
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class ERF(Result):
+    """Effective receptive fields, of several stages of one or more models.
+
+    Args:
+        fields: The fields; results of several models are joined by ``ERF(a.fields + b.fields, a.normalization)``.
+        normalization: What each field is divided by.
+    """
+
+    fields: tuple[Field, ...]
+    normalization: Normalization
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For each field the smallest centered squares, in pixels and as shares of the area."""
+        rows = []
+        for field in self.fields:
+            squares = zip(SHARES, centered_squares(field.values), strict=True)
+            size = "x".join(map(str, field.values.shape))
+            row = {"model": field.model, "stage": field.stage, "input": size, "images": field.images}
+            for share, (side, area) in squares:
+                row |= {f"side_{share:.0%}".rstrip("%"): side, f"area_{share:.0%}".rstrip("%"): area}
+            rows.append(row)
+        return rows
+
+    def plot(self) -> Figure:
+        """Draw a map per stage, one row per model, with the squares that hold half and nearly all of it."""
+        from matplotlib.colors import LogNorm
+        from matplotlib.patches import Rectangle
+
+        models, stages = _unique(f.model for f in self.fields), sorted({f.stage for f in self.fields})
+        figure = new_figure(2.7 * len(stages) + 1.5, 2.9 * len(models) + 0.9)
+        grid = figure.subplots(len(models), len(stages), squeeze=False)
+        for axes in grid.flat:
+            axes.set_visible(False)
+        peak = max(float(f.values.max()) for f in self.fields)
+        norm = LogNorm(peak / 1000, peak, clip=True)
+        picture = None
+        for field in self.fields:
+            axes = grid[models.index(field.model), stages.index(field.stage)]
+            axes.set_visible(True)
+            picture = axes.imshow(field.values, norm=norm, cmap=COLOR_MAP, interpolation="nearest")
+            squares = dict(zip(SHARES, centered_squares(field.values), strict=True))
+            for share, style in ((0.5, "-"), (0.99, "--")):
+                side = squares[share][0]
+                corner = [length // 2 - side / 2 for length in field.values.shape[::-1]]
+                axes.add_patch(Rectangle(corner, side, side, fill=False, color="white", linestyle=style))
+            height, width = field.map_size
+            axes.set_title(
+                f"stage {field.stage}, map of {height}×{width}\n50% in {squares[0.5][1]:.1%} of the area", fontsize=9
+            )
+            axes.tick_params(labelsize=7)
+            axes.set_xlabel("pixels", fontsize=8)
+            if field.stage == stages[0]:
+                axes.set_ylabel(f"{field.model}\npixels", fontsize=8)
+        images = " and ".join(_unique(f"{f.images:,}" for f in self.fields))
+        figure.suptitle(
+            f"Effective receptive field of the central output: mean absolute gradient over {images} images\n"
+            "squares hold 50% (solid) and 99% (dashed) of its sum",
+            fontsize=10,
+        )
+        divided = {"none": "", "max": " ÷ its maximum", "sum": " ÷ its sum"}[self.normalization]
+        figure.colorbar(picture, ax=grid, label=f"mean absolute gradient{divided}", extend="min", shrink=0.8)
+        return figure
+
+    def save(self, path: Path) -> list[Path]:
+        """Also write the maps into ``path.npz``, one array per model and stage."""
+        from vision_ssm.engine.files import atomic_write
+
+        files, arrays = super().save(path), path.with_name(f"{path.name}.npz")
+        with atomic_write(arrays) as file:
+            np.savez_compressed(file, **{f"{f.model} stage {f.stage}": f.values for f in self.fields})
+        return [*files, arrays]
+
+
+def effective_receptive_field(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    stages: Sequence[int] | None = None,
+    *,
+    normalization: Normalization = "max",
+    name: str = "the model",
+) -> ERF:
+    """Measure the mean absolute gradient of stages' central outputs with respect to the input.
+
+    The central output is the sum over the channels of the positive values of the map at row ``H // 2`` and column
+    ``W // 2``: of an even side the second of the two middle places. So has it RepLKNet; the sum of all values would be
+    constant after a LayerNorm. The mean is over images and color channels.
+
+    Args:
+        model: The model; of a detector or segmenter the backbone is measured.
+        batches: Normalized images (B, 3, H, W), all of one size.
+        stages: The stages, counted from 0; all by default.
+        normalization: What a field is divided by: nothing, its maximum or its sum.
+        name: What the model is called.
+
+    Raises:
+        InputError: There is no such stage, there are no images or of several sizes, the model gives no maps, or a
+            gradient is 0 everywhere or not finite.
+
+    Source: Luo et al. 2016; RepLKNet (Ding et al. 2022), whose code also takes the positive part of the gradients
+    instead of their absolute value, and the logarithm of the field before it measures areas.
+    """
+    sums: dict[int, Any] = {}
+    sizes: dict[int, tuple[int, int]] = {}
+    images = 0
+    with torch.enable_grad(), evaluation_mode(model):
+        for batch in batches:
+            x = batch.detach().clone().requires_grad_()
+            maps = stage_outputs(model, x)
+            chosen = check_stages(stages, len(maps))
+            for stage in chosen:
+                height, width = maps[stage].shape[-2:]
+                center = maps[stage][:, :, height // 2, width // 2].relu().sum()
+                (gradient,) = torch.autograd.grad(center, x, retain_graph=stage != chosen[-1])
+                total = gradient.abs().sum(0).cpu().double().mean(0)
+                if stage in sums and sums[stage].shape != total.shape:
+                    raise InputError(
+                        f"images must be of one size, got {tuple(sums[stage].shape)} and {tuple(total.shape)}"
+                    )
+                sums[stage], sizes[stage] = sums.get(stage, 0) + total, (height, width)
+            images += len(x)
+    if not images:
+        raise InputError("there are no images to measure receptive fields on")
+    fields = []
+    for stage, total in sums.items():
+        values = total.numpy() / images
+        if not 0 < values.sum() < np.inf:
+            raise InputError(f"{name}: the gradient of stage {stage} is 0 everywhere or not finite")
+        fields.append(Field(name, stage, sizes[stage], images, values / _DIVISORS[normalization](values)))
+    return ERF(tuple(fields), normalization)
+
+
+def centered_squares(values: np.ndarray, shares: Sequence[float] = SHARES) -> list[tuple[int, float]]:
+    """The smallest squares around the central pixel that hold given shares of a field's sum.
+
+    Squares have odd sides and the pixel of row ``H // 2`` and column ``W // 2`` in their middle.
+
+    Args:
+        values: (H, W), not negative.
+        shares: Above 0 and at most 1.
+
+    Returns:
+        For each share the side in pixels, and the share of the area that lies in the square; what of it is outside of
+        the image does not count.
+
+    Source: the high-contribution area ratio of RepLKNet and SLaK, whose squares begin with a side of 3.
+    """
+    distances = [np.abs(np.arange(side) - side // 2) for side in values.shape]
+    rings = np.maximum(distances[0][:, None], distances[1]).ravel()
+    inside = np.bincount(rings, values.ravel()).cumsum()
+    area = np.bincount(rings).cumsum() / values.size
+    places = [int(np.searchsorted(inside, share * inside[-1])) for share in shares]
+    return [(2 * place + 1, float(area[place])) for place in places]
+
+
+def _unique(items: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(items))
