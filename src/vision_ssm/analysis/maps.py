@@ -190,12 +190,14 @@ class ClassActivation(Result):
     Args:
         model: What the model is called.
         method: The class of grad-cam.
+        stage: The stage, counted from 0.
         segmenter: Whether scores are shares of pixels.
         activations: For each image one per class.
     """
 
     model: str
     method: str
+    stage: int
     segmenter: bool
     activations: tuple[tuple[Activation, ...], ...]
 
@@ -204,27 +206,31 @@ class ClassActivation(Result):
         return [{name: getattr(each, name) for name in names} for line in self.activations for each in line]
 
     def plot(self) -> Figure:
-        """Draw a row per image: the image, then the maps of its classes over it."""
+        """Draw each image, and beside it the maps of its classes over it."""
         from matplotlib.cm import ScalarMappable
 
         from vision_ssm.engine.plots import elide
 
-        columns = 1 + max(map(len, self.activations))
-        figure = new_figure(2.5 * columns + 0.9, 2.6 * len(self.activations) + 0.8)
-        grid = figure.subplots(len(self.activations), columns, squeeze=False)
+        # As many images side by side as six columns hold, in lines of equal lengths.
+        width, count = 1 + max(map(len, self.activations)), len(self.activations)
+        lines = math.ceil(count / max(1, 6 // width))
+        across = math.ceil(count / lines)
+        figure = new_figure(2.2 * width * across + 1, 2.6 * lines + 0.7)
+        grid = figure.subplots(lines, width * across, squeeze=False)
         for axes in grid.flat:
             axes.axis("off")
-        for line, found in zip(grid, self.activations, strict=True):
-            line[0].imshow(found[0].picture)
-            line[0].set_title(elide(found[0].image, 26), fontsize=8)
-            for axes, each in zip(line[1:], found, strict=False):
+        for cells, found in zip(grid.reshape(-1, width), self.activations, strict=False):
+            cells[0].imshow(found[0].picture)
+            cells[0].set_title(elide(found[0].image, 24), fontsize=8)
+            for axes, each in zip(cells[1:], found, strict=False):
                 axes.imshow(each.picture)
                 axes.imshow(each.values, cmap=COLOR_MAP, vmin=0, vmax=1, alpha=0.6)
                 of = " of the pixels" if self.segmenter else ""
                 mark = "predicted: " if each.predicted else ""
                 axes.set_title(f"{mark}{elide(each.class_name, 20)}\n{each.score:.1%}{of}", fontsize=8)
-        figure.suptitle(f"{self.method} of {self.model}, last stage", fontsize=10)
-        bar = figure.colorbar(ScalarMappable(cmap=COLOR_MAP), ax=grid, shrink=0.8, label="activation ÷ its maximum")
+        figure.suptitle(f"{self.method} of {self.model}, stage {self.stage}", fontsize=10)
+        bar = figure.colorbar(ScalarMappable(cmap=COLOR_MAP), ax=grid, shrink=0.8, aspect=30)
+        bar.set_label("activation ÷ its maximum")
         bar.outline.set_visible(False)
         return figure
 
@@ -235,12 +241,13 @@ def class_activation(
     classes: Sequence[int] | None = None,
     method: str = "GradCAM",
     *,
+    stage: int | None = None,
     pictures: Sequence[np.ndarray] | None = None,
     image_names: Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
     name: str = "the model",
 ) -> ClassActivation:
-    """Find which parts of images speak for classes, with the library grad-cam, at the output of the last stage.
+    """Find which parts of images speak for classes, with the library grad-cam, at the output of a stage.
 
     Of a segmenter the target is the sum of the class's scores over the pixels where it is predicted, or over all pixels
     where it is predicted nowhere. Gradients that parameters hold are lost.
@@ -250,14 +257,15 @@ def class_activation(
         images: Normalized images (3, H, W) of any sizes.
         classes: Indices of the classes; by default the predicted one of each image.
         method: A name in ``METHODS``.
+        stage: The stage, counted from 0; by default the last one.
         pictures: The images as people see them, (H, W, 3) with values from 0 to 1; by default `images`, stretched.
         image_names: Names of the images.
         class_names: Names of the classes.
         name: What the model is called.
 
     Raises:
-        InputError: The method or a class does not exist, there are no images, or the model is neither a classifier nor
-            a segmenter, or has no last stage that can be found.
+        InputError: The method, a class or the stage does not exist, there are no images, the stage's map has only one
+            place, or the model is neither a classifier nor a segmenter, or has no stages that can be found.
         ImportError: grad-cam is not installed.
 
     Source: Selvaraju et al. 2017 (Grad-CAM), https://github.com/jacobgil/pytorch-grad-cam.
@@ -272,7 +280,7 @@ def class_activation(
         raise InputError("there are no images to explain")
     shown = list(pictures or map(_stretched, images))
     names = list(image_names or map(str, range(len(images))))
-    layer, to_map = _last_stage(model)
+    stage, layer, to_map = _stage(model, stage)
     lines, segmenter = [], False
     with torch.enable_grad(), evaluation_mode(model):
         cam = getattr(pytorch_grad_cam, method)(model, [layer], to_map)
@@ -295,6 +303,11 @@ def class_activation(
                         mask = labels == label if (labels == label).any() else torch.ones_like(labels)
                         target = SemanticSegmentationTarget(label, mask.float().numpy())
                     values = cam(x, [target])[0]
+                    if cam.activations_and_grads.activations[0].shape[-2:] == (1, 1):
+                        size = "x".join(map(str, image.shape[1:]))
+                        raise InputError(
+                            f"the map of stage {stage} of an image of {size} has one place; try another stage"
+                        )
                     class_name = str(label if class_names is None else class_names[label])
                     score = float(scores[label])
                     line.append(Activation(image_name, picture, values, label, class_name, score, label == best))
@@ -302,7 +315,7 @@ def class_activation(
         finally:
             cam.activations_and_grads.release()
             model.zero_grad(set_to_none=True)
-    return ClassActivation(name, method, segmenter, tuple(lines))
+    return ClassActivation(name, method, stage, segmenter, tuple(lines))
 
 
 def _scores(model: nn.Module, x: Tensor) -> Tensor:
@@ -316,13 +329,15 @@ def _scores(model: nn.Module, x: Tensor) -> Tensor:
     return output[0].float()
 
 
-def _last_stage(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """The last stage as timm's ``feature_info`` names it, and what makes its output a map (B, C, H, W)."""
+def _stage(model: nn.Module, stage: int | None) -> tuple[int, nn.Module, Callable[[Tensor], Tensor]]:
+    """A stage as timm's ``feature_info`` names it, and what makes its output a map (B, C, H, W)."""
     network: Any = backbone_of(model)
     info = getattr(network, "feature_info", None)
     if not info:
-        raise InputError(f"{type(model).__name__} does not say which of its parts is the last stage")
-    name = info[max(info.out_indices) if hasattr(info, "out_indices") else -1]["module"]
+        raise InputError(f"{type(model).__name__} does not say which of its parts are stages")
+    names = info.module_name() if hasattr(info, "module_name") else [entry["module"] for entry in info]
+    (stage,) = check_stages([len(names) - 1 if stage is None else stage], len(names))
+    name = names[stage]
     network = getattr(network, "model", network)
     parts = dict(network.named_modules())
     found = parts.get(name, parts.get(name.replace(".", "_")))
@@ -340,7 +355,7 @@ def _last_stage(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]
             return x.reshape(len(x), side, side, -1).permute(0, 3, 1, 2)
         return x.permute(0, 3, 1, 2) if last else x
 
-    return found, to_map
+    return stage, found, to_map
 
 
 def unnormalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -40,6 +40,8 @@ class CamOptions(_MapOptions):
 
     classes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS...")] = ()
     """Names or numbers of classes; by default the predicted one of each image."""
+    stage: int | None = limited(None, least=0)
+    """The stage, counted from 0, whose map is used; by default the last one."""
     method: str = "GradCAM"
     """GradCAM, or another class of the library grad-cam: GradCAMPlusPlus, HiResCAM, LayerCAM, EigenCAM, ScoreCAM..."""
 
@@ -68,7 +70,7 @@ def cam(words: Sequence[str]) -> int:
     chosen = [_class_index(word, names) for word in options.classes]
     inputs, shown = _inputs(options, subject)
     title = subject.name.replace("=random", " with random weights")
-    how: dict[str, Any] = dict(class_names=names, name=title, **shown)
+    how: dict[str, Any] = dict(class_names=names, name=title, stage=options.stage, **shown)
     result = class_activation(subject.model, inputs, chosen or None, options.method, **how)
     return write_result(result, options, "cam")
 
