@@ -87,8 +87,9 @@ def stage_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     last = getattr(network, "output_fmt", "NCHW") == "NHWC"
     if network is not model:
         return [x.permute(0, 3, 1, 2) if last else x for x in network(images)]
-    if hasattr(network, "forward_intermediates"):
-        return network.forward_intermediates(images, intermediates_only=True)
+    forward: Any = getattr(network, "forward_intermediates", None)
+    if forward is not None:
+        return forward(images, intermediates_only=True)
     names = {stage: name for name, stage in find_blocks(network).items()}
     with capture(network, list(names.values()), as_tensor) as outputs:
         network(images)

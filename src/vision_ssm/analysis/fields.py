@@ -80,7 +80,7 @@ class ERF(Result):
             axes.set_visible(False)
         peak = max(float(f.values.max()) for f in self.fields)
         norm = LogNorm(peak / 1000, peak, clip=True)
-        picture = None
+        picture: Any = None
         for field in self.fields:
             axes = grid[models.index(field.model), stages.index(field.stage)]
             axes.set_visible(True)
@@ -88,7 +88,7 @@ class ERF(Result):
             squares = dict(zip(SHARES, centered_squares(field.values), strict=True))
             for share, style in ((0.5, "-"), (0.99, "--")):
                 side = squares[share][0]
-                corner = [length // 2 - side / 2 for length in field.values.shape[::-1]]
+                corner = (field.values.shape[1] // 2 - side / 2, field.values.shape[0] // 2 - side / 2)
                 axes.add_patch(Rectangle(corner, side, side, fill=False, color="white", linestyle=style))
             height, width = field.map_size
             axes.set_title(
@@ -113,8 +113,9 @@ class ERF(Result):
         from vision_ssm.engine.files import atomic_write
 
         files, arrays = super().save(path), path.with_name(f"{path.name}.npz")
+        values: dict[str, Any] = {f"{f.model} stage {f.stage}": f.values for f in self.fields}
         with atomic_write(arrays) as file:
-            np.savez_compressed(file, **{f"{f.model} stage {f.stage}": f.values for f in self.fields})
+            np.savez_compressed(file, **values)
         return [*files, arrays]
 
 

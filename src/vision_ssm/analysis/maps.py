@@ -215,7 +215,7 @@ class ClassActivation(Result):
         width, count = 1 + max(map(len, self.activations)), len(self.activations)
         lines = math.ceil(count / max(1, 6 // width))
         across = math.ceil(count / lines)
-        figure = new_figure(2.2 * width * across + 1, 2.6 * lines + 0.7)
+        figure = new_figure(2.0 * width * across + 1, 2.15 * lines + 0.6)
         grid = figure.subplots(lines, width * across, squeeze=False)
         for axes in grid.flat:
             axes.axis("off")

@@ -76,7 +76,7 @@ class CKA(Result):
         axes.set(xlabel=f"block of {second}", ylabel=f"block of {first}")
         what = f"blocks of {first}" if first == second else f"blocks of {first} and {second}"
         how = f"unbiased linear CKA, {self.images:,} images in batches of {self.batch_size}"
-        figure.suptitle(f"Similarity of the {what}\n{how}\nlines part stages", fontsize=10)
+        figure.suptitle(f"Similarity of the {what}\n{how}\nwhite lines: borders of stages", fontsize=10)
         figure.colorbar(picture, ax=axes, label="linear CKA", shrink=0.8)
         return figure
 

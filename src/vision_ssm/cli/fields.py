@@ -31,12 +31,12 @@ class ERFOptions(AnalysisOptions):
 def erf(words: Sequence[str]) -> int:
     """Measure receptive fields; `words` follow `vision-ssm analyze erf`."""
     options: ERFOptions = parse_options(ERFOptions, words, "analyze erf")
-    from vision_ssm.analysis.fields import ERF, effective_receptive_field
+    from vision_ssm.analysis.fields import ERF, Field, effective_receptive_field
 
     size = height_and_width(options.size, ()) if options.size else None
     subjects = load_subjects(options.models, options.device)
     images = choose_images(options, subjects)
-    fields = []
+    fields: list[Field] = []
     for subject in subjects:
         batches = input_batches(subject, images, options.batch_size, size)
         how: dict[str, Any] = dict(normalization=options.normalization, name=subject.name)
