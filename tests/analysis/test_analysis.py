@@ -74,7 +74,7 @@ def test_draw_routes_refuses(paths, height):
 def test_measure_speed(training):
     speed = measure_speed(timm.create_model("vmamba_atto"), 2, 32, 32, training=training, seconds=0.05)
     assert speed.images_per_second == pytest.approx(2 / speed.milliseconds * 1e3)
-    assert speed.peak_memory_mib is None
+    assert speed.peak_memory_mib > 0
     assert speed.backend in available_backends()
     assert speed.backend != "cpu"  # but with its instruction set
     assert measure_speed(timm.create_model("test_vit"), 1, 160, 160, seconds=0.01).backend is None

@@ -140,16 +140,36 @@ def test_info(capsys):
 
 
 def test_bench(capsys, tmp_path):
-    code, out, _ = run(
-        capsys, "bench", "vmamba_atto", "--batch", "1", "2", "--seconds", "0.01", "--csv", str(tmp_path / "b.csv")
-    )
+    words = "bench vmamba_atto --size 24 32 --batch 1 2 --seconds 0.01 --csv"
+    code, out, _ = run(capsys, *words.split(), str(tmp_path / "b.csv"))
     assert code == 0
-    for setting in ("threads:", "precision: 32-true", "torch.compile: off", "vision_ssm: 0.", "scan backend: "):
+    for setting in ("threads:", "dtype: float32", "torch.compile: off", "vision_ssm: 0.", "scan backend: "):
         assert setting in out
     with (tmp_path / "b.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["batch"] for row in rows] == ["1", "2"]
-    assert rows[0]["torch"] == torch.__version__
+    assert [row["infer_batch_size"] for row in rows] == ["1", "2"]
+    assert (rows[0]["infer_img_size"], rows[0]["height"], rows[0]["torch"]) == ("32", "24", torch.__version__)
+    assert float(rows[0]["spread"]) < 10
+
+
+def test_bench_over_sizes_goes_on_after_one_that_fails(capsys, tmp_path):
+    words = "bench test_vit --sizes 160,99 --batch 1,2 --seconds 0.01 --dtype bfloat16 --train"
+    words += f" --amp --csv {tmp_path / 'b.csv'} --plot {tmp_path / 'b.png'} --json"
+    code, out, err = run(capsys, *words.split())
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert list(rows[0])[:6] == [
+        *("model", "train_samples_per_sec", "train_step_time", "train_batch_size", "train_img_size", "param_count")
+    ]
+    sizes = [(row["train_img_size"], row["train_batch_size"], bool(row["error"])) for row in rows]
+    assert sizes == [(160, 1, False), (160, 2, False), (99, 1, True), (99, 2, True)]
+    assert rows[1]["peak_memory_mib"] > 1.5 * rows[0]["peak_memory_mib"] > 0
+    assert "warning: test_vit fails on 1 images of 99x99: " in err
+    assert (tmp_path / "b.csv").read_text().count("float32 under autocast to bfloat16") == 4
+    assert (tmp_path / "b.png").stat().st_size > 10_000
+    code, _, err = run(capsys, "bench", "test_vit", "--size", "99", "--batch", "1")
+    assert code == 2
+    assert "no model could be measured; test_vit fails: " in err
 
 
 @pytest.mark.parametrize(
@@ -162,6 +182,8 @@ def test_bench(capsys, tmp_path):
         (("info", "vmamba_atto", "--task", "detect", "--num-classes", "0"), "a detector needs at least one class"),
         (("models", "resnet*", "--task", "detect"), "no backbone of a published detector matches resnet*; there are"),
         (("bench",), "name at least one model"),
+        (("bench", "vmamba_atto", "--sizes", "32", "--size", "32"), "--size and --sizes exclude each other"),
+        (("bench", "vmamba_atto", "--amp"), "--amp needs --dtype bfloat16 or float16"),
         (("bench", "vmamba_atto", "--batch", "0"), "--batch must be at least 1, got 0"),
         (("bench", "vmamba_atto", "--seconds", "-1"), "--seconds must be above 0, got -1.0"),
         (("bench", "vmamba_atto", "--device", "cuda:77"), "no device cuda:77"),

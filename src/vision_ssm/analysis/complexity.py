@@ -49,7 +49,7 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224), batc
     Source: the papers' convention is that of VMamba's ``flops()``, which SparX and others report.
     """
     # On the meta device nothing is computed.
-    ghost = copy.deepcopy(model).to("meta").eval()
+    ghost = copy.deepcopy(model).to("meta", torch.float32).eval()
     ghost.forward = getattr(ghost, "forward_costs", ghost.forward)
     images = torch.empty(batch, *input_size, device="meta")
     with torch.no_grad(), ExitStack() as stack:

@@ -95,6 +95,11 @@ def fail(message: str) -> int:
     return BAD_INPUT
 
 
+def warn(message: str) -> None:
+    """Print one line about what went wrong while the rest goes on."""
+    sys.stderr.write(f"vision-ssm: warning: {message}\n")
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = "".join(f"  {name:<{width}}  {text}\n" for name, (_, text) in COMMANDS.items())

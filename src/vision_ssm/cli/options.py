@@ -13,6 +13,38 @@ from vision_ssm.errors import InputError
 Size = Annotated[tuple[int, ...], arg(metavar="HEIGHT [WIDTH]", help_behavior_hint="(default: the model's own)")]
 
 
+def split_values(text: str) -> list[str]:
+    """Split a list at its commas, but not at those within brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _integers(words: list[str]) -> tuple[int, ...]:
+    values = [value for word in words for value in split_values(word) if value]
+    if wrong := [value for value in values if not value.strip().isdecimal()]:
+        raise ValueError(f"expected whole numbers, such as 224,512, not {wrong[0]}")
+    return tuple(map(int, values))
+
+
+Integers = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="INT,...",
+        instance_from_str=_integers,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))] if value else [],
+    ),
+]
+"""Whole numbers with commas or spaces between them."""
+
+
 def parse_options(kind: Any, words: Sequence[str], command: str, *, pairs: bool = False, **options: Any) -> Any:
     """Turn words into an instance of a dataclass; `--help` prints the help and exits, so do words that do not fit.
 
@@ -41,9 +73,7 @@ def _key_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Mapping[str
         pairs = [word.partition("=") for word in words if words != ["none"]]
         if wrong := [key for key, equals, _ in pairs if not equals]:
             raise ValueError(f"expected KEY=VALUE, not {wrong[0]}")
-        if wrong := ["".join(pair) for pair in pairs if _is_broken(_literal(pair[2]))]:
-            raise ValueError(f"cannot read the value in {wrong[0]}")
-        return {key: _literal(value) for key, _, value in pairs}
+        return {pair[0]: read_literal(pair[2], "".join(pair)) for pair in pairs}
 
     return PrimitiveConstructorSpec(
         nargs="*",
@@ -54,16 +84,22 @@ def _key_values(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Mapping[str
     )
 
 
-def _literal(text: str) -> Any:
+def read_literal(text: str, word: str) -> Any:
+    """Read a Python literal, true, false or none; any other text stands for itself, unless there are brackets in it.
+
+    Args:
+        text: The text.
+        word: What to show of the command line where it cannot be read.
+
+    Raises:
+        ValueError: What is in brackets is no Python literal.
+    """
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
+        if any(bracket in text for bracket in "()[]{}"):
+            raise ValueError(f"cannot read the value in {word}") from None
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
-
-
-def _is_broken(value: Any) -> bool:
-    """Whether a value is a string for the only reason that its brackets make no Python literal."""
-    return isinstance(value, str) and any(bracket in value for bracket in "()[]{}")
 
 
 def _flag_or_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | Path] | None:

@@ -1,7 +1,7 @@
 """What the commands that analyze take as MODEL or RUN, and the images they look at."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vision_ssm.analysis.result import Result
-    from vision_ssm.data import ImageDataset
+    from vision_ssm.data import ImageDataset, Images
     from vision_ssm.engine.task import Task
 
 
@@ -44,11 +44,13 @@ class Subject:
         name: How to call it.
         task: The model, in evaluation mode, and how it takes images.
         run: The folder that it is from.
+        file: The weights file that describes it; none if timm does.
     """
 
     name: str
     task: "Task"
     run: Path | None = None
+    file: Path | None = None
 
     @property
     def model(self) -> "nn.Module":
@@ -76,7 +78,7 @@ def load_subject(word: str, device: str = "auto") -> Subject:
     if Path(word).exists():
         path = weights_file(Path(word))
         run = path.parent if (path.parent / "config.json").is_file() else None
-        return Subject(Path(word).name or word, load(path, device, optimized=False), run)
+        return Subject(Path(word).name or word, load(path, device, optimized=False), run, path)
     name, equals, source = word.partition("=")
     torch.manual_seed(0)
     try:
@@ -118,6 +120,61 @@ def choose_images(options: AnalysisOptions, subjects: Sequence[Subject]) -> "Ima
     if isinstance(images, ImageStream):
         raise InputError(f"the images of {subject.run} are a stream; give a folder of some with --data DIR")
     return images.subset(_spread(range(len(images)), options.images))
+
+
+def run_images(task: "Task", file: Path, data: Path | None) -> "Images":
+    """Labeled images to measure a trained model on: those of `data`, or the validation images of its run.
+
+    Args:
+        task: The model.
+        file: Its weights file.
+        data: Where the images are.
+
+    Raises:
+        InputError: There are none, or they have other classes.
+    """
+    if data is not None:
+        return task.read_images(data)
+    if not (file.parent / "config.json").is_file():
+        raise InputError(f"which images is {file} to be measured on? it lies in no run; give --data DIR")
+    images = task.load_data(RunFolder(file.parent).read_config()).val
+    if images.classes != task.spec.classes:
+        raise InputError(f"the images that {file.parent} was trained on have other classes now; give --data")
+    return images
+
+
+def output_images(task: "Task", images: "ImageDataset") -> "Images":
+    """Images of class folders with the outputs of a timm classifier as their classes, which the task then has too.
+
+    Raises:
+        InputError: The folders' names do not say which outputs they are.
+    """
+    from vision_ssm.data.outputs import assign_outputs
+
+    images = assign_outputs(images, len(task.spec.classes))
+    task.spec = replace(task.spec, classes=images.classes)
+    return images
+
+
+def labeled_images(subject: Subject, data: Path | None, count: int | None = None) -> "Images":
+    """Labeled images to measure a model on, all or some of them, spread evenly.
+
+    Raises:
+        InputError: There are none, their classes do not fit, or some of a stream are asked for.
+    """
+    from vision_ssm.data import ImageStream, read_images
+
+    if subject.file is not None:
+        images = run_images(subject.task, subject.file, data)
+    elif data is None:
+        raise InputError(f"which images is {subject.name} to be measured on? give class folders with --data DIR")
+    else:
+        images = output_images(subject.task, read_images(data))
+    if count is None:
+        return images
+    if isinstance(images, ImageStream):
+        raise InputError(f"the images of {subject.name} are a stream, of which all are taken; leave out --images")
+    return images.subset(_spread(range(len(images)), count))
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -15,6 +15,8 @@ from vision_ssm.cli.options import parse_options
 from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import Config
+
+Options = TypeVar("Options")
 
 COMMANDS = {"classify": "small", "digits": "digits", "detect": "detect", "segment": "segment"}
 """The commands of `vision-ssm train`, and the recipes that they use by default."""
@@ -68,23 +70,31 @@ def train(words: Sequence[str]) -> int:
             raise InputError(f"the recipe {recipe.name} is for {recipe.config.task}, not {task}")
         default = recipe(data="digits") if command == "digits" else recipe()
         text = f"Defaults of the recipe {recipe.name}: {recipe.text}."
-    config, run = _parse(rest, f"train {command or ''}".strip(), default, RunOptions(recipe=peeked.recipe), text)
+    config, run = parse_config(rest, f"train {command or ''}".strip(), default, RunOptions(recipe=peeked.recipe), text)
     return _run(config, run)
 
 
-def _parse(
-    words: Sequence[str], command: str, default: recipes.TrainConfig, run: RunOptions, text: str
-) -> tuple[recipes.TrainConfig, RunOptions]:
-    """Parse a configuration whose fields `--help` shows in the groups that they come from."""
-    fields: list[Any] = [("run_folder", RunOptions, field(default=run))]
+def parse_config(
+    words: Sequence[str], command: str, default: recipes.TrainConfig, own: Options, text: str
+) -> tuple[recipes.TrainConfig, Options]:
+    """Parse a configuration whose fields `--help` shows in the groups that they come from.
+
+    Args:
+        words: What follows the command.
+        command: Its name, such as `train classify`.
+        default: Values of what is not given.
+        own: Values of the command's own options, which come first.
+        text: What the command does.
+    """
+    fields: list[Any] = [("command", type(own), field(default=own))]
     for kind in default.groups:
         part = kind(**{item.name: getattr(default, item.name) for item in dataclasses.fields(kind)})
         group = next(base for base in kind.__mro__ if Config in base.__bases__).__name__
         fields += [(group.removesuffix("Config").lower(), kind, field(default=part))]
     parsed = parse_options(make_dataclass("Options", fields), words, command, pairs=True, description=text)
-    run = parsed.run_folder
-    values = {name: value for part in vars(parsed).values() if part is not run for name, value in vars(part).items()}
-    return type(default)(**values), run
+    groups = [part for name, part in vars(parsed).items() if name != "command"]
+    values = {name: value for part in groups for name, value in vars(part).items()}
+    return type(default)(**values), parsed.command
 
 
 def _run(config: recipes.TrainConfig, run: RunOptions) -> int:
@@ -94,7 +104,7 @@ def _run(config: recipes.TrainConfig, run: RunOptions) -> int:
     from vision_ssm.engine.recorder import Stopped
     from vision_ssm.tasks import train as train_task
 
-    config = _absolute(config)
+    config = absolute(config)
     path = run.resume if isinstance(run.resume, Path) else run.out
     about = {"recipe": run.recipe, "command": shlex.join(["vision-ssm", *sys.argv[1:]])}
     folder = RunFolder(path or Path("runs") / f"{config.model}-{common_name(config)}")
@@ -112,7 +122,7 @@ def _run(config: recipes.TrainConfig, run: RunOptions) -> int:
     return 0
 
 
-def _absolute(config: recipes.TrainConfig) -> recipes.TrainConfig:
+def absolute(config: recipes.TrainConfig) -> recipes.TrainConfig:
     """Make the paths of what exists absolute, so that a run can be resumed and evaluated from another directory."""
     changes: dict[str, Any] = {}
     for name in ("pretrained", "backbone_weights", "data", "val_data", "class_map", "cache_dir", "teacher"):

@@ -2,7 +2,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,8 +11,9 @@ from tyro.conf import Positional
 
 from vision_ssm.cli import fail
 from vision_ssm.cli.options import parse_options
+from vision_ssm.cli.subjects import output_images, run_images
 from vision_ssm.engine.output import make_console, make_table, print_json
-from vision_ssm.engine.run_folder import RunFolder, weights_file
+from vision_ssm.engine.run_folder import weights_file
 from vision_ssm.errors import InputError, printable
 from vision_ssm.recipes import Precision
 from vision_ssm.recipes.config import Config, limited, option
@@ -143,22 +144,12 @@ def _run_and_images(options: EvalOptions) -> Subject:
         raise InputError(f"{given} belongs to the name of a model, and {options.model} is a file or folder here")
     path = weights_file(Path(options.model), options.weights or "best")
     task = load(path, "cpu", optimized=False, **_changes(options))
-    if options.data is None:
-        if not (path.parent / "config.json").is_file():
-            raise InputError(f"which images is {path} to be measured on? it lies in no run; give --data DIR")
-        config = RunFolder(path.parent).read_config()
-        images: Images = task.load_data(config).val
-        if images.classes != task.spec.classes:
-            raise InputError(f"the images that {path.parent} was trained on have other classes now; give --data")
-    else:
-        images = task.read_images(options.data)
-    return task, images, {"model": task.spec.model, "weights": str(path)}
+    return task, run_images(task, path, options.data), {"model": task.spec.model, "weights": str(path)}
 
 
 def _model_and_images(options: EvalOptions) -> Subject:
     from vision_ssm.checkpoints import published
     from vision_ssm.data import read_images
-    from vision_ssm.data.outputs import assign_outputs
     from vision_ssm.engine.weights import stored_metadata
     from vision_ssm.models.create import default_cfg
     from vision_ssm.tasks import load
@@ -184,8 +175,7 @@ def _model_and_images(options: EvalOptions) -> Subject:
             f"{option(next(iter(_changes(options))))} is for detectors and segmenters, {name} is a classifier"
         )
     task = Classification.from_timm(name, file)
-    images = assign_outputs(images, len(task.spec.classes))
-    task.spec = replace(task.spec, classes=images.classes)
+    images = output_images(task, images)
     source = {"model": name, "weights": "published" if file is None else str(file)}
     top1 = published(name, cfg.to_dict())["published_top1"]
     known = {"published_top1": top1, "published_on": _PUBLISHED_ON} if file is None and top1 is not None else {}

@@ -74,6 +74,17 @@ def default_cfg(name: str) -> Any:
     return known
 
 
+def model_class(name: str) -> type[nn.Module]:
+    """The class of a model, whose signature names the arguments that it takes.
+
+    Raises:
+        InputError: timm does not know the model.
+    """
+    default_cfg(name)
+    with torch.device("meta"):
+        return type(timm.create_model(name))
+
+
 @torch.no_grad()
 def check_takes(model: nn.Module, name: str, size: int) -> None:
     """Refuse an image size that a model cannot work with; leaves the model in training mode.
@@ -93,8 +104,7 @@ def _explain(name: str, args: Mapping[str, Any], error: Exception) -> str:
     """Name the arguments that a model does not know, or that are no sequences where it takes some."""
     if not isinstance(error, TypeError):
         return str(error)
-    with torch.device("meta"):
-        kind = type(timm.create_model(name))
+    kind = model_class(name)
     known = inspect.signature(kind).parameters
     if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
         return f"{kind.__name__} has no argument {unknown[1]}{nearest(unknown[1], known)}"

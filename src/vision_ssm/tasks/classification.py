@@ -1,7 +1,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,6 +57,19 @@ class ClassifierSpec(Config):
         super().__post_init__()
         if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
             raise InputError(f"class {shorten(twice)} is named twice")
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the input."""
+        return self.img_size, self.img_size
+
+    def at_size(self, size: int) -> "ClassifierSpec":
+        """The same with another height and width of the input.
+
+        Raises:
+            InputError: It is out of the limits.
+        """
+        return replace(self, img_size=size)
 
     @classmethod
     def from_config(cls, config: ClassificationConfig, classes: tuple[str, ...]) -> "ClassifierSpec":

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,20 @@ class DenseSpec(Config):
         if twice := [name for name, count in Counter(self.classes).items() if count > 1]:
             raise InputError(f"class {shorten(twice)} is named twice")
         check_longer_first(self.test_size)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of a wide image that fits exactly."""
+        return self.test_size[1], self.test_size[0]
+
+    def at_size(self, size: int) -> "DenseSpec":
+        """The same with another shortest side of the resized image, and a longest one in proportion.
+
+        Raises:
+            InputError: It is out of the limits.
+        """
+        longest, shortest = self.test_size
+        return replace(self, test_size=(round(longest * size / shortest), size))
 
     @staticmethod
     def common(config: DenseConfig, images: Images) -> dict[str, Any]:
