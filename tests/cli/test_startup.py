@@ -35,6 +35,7 @@ def run(code, *words):
         ("eval --help", 0, "--pretrained"),
         ("predict nowhere x.png", 2, "no such run folder: nowhere"),
         ("models --nope", 2, "--nope"),
+        ("report nowhere", 2, "no such run folder: nowhere"),
         ("convert --help", 0, "--verify"),
     ],
     ids=str,

@@ -21,6 +21,7 @@ from vision_ssm.recipes import DetectionConfig
 from vision_ssm.tasks import load, train
 from vision_ssm.tasks.classification import Classification, ClassifierSpec
 from vision_ssm.tasks.detection import Detection, DetectorSpec, first_model
+from vision_ssm.tasks.detection_results import DetectionResults
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +192,24 @@ def test_loads_by_its_published_call(run):
     spec = load(run[0].path).spec
     assert isinstance(spec, DetectorSpec)
     assert isinstance(vision_ssm.load(run[0].path, test_size=(128, 96)).predict(np.zeros((40, 60, 3), np.uint8)), list)
+
+
+def test_mistakes_are_objects_that_are_not_annotated(scenes):
+    images = load_coco(DetectionConfig(data=str(scenes)), 0).val
+    rows = []
+    for key in range(len(images)):
+        sample = images.sample(key)
+        boxes, labels = sample["boxes"].tolist(), sample["labels"].tolist()
+        objects = [{"box": box, "label": label, "score": 0.9} for box, label in zip(boxes, labels, strict=True)]
+        rows.append({"objects": [{**each, "class": images.classes[each["label"]]} for each in objects]})
+    assert DetectionResults(images.classes, None, tuple(rows)).mistakes(images) == []
+    box = [0, 0, *images.sample(2)["image"].size]  # overlaps all, but with none by half
+    rows[2]["objects"] += [{"box": box, "label": 1, "score": 0.6, "class": "square"}]
+    (found,) = DetectionResults(images.classes, None, tuple(rows)).mistakes(images)
+    assert (found.image, found.text) == (images.id(2), "square (60.0%), not annotated")
+
+
+def test_report_of_a_detector(run, tmp_path):
+    assert main(["report", str(run[0].path), "--out", str(tmp_path / "r.html"), "--num-workers", "0"]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert all(text in page for text in ("mask AP", "box AP50", "Precision", "triangle", "Samples", "Speed"))

@@ -41,6 +41,8 @@ def test_metrics_agree_with_scikit_learn(classes):
         expected = top_k_accuracy_score(labels, logits, k=5, labels=range(classes))
         assert results.metrics()["top5_accuracy"] == pytest.approx(expected)
     assert results.details()["per_class"][-1]["recall"] is None
+    each = f1_score(labels, guesses, labels=range(classes - 1), average=None)
+    assert [row["f1"] for row in results.details()["per_class"][:-1]] == pytest.approx(each)
     assert [record[1] for record in results.records] == guesses.tolist()
     assert [record[3] for record in results.records] == labels.tolist()
 

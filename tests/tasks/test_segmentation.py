@@ -225,3 +225,13 @@ def test_bad_options_are_refused(scenes):
         SegmentationConfig(scale=(2.0, 0.5))
     with pytest.raises(InputError, match="longer side first"):
         SegmentationConfig(test_size=(512, 2048))
+
+
+def test_report_shows_the_worst_images(run, scenes, tmp_path):
+    folder, result = run
+    images = load_masks(SegmentationConfig(data=str(scenes)), 0).val
+    worst = result.mistakes(images, 2)
+    assert [each.image for each in worst] == [name for name, *_ in sorted(result.records, key=lambda r: r[1])[:2]]
+    assert main(["report", str(folder.path), "--out", str(tmp_path / "r.html"), "--num-workers", "0"]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert all(text in page for text in ("IoU", "triangle", "Confusion", worst[0].text, "Speed"))

@@ -29,8 +29,8 @@ from vision_ssm.engine.optimization import make_optimizer
 from vision_ssm.engine.plots import draw_curves
 from vision_ssm.engine.processes import environment_of, lost_another, process_rank
 from vision_ssm.engine.progress import TrainingProgress
-from vision_ssm.engine.recorder import RunRecorder, SafeCheckpointIO, rank, stop_on_signals
-from vision_ssm.engine.run_folder import RunFolder
+from vision_ssm.engine.recorder import RunRecorder, SafeCheckpointIO, stop_on_signals
+from vision_ssm.engine.run_folder import RunFolder, rank
 from vision_ssm.engine.task import Evaluation, Task
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import TrainConfig, to_dict

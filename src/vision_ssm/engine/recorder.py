@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from vision_ssm.data.module import ImageData
 from vision_ssm.engine.files import atomic_write, write_csv, write_text
 from vision_ssm.engine.module import TrainingModule
-from vision_ssm.engine.run_folder import RunFolder
+from vision_ssm.engine.run_folder import RunFolder, rank
 from vision_ssm.engine.weights import save_weights
 from vision_ssm.errors import InputError
 
@@ -212,11 +212,6 @@ def _digest(file: BinaryIO, size: int) -> bytes:
         digest.update(block)
         left -= len(block)
     return digest.digest()
-
-
-def rank(row: dict[str, Any], monitor: str) -> tuple[float, float]:
-    """What is larger for a better epoch: the monitored metric, then minus the loss."""
-    return row[f"val_{monitor}"], -row.get("val_loss", 0.0)
 
 
 def _save_weights(path: Path, module: TrainingModule) -> None:

@@ -1,6 +1,7 @@
+import csv
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,21 @@ class RunFolder:
         except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"cannot read {self.config}: {type(error).__name__}: {error}") from error
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The metrics of each epoch.
+
+        Raises:
+            InputError: There are none yet, or the file is damaged.
+        """
+        if not self.metrics.is_file():
+            raise InputError(f"{self.path} has no {self.metrics.name}; its first epoch was never finished")
+        try:
+            with self.metrics.open(newline="") as file:
+                rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+            return [row | {name: int(row[name]) for name in ("epoch", "step")} for row in rows]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"cannot read {self.metrics}: {type(error).__name__}: {error}") from error
+
     def check_resumable(self, config: TrainConfig) -> None:
         """Refuse to resume under a configuration that would lead elsewhere.
 
@@ -134,6 +150,11 @@ class RunFolder:
                 )
         if not self.state.is_file():
             raise InputError(f"{self.path} was stopped before anything was saved; start it again")
+
+
+def rank(row: Mapping[str, Any], monitor: str) -> tuple[float, float]:
+    """What is larger for a better epoch: the monitored metric, then minus the loss."""
+    return row[f"val_{monitor}"], -row.get("val_loss", 0.0)
 
 
 def weights_file(path: Path, which: Literal["best", "last"] = "best") -> Path:

@@ -37,6 +37,21 @@ class Prediction(Protocol):
         """The prediction as JSON has it, with the image's id as `image`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """What a model gets wrong in an image.
+
+    Args:
+        image: The image's id.
+        text: What is wrong, in a few words.
+        picture: The image, small, with what shows it.
+    """
+
+    image: str
+    text: str
+    picture: Image.Image
+
+
 class Evaluation(Protocol):
     """Metrics of a model on labeled images."""
 
@@ -58,6 +73,9 @@ class Evaluation(Protocol):
 
     def draw(self, images: Images, folder: Path) -> dict[str, Path]:
         """Write plots into a folder; return their files by title."""
+
+    def mistakes(self, images: Images, most: int = 12) -> list[Mistake]:
+        """The worst mistakes on these images, the worst one first."""
 
 
 class Task(ABC):

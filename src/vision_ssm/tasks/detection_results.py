@@ -1,9 +1,12 @@
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from faster_coco_eval.core import mask
 from PIL import Image
 from torch import Tensor
 
@@ -11,6 +14,7 @@ from vision_ssm.data import Images
 from vision_ssm.data.rle import encode_masks, mask_area
 from vision_ssm.detectors import Detections, paste_mask
 from vision_ssm.engine.output import make_table
+from vision_ssm.engine.task import Mistake
 from vision_ssm.errors import shorten
 from vision_ssm.tasks.results import percent, print_classes
 
@@ -178,6 +182,30 @@ class DetectionResults:
         draw_pairs(self.records, self.classes, images, pairs)
         draw_precision(self.kinds, self.classes, self.coco.objects, precision)
         return {"Predictions": pairs, "Precision": precision}
+
+    def mistakes(self, images: Images, most: int = 12) -> list[Mistake]:
+        """The objects found with the highest scores where none of their class is annotated (IoU below 0.5)."""
+        from vision_ssm.tasks.detection_plots import draw_row  # seconds, for matplotlib
+
+        objects = [(number, each) for number, row in enumerate(self.records) for each in row["objects"]]
+        objects.sort(key=lambda pair: -pair[1]["score"])
+        wrong = list(itertools.islice((pair for pair in objects if _overlap(images, *pair) < 0.5), most))
+        found = []
+        for (_, each), sample in zip(wrong, images.pick([number for number, _ in wrong]), strict=True):
+            picture = draw_row(sample["image"], {"objects": [each]}, self.classes)
+            picture.thumbnail((480, 480))
+            found.append(Mistake(sample["id"], f"{each['class']} ({each['score']:.1%}), not annotated", picture))
+        return found
+
+
+def _overlap(images: Any, number: int, found: Mapping[str, Any]) -> float:
+    """The largest IoU of an object found in an image with what is annotated of its class; COCO's for crowds."""
+    targets = {name: images.targets[name][images.index[number]] for name in ("boxes", "labels", "crowd")}
+    same = targets["labels"] == found["label"]
+    corners = np.concatenate([targets["boxes"][same], [found["box"]]]).astype(np.float64)
+    corners[:, 2:] -= corners[:, :2]
+    ious = mask.iou(corners[-1:], corners[:-1], targets["crowd"][same].tolist())
+    return float(np.max(ious, initial=0.0))
 
 
 def as_coco(row: Mapping[str, Any], masks: bool) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def draw_predictions(
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(color=color, linewidth=2.5)
-        axes.imshow(_thumbnail(sample["image"]))
+        axes.imshow(thumbnail(sample["image"]))
         title = f"{elide(classes[guess], 16)} ({confidence:.0%})"
         below = "" if target == guess else f"is {elide(classes[target], 18)}"
         axes.set_title(title, fontsize=9, color=color, pad=4)
@@ -105,7 +105,7 @@ def draw_predictions(
     save_figure(figure, path)
 
 
-def _thumbnail(image: Image.Image, side: int = 160) -> Image.Image:
+def thumbnail(image: Image.Image, side: int = 160) -> Image.Image:
     """A square view of `image`; small ones are enlarged without blur so that their pixels can be seen."""
     scale = side / max(image.size)
     method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS

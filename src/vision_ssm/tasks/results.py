@@ -10,6 +10,7 @@ from torch import Tensor
 from vision_ssm.data import Images, ImageStream, Splits
 from vision_ssm.data.dataset import equal_images, how_many
 from vision_ssm.engine.output import make_table
+from vision_ssm.engine.task import Mistake
 from vision_ssm.errors import InputError, printable, shorten
 
 if TYPE_CHECKING:
@@ -128,15 +129,31 @@ class ClassificationResults:
                 int(x) for x in (self.confusion[i, i], self.confusion[i].sum(), self.confusion[:, i].sum())
             )
             recall, precision = hit / true if true else None, hit / said if said else None
-            rows.append({"class": name, "images": true, "recall": recall, "precision": precision})
-        wrong = sorted((record for record in self.records if record[1] != record[3]), key=lambda record: -record[2])
+            f1 = 2 * hit / (true + said) if true + said else None
+            rows.append({"class": name, "images": true, "recall": recall, "precision": precision, "f1": f1})
         mistakes = [
             {"image": name, "class": self.classes[label], "predicted": self.classes[guess], "probability": p}
-            for name, guess, p, label in wrong[:_MANY]
+            for name, guess, p, label in (self.records[number] for number in self._wrong(_MANY))
         ]
         share = float(self.confusion.sum(1).max()) / self.images
         values = {"images": self.images, "accuracy_interval": self.interval, "largest_class_share": share}
         return {**values, "most_confident_mistakes": mistakes, "per_class": rows}
+
+    def _wrong(self, most: int) -> list[int]:
+        """Numbers of the images classified wrongly, the most confident first."""
+        wrong = [number for number, (_, guess, _, label) in enumerate(self.records) if guess != label]
+        return sorted(wrong, key=lambda number: -self.records[number][2])[:most]
+
+    def mistakes(self, images: Images, most: int = 12) -> list[Mistake]:
+        """The images classified wrongly, the most confident first."""
+        from vision_ssm.tasks.plots import thumbnail  # seconds, for matplotlib
+
+        found = []
+        for number, sample in zip(wrong := self._wrong(most), images.pick(wrong), strict=True):
+            name, guess, probability, label = self.records[number]
+            text = f"{self.classes[label]}, taken for {self.classes[guess]} ({probability:.1%})"
+            found.append(Mistake(name, text, thumbnail(sample["image"])))
+        return found
 
     def report(self, console: "Console", *, title: str | None = None, details: bool = False) -> None:
         """Print the metrics, with `details` a row for each class; of many, those with the lowest recall."""

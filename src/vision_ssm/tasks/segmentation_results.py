@@ -9,8 +9,9 @@ from torch import Tensor
 
 from vision_ssm.data import Images
 from vision_ssm.engine.output import make_table
+from vision_ssm.engine.task import Mistake
 from vision_ssm.errors import shorten
-from vision_ssm.tasks.label_maps import color_labels
+from vision_ssm.tasks.label_maps import color_labels, read_labels
 from vision_ssm.tasks.results import percent, print_classes
 
 if TYPE_CHECKING:
@@ -146,6 +147,20 @@ class SegmentationResults:
             return {"Confusion": confusion}
         draw_pairs(self.records, self.classes, self.colors, images, predictions)
         return {"Predictions": predictions, "Confusion": confusion}
+
+    def mistakes(self, images: Images, most: int = 12) -> list[Mistake]:
+        """The images with the lowest mean IoU, the true classes above the predicted ones."""
+        from vision_ssm.tasks.segmentation_plots import draw_maps  # seconds, for matplotlib
+
+        numbers = {images.id(key): key for key in range(len(images))}  # type: ignore[arg-type]
+        worst = sorted(self.records, key=lambda record: record[1])[:most]
+        found = []
+        for (name, value, file), sample in zip(worst, images.pick([numbers[name] for name, *_ in worst]), strict=True):
+            maps = [sample["mask"], read_labels(file)]
+            picture = draw_maps(sample["image"], maps, self.classes, self.colors)
+            picture.thumbnail((480, 960))
+            found.append(Mistake(name, f"mean IoU {value:.1%}", picture))
+        return found
 
 
 def mean_iou(confusion: Tensor) -> float:
