@@ -28,7 +28,7 @@ from vision_ssm.analysis.result import COLORS, LINES, new_figure
 from vision_ssm.analysis.speed import machine_settings, measure_speed
 from vision_ssm.data import Images
 from vision_ssm.engine.evaluate import evaluate
-from vision_ssm.engine.files import write_text
+from vision_ssm.engine.files import read_json, write_text
 from vision_ssm.engine.plots import draw_curves
 from vision_ssm.engine.run_folder import RunFolder, rank
 from vision_ssm.engine.task import Evaluation, Task, as_dataset
@@ -318,7 +318,7 @@ def _overview(summary: Mapping[str, str], task: Task, cost: Complexity, shape: S
 
 def _configuration(folder: RunFolder, config: TrainConfig) -> Section:
     """What differs from the recipe first."""
-    record = json.loads(folder.config.read_text())
+    record = read_json(folder.config)
     recipe = recipes.RECIPES.get(record.get("recipe", ""))
     known = recipe() if recipe is not None and recipe.config is type(config) else type(config)()
     values, default = (json.loads(json.dumps(recipes.to_dict(each))) for each in (config, known))
@@ -365,7 +365,7 @@ def _results(
         found = evaluation.mistakes(images)
     else:
         metrics = {name.removeprefix("val_"): best[name] for name in best if name.startswith("val_")}
-        details = json.loads(folder.results.read_text()) if folder.results.is_file() else {}
+        details = read_json(folder.results) if folder.results.is_file() else {}
         wrote = "what training wrote of the best epoch"
         notes = [f"Not measured anew, because {missing}. The numbers and pictures here are {wrote}."]
     rows = [[called(name), _value(name, value)] for name, value in metrics.items()]
@@ -421,7 +421,7 @@ def _speed(task: Task, shape: Sequence[int]) -> tuple[Section, str]:
         if milliseconds * count > 1e3 * _PATIENCE:
             notes += [f"{count} images were not timed: one takes {milliseconds / 1e3:.1f} s."]
             continue
-        speed = measure_speed(_Step(task, count), count, *shape[1:], seconds=0.5)
+        speed = measure_speed(_Step(task, count), count, *shape[1:], seconds=0.3)
         memory = "–" if speed.peak_memory_mib is None else f"{speed.peak_memory_mib:,.0f}"
         numbers = f"{speed.milliseconds:,.1f}", f"{speed.spread:.0%}", f"{speed.images_per_second:,.1f}", memory
         rows.append([str(count), *numbers, speed.backend or "none"])

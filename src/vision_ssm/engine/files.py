@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vision_ssm.errors import InputError
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -58,6 +60,18 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; bytes that are not UTF-8, of names of files, survive as in `write_json`.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
 
 
 def write_json(path: Path, values: Any) -> None:

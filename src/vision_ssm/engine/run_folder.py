@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vision_ssm.engine.files import temporary
+from vision_ssm.engine.files import read_json, temporary
 from vision_ssm.errors import InputError
 from vision_ssm.recipes import CONFIGS, TrainConfig, from_dict, to_dict
 from vision_ssm.recipes.config import FREE_ON_RESUME, option
@@ -112,7 +112,7 @@ class RunFolder:
         if not self.config.is_file():
             raise InputError(f"{self.path} is not a run folder (it has no config.json)")
         try:
-            values: dict[str, Any] = json.loads(self.config.read_text())
+            values: dict[str, Any] = read_json(self.config)
             return from_dict(CONFIGS[values["task"]], values["config"])
         except (InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"cannot read {self.config}: {type(error).__name__}: {error}") from error
