@@ -20,13 +20,15 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 from rich.console import Console
-from torch import nn
 
 from vision_ssm import __version__, recipes
 from vision_ssm.analysis.complexity import Complexity, complexity
+from vision_ssm.analysis.fields import effective_receptive_field
+from vision_ssm.analysis.inputs import input_batches
+from vision_ssm.analysis.resolution import measure_task
 from vision_ssm.analysis.result import COLORS, LINES, new_figure
-from vision_ssm.analysis.speed import machine_settings, measure_speed
-from vision_ssm.data import Images
+from vision_ssm.analysis.speed import machine_settings
+from vision_ssm.data import Images, ImageStream
 from vision_ssm.engine.evaluate import evaluate
 from vision_ssm.engine.files import read_json, write_text
 from vision_ssm.engine.plots import draw_curves
@@ -143,8 +145,7 @@ def collect(
     config, history = folder.read_config(), folder.read_metrics()
     monitor = config.monitor or task.monitor
     best = max(history, key=lambda row: rank(row, monitor))
-    sample = _batch(task, 1)
-    shape = tuple(_images(sample).shape[1:])
+    shape = (3, *task.spec.input_size)
     cost = complexity(task.model, shape)
     fast = type(task)(copy.deepcopy(task.model), task.spec).ready(task.device)  # which has no gradients on a CPU
     images, evaluation, missing, field = None, None, "", None
@@ -302,10 +303,15 @@ def _read(folder: RunFolder, config: TrainConfig, task: Task) -> Images:
 
 
 def _receptive_field(task: Task, images: Images) -> Figure | None:
-    """The effective receptive field of the model, which is not optimized yet, on some of the images."""
-    # HERE: vision_ssm.analysis.fields.effective_receptive_field(task.model, task.batches(...), ...).plot()
-    del task, images
-    return None
+    """The effective receptive fields of the model, which is not optimized yet, on some of the images."""
+    if isinstance(images, ImageStream):
+        return None
+    count = min(len(images), 16)
+    some = images.subset([i * len(images) // count for i in range(count)])
+    try:
+        return effective_receptive_field(task.model, input_batches(task, some, 4), name=task.spec.model).plot()
+    except (InputError, RuntimeError):  # it has no stages, say
+        return None
 
 
 def _overview(summary: Mapping[str, str], task: Task, cost: Complexity, shape: Sequence[int]) -> Section:
@@ -390,38 +396,16 @@ def _results(
         yield Section("Samples", pictures=[predictions])
 
 
-class _Step(nn.Module):
-    """The model on one batch, as it is used; the images it is called with only set the measurement's batch size."""
-
-    def __init__(self, task: Task, count: int) -> None:
-        super().__init__()
-        self.model, self.task, self.batch = task.model, task, _batch(task, count)
-
-    def forward(self, images: Any) -> Any:
-        return self.task.forward(self.model, self.batch)
-
-
-def _batch(task: Task, count: int) -> Mapping[str, Any]:
-    """Images of noise that fill the input of a model."""
-    spec = task.spec
-    size = (spec.img_size, spec.img_size) if hasattr(spec, "img_size") else spec.test_size
-    return next(iter(task.batches(as_dataset([Image.effect_noise(size, 64).convert("RGB")] * count), count)))
-
-
-def _images(batch: Mapping[str, Any]) -> Any:
-    return batch["image"] if "image" in batch else batch["images"][0]
-
-
 def _speed(task: Task, shape: Sequence[int]) -> tuple[Section, str]:
     """The speed of one and of eight images, and that of one in short."""
     rows: list[list[str]] = []
     notes = [f"Forward passes on noise of {'×'.join(map(str, shape))}; spread: interquartile range over the median."]
-    milliseconds = 0.0
+    milliseconds, noise = 0.0, Image.effect_noise((shape[2], shape[1]), 64).convert("RGB")
     for count in (1, 8):
         if milliseconds * count > 1e3 * _PATIENCE:
             notes += [f"{count} images were not timed: one takes {milliseconds / 1e3:.1f} s."]
             continue
-        speed = measure_speed(_Step(task, count), count, *shape[1:], seconds=0.3)
+        speed = measure_task(task, as_dataset([noise] * count), count, seconds=0.3)
         memory = "–" if speed.peak_memory_mib is None else f"{speed.peak_memory_mib:,.0f}"
         numbers = f"{speed.milliseconds:,.1f}", f"{speed.spread:.0%}", f"{speed.images_per_second:,.1f}", memory
         rows.append([str(count), *numbers, speed.backend or "none"])

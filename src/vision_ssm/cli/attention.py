@@ -34,22 +34,14 @@ def attention(words: Sequence[str]) -> int:
     """Draw what a scan attends to; `words` follow `vision-ssm analyze attention`."""
     options: AttentionOptions = parse_options(AttentionOptions, words, "analyze attention")
     from vision_ssm.analysis.attention import channel_attention, scan_attention, short_name, switch_choices
+    from vision_ssm.analysis.inputs import single_inputs
     from vision_ssm.analysis.scan_layers import ATTENTION, choose_layer, find_scan_layers
     from vision_ssm.detectors.detector import OnBackbone
 
     subject = load_subject(options.model, options.device)
     model, spec = subject.model, subject.task.spec
-    names: list[str] = []
-    images: list[Any] = []
-    for batch in subject.task.batches(choose_images(options, [subject]), 1):
-        several = "images" in batch  # a segmenter's, one for each size
-        image = batch["images"][0][0] if several else batch["image"][0]
-        size = batch["sizes"][0] if several else batch.get("size")
-        if size is not None:  # the rest is padding
-            height, width = size[0].tolist()
-            image = image[:, :height, :width]
-        names.append(batch["id"][0])
-        images.append(image)
+    chosen = choose_images(options, [subject])
+    names, images = [chosen.id(i) for i in range(len(chosen))], list(single_inputs(subject.task, chosen))
     run = model.backbone if isinstance(model, OnBackbone) else None
     layers = find_scan_layers(model, images[0], run)
     if options.list:

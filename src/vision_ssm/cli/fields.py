@@ -6,7 +6,7 @@ import tyro
 from tyro.conf import Positional
 
 from vision_ssm.cli.options import Size, height_and_width, parse_options
-from vision_ssm.cli.subjects import AnalysisOptions, choose_images, input_batches, load_subjects, write_result
+from vision_ssm.cli.subjects import AnalysisOptions, choose_images, load_subjects, write_result
 from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import limited
 
@@ -32,13 +32,14 @@ def erf(words: Sequence[str]) -> int:
     """Measure receptive fields; `words` follow `vision-ssm analyze erf`."""
     options: ERFOptions = parse_options(ERFOptions, words, "analyze erf")
     from vision_ssm.analysis.fields import ERF, Field, effective_receptive_field
+    from vision_ssm.analysis.inputs import input_batches
 
     size = height_and_width(options.size, ()) if options.size else None
     subjects = load_subjects(options.models, options.device)
     images = choose_images(options, subjects)
     fields: list[Field] = []
     for subject in subjects:
-        batches = input_batches(subject, images, options.batch_size, size)
+        batches = input_batches(subject.task, images, options.batch_size, size)
         how: dict[str, Any] = dict(normalization=options.normalization, name=subject.name)
         try:
             fields += effective_receptive_field(subject.model, batches, options.stages or None, **how).fields

@@ -7,7 +7,7 @@ import tyro
 from tyro.conf import Positional
 
 from vision_ssm.cli.options import parse_options
-from vision_ssm.cli.subjects import AnalysisOptions, Subject, choose_images, load_subject, single_inputs, write_result
+from vision_ssm.cli.subjects import AnalysisOptions, Subject, choose_images, load_subject, write_result
 from vision_ssm.errors import InputError, nearest
 from vision_ssm.recipes.config import limited
 
@@ -77,10 +77,11 @@ def cam(words: Sequence[str]) -> int:
 
 def _inputs(options: _MapOptions, subject: Subject) -> tuple[list["Tensor"], dict[str, Any]]:
     """The images as the model takes them; as people see them, and their names."""
+    from vision_ssm.analysis.inputs import single_inputs
     from vision_ssm.analysis.maps import unnormalize
 
     images, spec = choose_images(options, [subject]), subject.task.spec
-    inputs = list(single_inputs(subject, images))
+    inputs = list(single_inputs(subject.task, images))
     names = [Path(images.id(i)).name for i in range(len(images))]
     return inputs, dict(pictures=[unnormalize(x, spec.mean, spec.std) for x in inputs], image_names=names)
 

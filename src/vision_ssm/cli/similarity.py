@@ -6,7 +6,7 @@ import tyro
 from tyro.conf import Positional
 
 from vision_ssm.cli.options import parse_options
-from vision_ssm.cli.subjects import AnalysisOptions, choose_images, input_batches, load_subjects, write_result
+from vision_ssm.cli.subjects import AnalysisOptions, choose_images, load_subjects, write_result
 from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import limited
 
@@ -26,6 +26,7 @@ def cka(words: Sequence[str]) -> int:
     options: CKAOptions = parse_options(CKAOptions, words, "analyze cka")
     if len(options.models) not in (1, 2):
         raise InputError(f"analyze cka takes one or two models or runs, got {len(options.models)}")
+    from vision_ssm.analysis.inputs import input_batches
     from vision_ssm.analysis.similarity import cka as measure
 
     subjects = load_subjects(options.models, options.device)
@@ -35,10 +36,10 @@ def cka(words: Sequence[str]) -> int:
     if (rest := len(images) % options.batch_size) < 4:
         images = images.subset(range(len(images) - rest))  # too few for a batch
     first, last = subjects[0], subjects[-1]
-    batches = input_batches(first, images, options.batch_size)
+    batches = input_batches(first.task, images, options.batch_size)
     if first is last:
         result = measure(first.model, batches, names=(first.name, first.name))
     else:
-        others = input_batches(last, images, options.batch_size)
+        others = input_batches(last.task, images, options.batch_size)
         result = measure(first.model, batches, last.model, others, names=(first.name, last.name))
     return write_result(result, options, "cka", result.nearest())

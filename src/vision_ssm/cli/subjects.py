@@ -1,6 +1,6 @@
 """What the commands that analyze take as MODEL or RUN, and the images they look at."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,7 @@ from vision_ssm.errors import InputError, printable
 from vision_ssm.recipes.config import Config, limited
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from vision_ssm.analysis.result import Result
     from vision_ssm.data import ImageDataset, Images
@@ -180,45 +180,6 @@ def labeled_images(subject: Subject, data: Path | None, count: int | None = None
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def input_batches(
-    subject: Subject, images: "ImageDataset", batch_size: int, size: Sequence[int] | None = None
-) -> "Iterator[Tensor]":
-    """Batches (B, 3, H, W) of images as the model takes them, without their labels.
-
-    Args:
-        subject: The model.
-        images: The images.
-        batch_size: Batch size.
-        size: Height and width to resize them to; by default those of the first image, which differ only for detectors
-            and segmenters.
-    """
-    import copy
-
-    import torch
-    from torch.nn.functional import interpolate
-
-    images = copy.copy(images)
-    images.targets = {}  # which another task may have no use for
-    batch: list[Tensor] = []
-    for x in single_inputs(subject, images):
-        size = size or x.shape[-2:]
-        if x.shape[-2:] != tuple(size):
-            x = interpolate(x[None], tuple(size), mode="bicubic", antialias=True, align_corners=False)[0]
-        batch.append(x)
-        if len(batch) == batch_size:
-            yield torch.stack(batch)
-            batch = []
-    if batch:
-        yield torch.stack(batch)
-
-
-def single_inputs(subject: Subject, images: "ImageDataset") -> "Iterator[Tensor]":
-    """One image (3, H, W) after the other as the model takes it."""
-    workers = 0 if len(images) <= 256 else None  # starting processes takes longer than loading a few images
-    for batch in subject.task.batches(images, 1, workers):
-        yield (batch["image"] if "image" in batch else batch["images"][0])[0]
 
 
 def write_result(result: "Result", options: AnalysisOptions, name: str, rows: Sequence[dict[str, Any]] = ()) -> int:
