@@ -146,8 +146,9 @@ class Ablation(Result):
         if trained:
             count = max(line["seeds"] for line in lines)
             bars = f", mean and standard error of {count} seeds" if count > 1 else ""
-            panels[0].set_ylabel("%")
-            figure.suptitle(f"{self.metric[0].upper()}{self.metric[1:].replace('_', ' ')}{bars}")
+            what = self.metric.replace("_", " ")
+            panels[0].set_ylabel(f"{what} (%)")
+            figure.suptitle(f"{what[0].upper()}{what[1:]}{bars}")
         else:
             panels[0].set_yticks([])
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)

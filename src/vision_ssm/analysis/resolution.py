@@ -78,13 +78,13 @@ class Resolution(Result):
         batch = ", ".join(str(count) for count in sorted({row["batch"] for row in rows}))
         shown = {
             self.metric: (self.metric.replace("_", " "), "%", 100),
-            "milliseconds_per_image": (f"time, batch {batch}", "ms per image", 1),
-            "peak_memory_mib": (f"memory beyond weights and images, batch {batch}", "MiB", 1),
+            "milliseconds_per_image": (f"time, batch size {batch}", "ms per image", 1),
+            "peak_memory_mib": (f"memory, batch size {batch}", "MiB beyond weights and images", 1),
         }
         for axes, (key, (title, unit, factor)) in zip(panels, shown.items(), strict=True):
             for number, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
                 own = [row for row in rows if row["model"] == name and row[key] is not None]
-                style = dict(color=COLORS[number % len(COLORS)], linestyle=LINES[number // len(COLORS) % len(LINES)])
+                style = dict(color=COLORS[number % len(COLORS)], linestyle=LINES[number % len(LINES)])
                 ring = [place for place, row in enumerate(own) if row["size"] == row["own_size"]]
                 values = [factor * row[key] for row in own]
                 axes.plot([row["size"] for row in own], values, marker="o", markersize=4, label=name, **style)

@@ -146,7 +146,7 @@ def peak_memory(step: Callable[[], Any], device: torch.device) -> float | None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints when it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(itertools.accumulate((count for _, count in changes), initial=0)) / 2**20
 
@@ -225,8 +225,9 @@ class Bench(Result):
             panels[0].plot([*map(_side, own)], [speed.milliseconds for speed in speeds], **style)
             panels[1].plot([*map(_side, own)], [speed.peak_memory_mib or math.nan for speed in speeds], **style)
         what = "forward and backward" if self.training else "forward"
-        for axes, title, unit in zip(panels, ("Time", "Memory beyond weights and images"), ("ms", "MiB"), strict=True):
-            axes.set(title=f"{title} ({what})", ylabel=f"{unit} per step", yscale="log")
+        units = ("ms per step", "MiB beyond weights and images")
+        for axes, title, unit in zip(panels, ("Time", "Memory"), units, strict=True):
+            axes.set(title=f"{title} ({what})", ylabel=unit, yscale="log")
             mark_sizes(axes, sorted({_side(entry) for entry in self.entries if entry.speed}))
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         return figure

@@ -189,7 +189,7 @@ def _measure(
                 splits = kind.load_data(config)
             else:  # nothing is trained, and only the number of classes matters
                 classes = tuple(map(str, range(config.num_classes or 1000)))
-                images = ImageDataset(Path, (), {"label": np.zeros(0, np.int64)}, classes)
+                images = ImageDataset(lambda number: Path(), (), {"label": np.zeros(0, np.int64)}, classes)
                 splits = Splits(images, images)
             task = kind.from_config(config, splits, resume=not weights)
             task.ready(find_device(config.device), config.precision, optimized=False)

@@ -143,7 +143,7 @@ def run_images(task: "Task", file: Path, data: Path | None) -> "Images":
     return images
 
 
-def output_images(task: "Task", images: "ImageDataset") -> "Images":
+def output_images(task: "Task", images: "ImageDataset") -> "ImageDataset":
     """Images of class folders with the outputs of a timm classifier as their classes, which the task then has too.
 
     Raises:
@@ -165,7 +165,7 @@ def labeled_images(subject: Subject, data: Path | None, count: int | None = None
     from vision_ssm.data import ImageStream, read_images
 
     if subject.file is not None:
-        images = run_images(subject.task, subject.file, data)
+        images: Images = run_images(subject.task, subject.file, data)
     elif data is None:
         raise InputError(f"which images is {subject.name} to be measured on? give class folders with --data DIR")
     else:
