@@ -105,13 +105,16 @@ def test_a_report_is_one_file_that_loads_nothing(report):
 
 
 def test_one_run_on_other_images(runs, tmp_path, capsys):
-    out = tmp_path / "one.html"
+    out, few = tmp_path / "one.html", tmp_path / "few"
+    for name in (EVIL, "grass"):
+        (few / name).mkdir(parents=True)
+        Image.new("RGB", (24, 32), "red").save(few / name / "red.png")
     words = ["report", str(runs[1]), "--out", str(out), "--device", "cpu", "--num-workers", "0"]
-    assert main([*words, "--data", str(runs[0].parent / "images")]) == 0
+    assert main([*words, "--data", str(few)]) == 0
     assert capsys.readouterr().out.startswith(f"{out}, 0.")
     page = Page(out)
     assert "Comparison" not in page.headings
-    assert "The best weights on 24 images" in page.text
+    assert "The best weights on 2 images" in page.text
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,7 @@ def test_one_run_on_other_images(runs, tmp_path, capsys):
         ("empty", "empty is not a run folder"),
         ("begun", "begun has no metrics.csv; its first epoch was never finished"),
         ("torn", "cannot read torn/metrics.csv"),
+        ("wrong", "cannot read wrong/results.json"),
         ("gone --out no/r.html", "no such folder: no"),
         ("gone --out empty", "empty is a folder"),
         ("gone --data nothing", "nothing"),
@@ -131,11 +135,12 @@ def test_one_run_on_other_images(runs, tmp_path, capsys):
 )
 def test_bad_input_gives_one_line_and_no_file(words, message, runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("begun", "torn", "gone"):
+    for name in ("begun", "torn", "wrong", "gone"):
         shutil.copytree(runs[1], name)
     os.mkdir("empty")
     os.remove("begun/metrics.csv")
     (tmp_path / "torn" / "metrics.csv").write_text("epoch,step\n1,x\n")
+    (tmp_path / "wrong" / "results.json").write_text("{")
     assert main(["report", *words.split()]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -65,12 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         needed = f"{words[0]} needs {package}, which is not installed"
-        extras = {
-            "faster_coco_eval": "detection",
-            "transformers": "segmentation",
-            "pytorch_grad_cam": "analysis",
-            "jinja2": "analysis",
-        }
+        extras = {"faster_coco_eval": "detection", "transformers": "segmentation"}
+        extras |= dict.fromkeys(("pytorch_grad_cam", "jinja2"), "analysis")
         extra = extras.get(package, "segmentation" if package.startswith("segmentation_models") else "train")
         return fail(f"{needed}; pip install 'vision-ssm[{extra}]' installs all that it needs")
     except OSError as error:
