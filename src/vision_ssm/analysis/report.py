@@ -143,6 +143,7 @@ def collect(
         InputError: A file of the run, or the images of `data`, cannot be read.
     """
     config, history = folder.read_config(), folder.read_metrics()
+    saved = read_json(folder.results) if folder.results.is_file() else {}  # not there before training is over
     monitor = config.monitor or task.monitor
     best = max(history, key=lambda row: rank(row, monitor))
     shape = (3, *task.spec.input_size)
@@ -184,7 +185,7 @@ def collect(
         _overview(summary, task, cost, shape),
         _configuration(folder, config),
         Section("Curves", pictures=[pictures.pop("Curves")]),
-        *_results(folder, best, evaluation, images, on, missing, pictures),
+        *_results(saved, best, evaluation, images, on, missing, pictures),
     ]
     if field is not None:
         sections += [Section("Effective receptive field", pictures=[embed(field, f"Receptive field of {name}")])]
@@ -230,7 +231,7 @@ def draw_comparison(runs: Sequence[RunReport]) -> Figure:
             if run.monitor == metric:
                 how: dict[str, Any] = dict(color=COLORS[number % len(COLORS)])
                 label = printable(run.name).replace("$", r"\$")  # dollar signs would start matplotlib's maths
-                line = LINES[number // len(COLORS) % len(LINES)]
+                line = LINES[number % len(LINES)]  # equal curves stay visible
                 axes.plot(*zip(*run.curve, strict=True), linestyle=line, label=label, linewidth=1.8, **how)
                 axes.plot(run.best, dict(run.curve)[run.best], "o", markersize=7, fillstyle="none", **how)
         axes.set(xlabel="epoch", ylabel=called(metric), title=f"{called(metric)} on validation images, best circled")
@@ -351,11 +352,11 @@ def _plain(value: Any) -> str:
         return " ".join(map(_plain, value)) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "on", False: "off"}[value]
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value) or "none"
 
 
 def _results(
-    folder: RunFolder,
+    saved: Mapping[str, Any],
     best: Mapping[str, Any],
     evaluation: Evaluation | None,
     images: Images | None,
@@ -371,7 +372,7 @@ def _results(
         found = evaluation.mistakes(images)
     else:
         metrics = {name.removeprefix("val_"): best[name] for name in best if name.startswith("val_")}
-        details = read_json(folder.results) if folder.results.is_file() else {}
+        details = saved
         wrote = "what training wrote of the best epoch"
         notes = [f"Not measured anew, because {missing}. The numbers and pictures here are {wrote}."]
     rows = [[called(name), _value(name, value)] for name, value in metrics.items()]
