@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vision_ssm.analysis import Ablation, Bench, BenchEntry, Speed, Variant, ablate, grid, resolution
+from vision_ssm.analysis import Ablation, Bench, BenchEntry, Speed, Variant, ablate, grid, measure_resolutions
 from vision_ssm.analysis.speed import peak_memory
 from vision_ssm.data import read_images
 from vision_ssm.errors import InputError
@@ -55,7 +55,7 @@ def task(images):
 def test_other_sizes_are_measured_without_changing_the_model(task, images):
     few = read_images(images, task.spec.classes).subset(range(4))
     seen = []
-    found = resolution({"vit": (task, few)}, (99, 160), seconds=0.01, workers=0, on_point=seen.append)
+    found = measure_resolutions({"vit": (task, few)}, (99, 160), seconds=0.01, workers=0, on_point=seen.append)
     assert tuple(seen) == found.points
     bad, good = found.rows()
     assert bad["accuracy"] is None
@@ -70,11 +70,11 @@ def test_other_sizes_are_measured_without_changing_the_model(task, images):
 def test_sizes_that_cannot_be(task, images):
     few = read_images(images, task.spec.classes).subset(range(2))
     with pytest.raises(InputError, match="no size can be measured; vit fails at 99"):
-        resolution({"vit": (task, few)}, (99,))
+        measure_resolutions({"vit": (task, few)}, (99,))
     with pytest.raises(InputError, match="--img-size must be at least 1 and at most 8192, got 9000"):
-        resolution({"vit": (task, few)}, (9000,))
+        measure_resolutions({"vit": (task, few)}, (9000,))
     with pytest.raises(InputError, match="models of one task"):
-        resolution({}, (32,))
+        measure_resolutions({}, (32,))
 
 
 def test_a_grid_has_all_combinations():

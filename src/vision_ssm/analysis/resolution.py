@@ -103,7 +103,7 @@ class Resolution(Result):
         return figure
 
 
-def resolution(
+def measure_resolutions(
     models: Mapping[str, tuple[Task, Images]],
     sizes: Sequence[int],
     *,

@@ -43,7 +43,7 @@ def resolution(words: Sequence[str]) -> int:
     options: ResolutionOptions = parse_options(ResolutionOptions, words, "analyze resolution")
     if not options.sizes:
         raise InputError("--sizes takes at least one size, such as 224")
-    from vision_ssm.analysis.resolution import resolution as measure
+    from vision_ssm.analysis.resolution import measure_resolutions
 
     subjects = load_subjects(options.models, options.device)
     models = {each.name: (each.task, labeled_images(each, options.data, options.images)) for each in subjects}
@@ -57,7 +57,7 @@ def resolution(words: Sequence[str]) -> int:
 
     how = dict(batch=options.batch, seconds=options.seconds, batch_size=options.batch_size, workers=options.num_workers)
     with console.status("measuring"):
-        result = measure(models, sorted(set(options.sizes)), on_point=report, **how)  # type: ignore[arg-type]
+        result = measure_resolutions(models, sorted(set(options.sizes)), on_point=report, **how)  # type: ignore[arg-type]
     options.out.mkdir(parents=True, exist_ok=True)
     files = result.save(options.out / "resolution")
     rows = result.rows()
