@@ -13,7 +13,9 @@ from torch import nn
 
 import goldens
 from vision_ssm.analysis import complexity
+from vision_ssm.layers import sparx_connections
 from vision_ssm.models import SparXMamba
+from vision_ssm.models.create import create_model
 from vision_ssm.scan import ROWS, Reversed
 
 TINY: dict[str, Any] = dict(
@@ -221,3 +223,12 @@ def test_gradient_checkpointing_keeps_less() -> None:
     plain = kept()
     model.set_grad_checkpointing()
     assert kept() < 0.5 * plain
+
+
+def test_none_stands_for_every_stage():
+    # timm leaves out arguments that are None, and the model's own windows would bind here
+    args = dict(depths=(1, 1, 10, 1), dims=(8, 16, 24, 32))
+    free = create_model("sparx_mamba_atto", dict(args, windows=None))
+    bound = create_model("sparx_mamba_atto", args)
+    assert free.stages[2].connections != bound.stages[2].connections
+    assert free.stages[2].connections == sparx_connections(10, 2)

@@ -40,7 +40,7 @@ def create_model(
         raise InputError(f"{name} has no published weights; give a file of your own instead")
     try:
         more |= {} if num_classes is None else {"num_classes": num_classes}
-        return timm.create_model(name, pretrained=pretrained, **more, **args)
+        return timm.create_model(name, pretrained=pretrained, **more, **_spell_out_none(name, args))
     except InputError:
         raise
     except Exception as error:  # models raise anything
@@ -98,6 +98,19 @@ def check_takes(model: nn.Module, name: str, size: int) -> None:
         reason = str(error) or type(error).__name__
         raise InputError(f"{name} cannot take images of {size}x{size}; try another --img-size ({reason})") from error
     model.train()
+
+
+def _spell_out_none(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Give None to each stage where a model has a value per stage: timm leaves out arguments that are None."""
+    if None not in args.values():
+        return dict(args)
+    known, changed = inspect.signature(model_class(name)).parameters, dict(args)
+    for key in (key for key, value in args.items() if value is None and key in known):
+        if isinstance(default := known[key].default, tuple | list):
+            changed[key] = (None,) * len(args.get("depths", default))
+        elif default is not None:
+            raise InputError(f"{key}={default} cannot be none")
+    return changed
 
 
 def _explain(name: str, args: Mapping[str, Any], error: Exception) -> str:
