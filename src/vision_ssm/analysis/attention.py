@@ -369,7 +369,8 @@ class ChannelMaps(Result):
         figure = new_figure(2.5 * heads + 0.8, 2.5 * count + 1)
         figure.suptitle(f"Channels that channels attend to: {self.layer} of {self.model}", fontsize=11)
         axes = figure.subplots(count, heads, squeeze=False)
-        limits = dict(vmin=float(self.weights.min()), vmax=float(self.weights.max()))
+        # Up to twice the even share at least: rounding errors of even weights are no pattern.
+        limits = dict(vmin=0, vmax=max(float(self.weights.max()), 2 / channels))
         for (row, head), each in np.ndenumerate(axes):
             image = each.imshow(self.weights[row, head], cmap=COLOR_MAP, interpolation="nearest", **limits)
             each.set_title(f"{short_name(self.images[row])}, head {head}" if head == 0 else f"head {head}", fontsize=9)
