@@ -1,7 +1,7 @@
 """What scans attend to: rows of the matrices by which they mix tokens, channel attention, and chosen routes.
 
 Source: Ali, Zimerman and Wolf, "The Hidden Attention of Mamba Models", arXiv 2403.01590; VMamba,
-arXiv 2401.10166, section 5, which draws such maps.
+arXiv 2401.10166, which draws such maps.
 """
 
 from __future__ import annotations

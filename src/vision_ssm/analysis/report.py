@@ -356,7 +356,7 @@ def _plain(value: Any) -> str:
 
 
 def _results(
-    saved: Mapping[str, Any],
+    saved: dict[str, Any],
     best: Mapping[str, Any],
     evaluation: Evaluation | None,
     images: Images | None,
