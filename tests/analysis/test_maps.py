@@ -12,11 +12,11 @@ from scenes import write_masks
 from short_runs import SEGMENTER
 from vision_ssm.analysis.maps import (
     class_activation,
-    mean_activation,
+    mean_absolute_activation,
+    most_varying_channel,
     principal_components,
     stage_maps,
     unnormalize,
-    widest_channel,
 )
 from vision_ssm.cli import main
 from vision_ssm.errors import InputError
@@ -26,7 +26,7 @@ from vision_ssm.tasks import train
 
 @pytest.mark.parametrize(
     ("show", "shape"),
-    [(mean_activation, (5, 6)), (widest_channel, (5, 6)), (principal_components, (5, 6, 3))],
+    [(mean_absolute_activation, (5, 6)), (most_varying_channel, (5, 6)), (principal_components, (5, 6, 3))],
     ids=["mean", "channel", "components"],
 )
 def test_stage_maps(show, shape):
@@ -41,7 +41,7 @@ def test_stage_maps(show, shape):
 
 def test_the_channel_is_that_of_the_largest_variance():
     x = torch.stack([torch.full((4, 4), 9.0), torch.arange(16.0).view(4, 4), torch.rand(4, 4)])
-    (picture,) = widest_channel([x])
+    (picture,) = most_varying_channel([x])
     assert np.corrcoef(picture.ravel(), np.arange(16))[0, 1] > 0.99
 
 

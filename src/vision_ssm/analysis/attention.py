@@ -185,7 +185,7 @@ class ScanAttention(Result):
         figure = new_figure(2.2 * columns, ((1.65 if single else 1.9) * shape[0] / shape[1] + 0.45) * rows + 0.5)
         figure.suptitle(
             f"What the marked token attends to in {self.layer} of {self.model}\n"
-            "weights: means over channels, colored by their square roots, each route as all routes",
+            "weights: means over channels, colored by their square roots, all on one scale",
             fontsize=10,
         )
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -257,7 +257,8 @@ def _draw_map(
         if bar:
             side = axes.inset_axes((1.03, 0, 0.06, 1))  # as high as the picture
             low, high = float(norm.vmin), float(norm.vmax)
-            digits = 4 if top is None else 3  # decays differ little
+            spread = (high - low) / max(abs(high), abs(low), 1e-30)  # decays differ little
+            digits = 3 if top is not None else 2 + max(1, -int(np.floor(np.log10(max(spread, 1e-6)))))
             ticks = [low, 0.0, high] if signed else [low, float(norm.inverse(0.5)), high]
             axes.figure.colorbar(image, cax=side, ticks=ticks, format=lambda value, _: f"{value:.{digits}g}")
             side.tick_params(labelsize=7)
@@ -365,9 +366,11 @@ class ChannelMaps(Result):
 
     def plot(self) -> Figure:
         """A matrix per image and head."""
+        from matplotlib.ticker import MaxNLocator
+
         count, heads, channels = self.weights.shape[:3]
         figure = new_figure(2.5 * heads + 0.8, 2.5 * count + 1)
-        figure.suptitle(f"Channels that channels attend to: {self.layer} of {self.model}", fontsize=11)
+        figure.suptitle(f"Attention of channels to channels: {self.layer} of {self.model}", fontsize=11)
         axes = figure.subplots(count, heads, squeeze=False)
         # Up to twice the even share at least: rounding errors of even weights are no pattern.
         limits = dict(vmin=0, vmax=max(float(self.weights.max()), 2 / channels))
@@ -375,7 +378,9 @@ class ChannelMaps(Result):
             image = each.imshow(self.weights[row, head], cmap=COLOR_MAP, interpolation="nearest", **limits)
             each.set_title(f"{short_name(self.images[row])}, head {head}" if head == 0 else f"head {head}", fontsize=9)
             each.tick_params(labelsize=7)
-            each.set_xlabel(f"channel of the earlier layers (of {channels})" if row == count - 1 else "", fontsize=8)
+            for axis in (each.xaxis, each.yaxis):
+                axis.set_major_locator(MaxNLocator(5, integer=True))
+            each.set_xlabel("channel of the earlier layers" if row == count - 1 else "", fontsize=8)
             each.set_ylabel("channel" if head == 0 else "", fontsize=8)
         bar = figure.colorbar(image, ax=axes, shrink=0.8)
         bar.set_label("weight; a row has sum 1", fontsize=8)

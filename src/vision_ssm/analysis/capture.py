@@ -107,7 +107,7 @@ def check_stages(stages: Sequence[int] | None, count: int) -> list[int]:
     """
     if wrong := [stage for stage in stages or () if stage not in range(count)]:
         raise InputError(f"there are stages 0 to {count - 1}, not {', '.join(map(str, wrong))}")
-    return list(range(count) if stages is None else stages)
+    return list(range(count) if stages is None else dict.fromkeys(stages))
 
 
 @contextmanager

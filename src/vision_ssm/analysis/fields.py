@@ -92,16 +92,18 @@ class ERF(Result):
                 axes.add_patch(Rectangle(corner, side, side, fill=False, color="white", linestyle=style))
             height, width = field.map_size
             axes.set_title(
-                f"stage {field.stage}, map of {height}×{width}\n50% in {squares[0.5][1]:.1%} of the area", fontsize=9
+                f"stage {field.stage}, map of {height}×{width} from {'×'.join(map(str, field.values.shape))}\n"
+                f"50% in {squares[0.5][1]:.1%} of the area",
+                fontsize=9,
             )
             axes.tick_params(labelsize=7)
             axes.set_xlabel("pixels", fontsize=8)
             if field.stage == stages[0]:
-                axes.set_ylabel(f"{field.model}\npixels", fontsize=8)
+                axes.set_ylabel(f"pixels of {field.model}", fontsize=8)
         images = " and ".join(_unique(f"{f.images:,}" for f in self.fields))
         figure.suptitle(
             f"Effective receptive field of the central output: mean absolute gradient over {images} images\n"
-            "squares hold 50% (solid) and 99% (dashed) of its sum",
+            "squares hold 50% (solid) and 99% (dashed, if smaller than the input) of its sum",
             fontsize=10,
         )
         divided = {"none": "", "max": " ÷ its maximum", "sum": " ÷ its sum"}[self.normalization]
@@ -187,8 +189,8 @@ def centered_squares(values: np.ndarray, shares: Sequence[float] = SHARES) -> li
         shares: Above 0 and at most 1.
 
     Returns:
-        For each share the side in pixels, and the share of the area that lies in the square; what of it is outside of
-        the image does not count.
+        For each share the side in pixels, at most the longer one of the image, and the share of the area that lies in
+        the square; what of it is outside of the image does not count.
 
     Source: the high-contribution area ratio of RepLKNet and SLaK, whose squares begin with a side of 3.
     """
@@ -197,7 +199,7 @@ def centered_squares(values: np.ndarray, shares: Sequence[float] = SHARES) -> li
     inside = np.bincount(rings, values.ravel()).cumsum()
     area = np.bincount(rings).cumsum() / values.size
     places = [int(np.searchsorted(inside, share * inside[-1])) for share in shares]
-    return [(2 * place + 1, float(area[place])) for place in places]
+    return [(min(2 * place + 1, max(values.shape)), float(area[place])) for place in places]
 
 
 def _unique(items: Iterable[str]) -> list[str]:

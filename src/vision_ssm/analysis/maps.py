@@ -35,12 +35,12 @@ Show = Callable[[Sequence[Tensor]], list[np.ndarray]]
 """Makes pictures (h, w) or (h, w, 3), of values from 0 to 1, of one stage's maps (C, h, w) of several images."""
 
 
-def mean_activation(maps: Sequence[Tensor]) -> list[np.ndarray]:
+def mean_absolute_activation(maps: Sequence[Tensor]) -> list[np.ndarray]:
     """Return the mean absolute value over the channels."""
     return _scaled([x.abs().mean(0).numpy() for x in maps])
 
 
-def widest_channel(maps: Sequence[Tensor]) -> list[np.ndarray]:
+def most_varying_channel(maps: Sequence[Tensor]) -> list[np.ndarray]:
     """Return the channel whose values vary most over places and images."""
     channel = int(torch.cat([x.flatten(1) for x in maps], 1).var(1, correction=0).argmax())
     return _scaled([x[channel].numpy() for x in maps])
@@ -101,6 +101,8 @@ class StageMaps(Result):
 
     def plot(self) -> Figure:
         """Draw a row per image: the image, then its maps."""
+        from vision_ssm.engine.plots import elide
+
         figure = new_figure(1.9 * (1 + len(self.stages)), 1.95 * len(self.images) + 0.9)
         grid = figure.subplots(len(self.images), 1 + len(self.stages), squeeze=False)
         for line, picture, maps in zip(grid, self.pictures, self.maps, strict=True):
@@ -108,6 +110,8 @@ class StageMaps(Result):
                 axes.imshow(x, cmap=COLOR_MAP, vmin=0, vmax=1, interpolation="nearest")
                 axes.set_xlabel(f"{x.shape[0]}×{x.shape[1]}", fontsize=8, labelpad=2)
                 axes.set(xticks=[], yticks=[])
+        for axes, name in zip(grid[:, 0], self.images, strict=True):
+            axes.set_ylabel(elide(name, 24), fontsize=8)
         titles = ["image", *(f"stage {stage}" for stage in self.stages)]
         for axes, title in zip(grid[0], titles, strict=True):
             axes.set_title(title, fontsize=10)
@@ -121,7 +125,7 @@ def stage_maps(
     images: Iterable[Tensor],
     stages: Sequence[int] | None = None,
     *,
-    show: Show = mean_activation,
+    show: Show = mean_absolute_activation,
     pictures: Sequence[np.ndarray] | None = None,
     image_names: Sequence[str] | None = None,
     name: str = "the model",
@@ -132,7 +136,7 @@ def stage_maps(
         model: The model; of a detector or segmenter the backbone.
         images: Normalized images (3, H, W) of any sizes.
         stages: The stages, counted from 0; all by default.
-        show: What of the maps to show: ``mean_activation``, ``principal_components`` or ``widest_channel``.
+        show: What of the maps to show: ``mean_absolute_activation``, ``principal_components``, ``most_varying_channel``.
         pictures: The images as people see them, (H, W, 3) with values from 0 to 1; by default `images`, stretched.
         image_names: Names of the images.
         name: What the model is called.
@@ -202,8 +206,13 @@ class ClassActivation(Result):
     activations: tuple[tuple[Activation, ...], ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        names = ("image", "label", "class_name", "score", "predicted")
-        return [{name: getattr(each, name) for name in names} for line in self.activations for each in line]
+        score = "share_of_pixels" if self.segmenter else "probability"
+        how = {"stage": self.stage, "method": self.method}
+        return [
+            {"image": each.image, "class": each.class_name, "label": each.label, score: each.score, **how}
+            for line in self.activations
+            for each in line
+        ]
 
     def plot(self) -> Figure:
         """Draw each image, and beside it the maps of its classes over it."""

@@ -102,6 +102,7 @@ class RunReport:
     Args:
         name: How to call it.
         summary: Its line in a comparison.
+        options: All options of its training.
         monitor: The metric that decided on the best epoch.
         curve: Epoch and that metric, of each epoch.
         best: The best epoch.
@@ -111,6 +112,7 @@ class RunReport:
 
     name: str
     summary: Mapping[str, str]
+    options: Mapping[str, str]
     monitor: str
     curve: Sequence[tuple[int, float]]
     best: int
@@ -190,7 +192,8 @@ def collect(
     if field is not None:
         sections += [Section("Effective receptive field", pictures=[embed(field, f"Receptive field of {name}")])]
     points = [(row["epoch"], row[f"val_{monitor}"]) for row in history]
-    return RunReport(name, summary, monitor, points, best["epoch"], [*sections, speed], missing)
+    options = {option(key): _plain(value) for key, value in json.loads(json.dumps(recipes.to_dict(config))).items()}
+    return RunReport(name, summary, options, monitor, points, best["epoch"], [*sections, speed], missing)
 
 
 def write_report(runs: Sequence[RunReport], path: Path) -> None:
@@ -205,10 +208,17 @@ def write_report(runs: Sequence[RunReport], path: Path) -> None:
     """
     comparison = None
     if len(runs) > 1:
-        rows = [[*run.summary.values()] for run in runs]
+        tables = [Table([*runs[0].summary], [[*run.summary.values()] for run in runs])]
+        texts = {
+            key: [run.options.get(key, "–") for run in runs]
+            for key in dict.fromkeys(k for r in runs for k in r.options)
+        }
+        differ = [[key, *values] for key, values in texts.items() if len(set(values)) > 1]
+        if differ:
+            tables += [Table(["options that differ", *(run.name for run in runs)], differ)]
         of = f"{', '.join(run.name for run in runs)} by epoch"
         curves = embed(draw_comparison(runs), f"Monitored metric of {of}")
-        comparison = Section("Comparison", tables=[Table([*runs[0].summary], rows)], pictures=[curves])
+        comparison = Section("Comparison", tables=tables, pictures=[curves])
     # Names of files and classes may hold control characters and bytes that are not UTF-8.
     environment = Environment(
         autoescape=True,
@@ -347,7 +357,7 @@ def _configuration(folder: RunFolder, config: TrainConfig) -> Section:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        value = [f"{name}={_plain(each)}" for name, each in value.items()]
+        value = [f"{name}={str(each).replace(' ', '')}" for name, each in value.items()]
     if isinstance(value, list):
         return " ".join(map(_plain, value)) or "none"
     if value is None or isinstance(value, bool):
@@ -377,7 +387,7 @@ def _results(
         notes = [f"Not measured anew, because {missing}. The numbers and pictures here are {wrote}."]
     rows = [[called(name), _value(name, value)] for name, value in metrics.items()]
     if interval := details.get("accuracy_interval"):
-        rows += [["accuracy, 95 % interval", " to ".join(map(share, interval))]]
+        rows += [["accuracy, 95% interval", " to ".join(map(share, interval))]]
     yield Section("Metrics", notes, [Table(["", ">"], rows)])
     if classes := details.get("per_class"):
         first, *others = classes[0]

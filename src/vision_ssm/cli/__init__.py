@@ -6,6 +6,7 @@ when the command is called. To add one, add a line to `COMMANDS`.
 
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from vision_ssm.errors import InputError
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its profiler warns of memory that was there before
     try:
         _import_modules(modules)
         module, function = COMMANDS[words[0]][0].split(":")

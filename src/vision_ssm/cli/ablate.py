@@ -99,7 +99,7 @@ def ablate(words: Sequence[str]) -> int:
     def report(so_far: "Ablation") -> None:
         write_csv(out / "ablation.csv", so_far.rows())
         run, total = so_far.runs[-1], len(variants) * len(seeds)
-        said = f"failed: {run.error}" if run.value is None else f"{metric.replace('_', ' ')} {100 * run.value:.1f} %"
+        said = f"failed: {run.error}" if run.value is None else f"{metric.replace('_', ' ')} {run.value:.1%}"
         console.out(f"{len(so_far.runs)}/{total} {run.variant} seed {run.seed}: {said}", highlight=False)
 
     result = Ablation(metric, variants)
@@ -113,7 +113,7 @@ def ablate(words: Sequence[str]) -> int:
             return INTERRUPTED
     files = result.save(out / "ablation")
     if options.json:
-        print_json({"variants": result.summary(), "runs": result.rows()})
+        print_json({"variants": result.summary(), "runs": result.rows(), "files": [*map(str, files)]})
     else:
         _show(result, console)
         console.out("\n".join(map(str, files)), highlight=False)
@@ -182,6 +182,7 @@ def _measure(
     from vision_ssm.tasks import task_type
 
     variants, metric = [], ""
+    known: dict[str, tuple[int, int, float]] = {}  # networks that differ in training alone are timed once
     for name, config in configs.items():
         kind = task_type(config.task)
         try:
@@ -194,14 +195,16 @@ def _measure(
             task = kind.from_config(config, splits, resume=not weights)
             task.ready(find_device(config.device), config.precision, optimized=False)
             height, width = task.spec.input_size
-            cost = complexity(task.model, (3, height, width))
-            speed = measure_task(task, as_dataset(np.zeros((height, width, 3), np.uint8)), seconds=seconds)
+            if (network := repr(task.spec)) not in known:
+                cost = complexity(task.model, (3, height, width))
+                speed = measure_task(task, as_dataset(np.zeros((height, width, 3), np.uint8)), seconds=seconds)
+                known[network] = cost.parameters, cost.macs, speed.milliseconds
         except InputError as error:
             raise InputError(f"{name}: {error.line}") from None
         except FAILURES as error:
             raise InputError(f"{name}: {reason(error)}") from error
         metric = metric or task.monitor
-        variants.append(Variant(name, values[name], cost.parameters, cost.macs, speed.milliseconds))
+        variants.append(Variant(name, values[name], *known[network]))
     return metric, tuple(variants)
 
 

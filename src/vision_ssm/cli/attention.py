@@ -6,7 +6,7 @@ import tyro
 from tyro.conf import Positional
 
 from vision_ssm.cli.options import parse_options
-from vision_ssm.cli.subjects import AnalysisOptions, choose_images, load_subject
+from vision_ssm.cli.subjects import AnalysisOptions, choose_images, image_names, load_subject
 from vision_ssm.engine.output import make_console, make_table, print_json
 from vision_ssm.recipes.config import limited
 
@@ -41,7 +41,7 @@ def attention(words: Sequence[str]) -> int:
     subject = load_subject(options.model, options.device)
     model, spec = subject.model, subject.task.spec
     chosen = choose_images(options, [subject])
-    names, images = [chosen.id(i) for i in range(len(chosen))], list(single_inputs(subject.task, chosen))
+    names, images = image_names(chosen), list(single_inputs(subject.task, chosen))
     run = model.backbone if isinstance(model, OnBackbone) else None
     layers = find_scan_layers(model, images[0], run)
     if options.list:
@@ -83,7 +83,7 @@ def attention(words: Sequence[str]) -> int:
 
 def _list(layers: Any, json: bool) -> int:
     if json:
-        print_json([{**vars(layer)} for layer in layers])
+        print_json({"layers": [vars(layer) for layer in layers]})
         return 0
     table = make_table("layer", "kind", ">tokens", ">channels", ">states", "routes")
     for layer in layers:

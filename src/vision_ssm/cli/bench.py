@@ -62,6 +62,8 @@ def bench(words: Sequence[str]) -> int:
         raise InputError("--size and --sizes exclude each other")
     if options.amp and options.dtype == "float32":
         raise InputError("--amp needs --dtype bfloat16 or float16")
+    if options.plot is not None and options.plot.suffix != ".png":
+        raise InputError(f"--plot takes the name of a PNG file, such as speed.png, got {options.plot}")
     for path in (options.csv, options.plot):
         if path is not None and not path.parent.is_dir():
             raise InputError(f"no such folder: {path.parent}")
@@ -141,7 +143,7 @@ def bench(words: Sequence[str]) -> int:
     for entry in entries:
         cells = ["failed", "-", "-", "-"]
         if (speed := entry.speed) is not None:
-            memory = "-" if speed.peak_memory_mib is None else f"{speed.peak_memory_mib:,.1f}"
+            memory = "-" if speed.peak_memory_mib is None else f"{speed.peak_memory_mib:,.2f}"
             cells = [f"{speed.milliseconds:,.1f}", f"{speed.spread:.0%}", f"{speed.images_per_second:,.1f}", memory]
         table.add_row(entry.model, f"{entry.height}x{entry.width}", str(entry.batch), *cells)
     console.print(table)

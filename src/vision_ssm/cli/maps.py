@@ -1,13 +1,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from vision_ssm.cli.options import parse_options
-from vision_ssm.cli.subjects import AnalysisOptions, Subject, choose_images, load_subject, write_result
+from vision_ssm.cli.subjects import AnalysisOptions, Subject, choose_images, image_names, load_subject, write_result
 from vision_ssm.errors import InputError, nearest
 from vision_ssm.recipes.config import limited
 
@@ -53,7 +52,11 @@ def features(words: Sequence[str]) -> int:
 
     subject = load_subject(options.model, options.device)
     inputs, shown = _inputs(options, subject)
-    kinds = {"mean": maps.mean_activation, "components": maps.principal_components, "channel": maps.widest_channel}
+    kinds = {
+        "mean": maps.mean_absolute_activation,
+        "components": maps.principal_components,
+        "channel": maps.most_varying_channel,
+    }
     how: dict[str, Any] = dict(show=kinds[options.show], name=subject.name, **shown)
     return write_result(maps.stage_maps(subject.model, inputs, options.stages or None, **how), options, "features")
 
@@ -82,8 +85,8 @@ def _inputs(options: _MapOptions, subject: Subject) -> tuple[list["Tensor"], dic
 
     images, spec = choose_images(options, [subject]), subject.task.spec
     inputs = list(single_inputs(subject.task, images))
-    names = [Path(images.id(i)).name for i in range(len(images))]
-    return inputs, dict(pictures=[unnormalize(x, spec.mean, spec.std) for x in inputs], image_names=names)
+    pictures = [unnormalize(x, spec.mean, spec.std) for x in inputs]
+    return inputs, dict(pictures=pictures, image_names=image_names(images))
 
 
 def _class_names(subject: Subject) -> Sequence[str]:

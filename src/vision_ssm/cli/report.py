@@ -38,6 +38,8 @@ def report(words: Sequence[str]) -> int:
         raise InputError(f"no such folder: {options.out.parent}")
     if options.out.is_dir():
         raise InputError(f"{options.out} is a folder; --out names the file to write")
+    if len({run.resolve() for run in options.runs}) < len(options.runs):
+        raise InputError(f"each run can be named once, got {' '.join(map(str, options.runs))}")
     for run in options.runs:
         RunFolder(run).read_config()
         RunFolder(run).read_metrics()

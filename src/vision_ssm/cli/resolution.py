@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -24,6 +25,9 @@ class ResolutionOptions(AnalysisOptions):
         Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL|RUN...", help_behavior_hint="(required)")
     ]
     """Folders of runs, weights files of them, or timm names: NAME, NAME=FILE or NAME=random."""
+    data: Path | None = None
+    """Labeled images, as `vision-ssm eval` takes them: class folders, or for detectors and segmenters a data set; by
+    default the validation images of each run."""
     images: int | None = limited(None, least=1)  # type: ignore[assignment]
     """How many labeled images to measure on, spread evenly over those there are; by default all."""
     sizes: Integers = limited((128, 160, 192, 224, 256, 320, 384, 512, 640, 768), least=1)  # noqa: RUF009
@@ -62,7 +66,7 @@ def resolution(words: Sequence[str]) -> int:
     files = result.save(options.out / "resolution")
     rows = result.rows()
     if options.json:
-        print_json(rows)
+        print_json({"rows": rows, "files": [*map(str, files)]})
         return 0
     table = make_table("model", ">size", f">{result.metric.replace('_', ' ')}", ">ms per image", ">peak MiB")
     for row in rows:
@@ -70,7 +74,7 @@ def resolution(words: Sequence[str]) -> int:
         cells = "failed", "-", "-"
         if not row["error"]:
             memory = row["peak_memory_mib"]
-            memory = "-" if memory is None else f"{memory:,.1f}"
+            memory = "-" if memory is None else f"{memory:,.2f}"
             cells = f"{row[result.metric]:.1%}", f"{row['milliseconds_per_image']:,.1f}", memory
         table.add_row(row["model"], size, *cells)
     console.print(table)

@@ -1,5 +1,6 @@
 """What the commands that analyze take as MODEL or RUN, and the images they look at."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,12 +170,23 @@ def labeled_images(subject: Subject, data: Path | None, count: int | None = None
     elif data is None:
         raise InputError(f"which images is {subject.name} to be measured on? give class folders with --data DIR")
     else:
-        images = output_images(subject.task, read_images(data))
+        try:
+            images = output_images(subject.task, read_images(data))
+        except InputError as error:
+            raise InputError(f"{subject.name}: {error.line}") from None
     if count is None:
         return images
     if isinstance(images, ImageStream):
         raise InputError(f"the images of {subject.name} are a stream, of which all are taken; leave out --images")
     return images.subset(_spread(range(len(images)), count))
+
+
+def image_names(images: "ImageDataset") -> list[str]:
+    """How to call images: their paths below the folder that they have in common."""
+    ids = [images.id(i) for i in range(len(images))]
+    folders = {str(Path(name).parent) for name in ids}
+    common = os.path.commonpath(folders) if all(map(os.path.isabs, folders)) or len(folders) == 1 else ""
+    return [os.path.relpath(name, common) if common else name for name in ids]
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -204,5 +216,5 @@ def write_result(result: "Result", options: AnalysisOptions, name: str, rows: Se
         )
     console = make_console()
     console.print(table, markup=False)
-    console.out("\n".join(f"written      {path}" for path in files), highlight=False)
+    console.out("\n".join(map(str, files)), highlight=False)
     return 0

@@ -38,8 +38,10 @@ class Stage(nn.Module):
         return self.norm(checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x))
 
 
-def check_options(dims: Sequence[int], depths: Sequence[int], in_chans: int, drop_path_rate: float) -> None:
-    """Check the options that all backbones share.
+def check_options(
+    dims: Sequence[int], depths: Sequence[int], in_chans: int, drop_path_rate: float, **flags: bool
+) -> None:
+    """Check the options that all backbones share, and that flags are flags: a word such as "no" would count as true.
 
     Raises:
         ValueError: If one is out of range.
@@ -52,6 +54,9 @@ def check_options(dims: Sequence[int], depths: Sequence[int], in_chans: int, dro
         raise ValueError(f"in_chans must be at least 1, got {in_chans}")
     if not 0 <= drop_path_rate <= 1:
         raise ValueError(f"drop_path_rate must be between 0 and 1, got {drop_path_rate}")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_num_classes(num_classes: int) -> None:

@@ -246,7 +246,8 @@ class EfficientVMamba(Backbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_options(dims, depths, in_chans, drop_path_rate)
+        flags = dict(atrous=atrous, conv_branch=conv_branch, gate=gate, feature_norm=feature_norm)
+        check_options(dims, depths, in_chans, drop_path_rate, **flags)
         scanning = [i < 2 for i in range(len(dims))] if scanning is None else scanning
         if not isinstance(scanning, Sequence) or len(scanning) != len(dims) or not {*scanning} <= {True, False}:
             raise ValueError(f"scanning must hold True or False for each of the {len(dims)} stages, got {scanning}")

@@ -306,7 +306,13 @@ class GroupMamba(Backbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_options(dims, depths, in_chans, drop_path_rate)
+        flags = dict(
+            channel_affinity=channel_affinity,
+            all_directions=all_directions,
+            distilled=distilled,
+            feature_norm=feature_norm,
+        )
+        check_options(dims, depths, in_chans, drop_path_rate, **flags)
         if any(dim % _GROUPS or dim < 16 for dim in dims):
             raise ValueError(f"dims must be multiples of {_GROUPS} and at least 16, got {tuple(dims)}")
         if len(mlp_ratios) != len(dims) or any(int(dim * r) < 1 for dim, r in zip(dims, mlp_ratios, strict=True)):

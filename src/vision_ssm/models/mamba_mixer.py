@@ -153,7 +153,15 @@ class MambaMixer(Backbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_options(dims, depths, in_chans, drop_path_rate)
+        flags = dict(
+            qs_mixer=qs_mixer,
+            switch=switch,
+            bidirectional=bidirectional,
+            weighted_average=weighted_average,
+            aligned=aligned,
+            feature_norm=feature_norm,
+        )
+        check_options(dims, depths, in_chans, drop_path_rate, **flags)
         if stem_stride < 1:
             raise ValueError(f"stem_stride must be at least 1, got {stem_stride}")
         if int(min(dims) * channel_expand) < 1:

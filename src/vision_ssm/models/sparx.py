@@ -262,7 +262,8 @@ class SparXMamba(Backbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_options(dims, depths, in_chans, drop_path_rate)
+        flags = dict(dense=dense, learnable_scale=learnable_scale, feature_norm=feature_norm)
+        check_options(dims, depths, in_chans, drop_path_rate, **flags)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         reductions, across = (
             per_stage(depths, "reductions", reductions, 1),

@@ -299,7 +299,7 @@ class SparXSwin(Backbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_options(dims, depths, in_chans, drop_path_rate)
+        check_options(dims, depths, in_chans, drop_path_rate, feature_norm=feature_norm)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         heads, sizes = per_stage(depths, "num_heads", num_heads), per_stage(depths, "window_size", window_size, 1)
         ratios, reductions = per_stage(depths, "mlp_ratio", mlp_ratio), per_stage(depths, "reductions", reductions, 1)

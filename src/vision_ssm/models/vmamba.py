@@ -103,7 +103,7 @@ class VMamba(Backbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_options(dims, depths, in_chans, drop_path_rate)
+        check_options(dims, depths, in_chans, drop_path_rate, feature_norm=feature_norm)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         block: dict[str, Any] = dict(d_state=d_state, ssm_ratio=ssm_ratio, mlp_ratio=mlp_ratio, paths=paths, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
