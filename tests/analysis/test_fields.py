@@ -56,9 +56,9 @@ def test_normalization(normalization):
 def test_areas_by_hand():
     values = np.zeros((5, 6))
     values[2, 3], values[2, 2], values[4, 0] = 4, 5, 1  # the center is in row 2, column 3
-    # Squares of 1, 3x3, 5x5 and 7x7 pixels, the last one beyond the image above, below and at the right.
+    # Squares of 1, 3x3, 5x5 and 7x7 pixels, the last one beyond the image, whose longer side it is cut to.
     assert centered_squares(values, (0.4, 0.41, 0.9, 0.91, 1)) == [
-        (1, 1 / 30), (3, 9 / 30), (3, 9 / 30), (7, 1), (7, 1),
+        (1, 1 / 30), (3, 9 / 30), (3, 9 / 30), (6, 1), (6, 1),
     ]  # fmt: skip
     assert centered_squares(np.ones((5, 5)), (0.2, 0.99)) == [(3, 9 / 25), (5, 1)]
 
@@ -92,7 +92,7 @@ def test_side_by_side(tmp_path):
     ]
     both = ERF(results[0].fields + results[1].fields, "max")
     figure = both.plot()
-    assert [axes.get_ylabel() for axes in figure.axes[:8:4]] == ["before\npixels", "after\npixels"]
+    assert [axes.get_ylabel() for axes in figure.axes[:8:4]] == ["pixels of before", "pixels of after"]
     assert "maximum" in figure.axes[-1].get_ylabel()
     png, csv, npz = both.save(tmp_path / "erf")
     assert png.exists()

@@ -39,7 +39,7 @@ def test_a_file_beside_a_timm_name(numbered, tmp_path, capsys):
     words = (file, "test_convnext=random", "--data", numbered, "--images", 4, "--out", tmp_path / "out")
     code, out, err = analyze(capsys, *words, "--sizes", "48,32", "--json")
     assert (code, err) == (0, "")
-    rows = json.loads(out)
+    rows = json.loads(out)["rows"]
     assert [(row["model"], row["size"], row["own_size"]) for row in rows] == [
         *(("own.safetensors", 32, 32), ("own.safetensors", 48, 32)),
         *(("test_convnext=random", 32, 160), ("test_convnext=random", 48, 160)),
@@ -65,7 +65,7 @@ def test_segmenters_are_resized_by_their_shortest_side(tmp_path, capsys):
     words = (tmp_path / "s.safetensors", "--data", data, "--sizes", "36,72", "--out", tmp_path / "out", "--json")
     code, out, _ = analyze(capsys, *words)
     assert code == 0
-    small_, own = json.loads(out)
+    small_, own = json.loads(out)["rows"]
     assert (own["size"], own["own_size"]) == (72, 72)
     assert 0 <= own["mIoU"] <= 1
     assert own["peak_memory_mib"] > 1.2 * small_["peak_memory_mib"]

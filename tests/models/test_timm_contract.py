@@ -590,3 +590,18 @@ def test_ten_steps_in_bfloat16_autocast_stay_finite(name: str) -> None:
         optimizer.step()
         assert loss.isfinite()
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("vim2_atto", "switch"),
+        ("efficient_vmamba_atto", "atrous"),
+        ("group_mamba_atto", "all_directions"),
+        ("sparx_mamba_atto", "dense"),
+        ("vmamba_atto", "feature_norm"),
+    ],
+)
+def test_a_word_is_no_flag(name, flag):
+    with pytest.raises(ValueError, match=f"{flag} must be True or False, got 'no'"):
+        timm.create_model(name, **{flag: "no"})

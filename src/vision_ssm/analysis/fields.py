@@ -88,6 +88,8 @@ class ERF(Result):
             squares = dict(zip(SHARES, centered_squares(field.values), strict=True))
             for share, style in ((0.5, "-"), (0.99, "--")):
                 side = squares[share][0]
+                if side >= min(field.values.shape):
+                    continue  # all of the picture
                 corner = (field.values.shape[1] // 2 - side / 2, field.values.shape[0] // 2 - side / 2)
                 axes.add_patch(Rectangle(corner, side, side, fill=False, color="white", linestyle=style))
             height, width = field.map_size

@@ -58,6 +58,8 @@ def bench(words: Sequence[str]) -> int:
         raise InputError("name at least one model, such as vmamba_tiny")
     if not options.batch:
         raise InputError("--batch takes at least one batch size")
+    if not options.sizes and "--sizes" in words:
+        raise InputError("--sizes takes at least one size, such as 224")
     if options.size and options.sizes:
         raise InputError("--size and --sizes exclude each other")
     if options.amp and options.dtype == "float32":

@@ -27,7 +27,7 @@ def split_values(text: str) -> list[str]:
 
 def _integers(words: list[str]) -> tuple[int, ...]:
     values = [value for word in words for value in split_values(word) if value]
-    if wrong := [value for value in values if not value.strip().isdecimal()] or ([] if values else ["nothing"]):
+    if wrong := [value for value in values if not value.strip().isdecimal()]:
         raise ValueError(f"expected whole numbers, such as 224,512, not {wrong[0]}")
     return tuple(map(int, values))
 
