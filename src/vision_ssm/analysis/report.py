@@ -164,11 +164,11 @@ def collect(
     speed, first = _speed(fast, shape)
     summary = {
         "run": name,
+        "metric": called(monitor),
+        ">best": share(best[f"val_{monitor}"]),
         "model": task.spec.model,
         ">parameters": f"{cost.parameters:,}",
         ">MACs": _short(cost.macs),
-        "metric": called(monitor),
-        ">best": share(best[f"val_{monitor}"]),
         ">epoch": f"{best['epoch']} of {history[-1]['epoch']}",
         ">training": str(timedelta(seconds=round(_seconds(history, config)))),
         ">ms per image": first,
