@@ -32,7 +32,9 @@ def test_it_draws_writes_and_prints(photos, tmp_path, capsys):
     assert code == 0
     assert "scan stages.1.blocks.0 of vim2_atto=random, " in out
     assert "from row 0, column 1" in out
-    assert len([line for line in out.splitlines() if "Shifted" not in line and line.startswith(("0.png", "1.png"))]) == 10
+    assert (
+        len([line for line in out.splitlines() if "Shifted" not in line and line.startswith(("0.png", "1.png"))]) == 10
+    )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "attention.png", "attention.csv", "attention-routes.png", "attention-routes.csv",
     }  # fmt: skip
