@@ -19,8 +19,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _same_start() -> None:
     torch.manual_seed(0)
+    os.environ.pop("COLUMNS", None)  # that of pytest's own terminal would break lines of tables
 
 
 @pytest.fixture(scope="session")

@@ -60,8 +60,7 @@ def test_copies_stay_where_they_belong(weights, pictures, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "deep" / "out").iterdir()] == ["_"]
 
 
-def test_below_the_threshold_the_answer_is_unsure(weights, pictures, capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
+def test_below_the_threshold_the_answer_is_unsure(weights, pictures, capsys):
     words = ["predict", str(weights), str(pictures / "a.png"), "--device", "cpu"]
     assert main([*words, "--threshold", "0.999", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["answer"] == "unsure"

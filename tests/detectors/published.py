@@ -126,9 +126,9 @@ class Published:
         names = [ours(name, self.pyramid_levels) for name in self.facts["grad_names"]]
         assert set(names) == {name for name in gradients if not name.startswith("backbone")}
         # In float32, as the published ones: their summation error is 7e-4 for the largest weight.
-        norms = torch.stack([gradients[name].grad.norm() for name in names])
+        norms = torch.stack([gradients[name].grad.float().norm() for name in names])
         self.assert_norms(f"{prefix}.{case}.grad_norms", norms)
-        feature_norms = [torch.zeros(()) if x.grad is None else x.grad.norm() for x in features]
+        feature_norms = [torch.zeros(()) if x.grad is None else x.grad.float().norm() for x in features]
         self.assert_norms(f"{prefix}.{case}.feature_grad_norms", torch.stack(feature_norms))
 
     def assert_norms(self, key: str, norms: Tensor) -> None:
