@@ -153,7 +153,7 @@ def collect(
     fast = type(task)(copy.deepcopy(task.model), task.spec).ready(task.device)  # which has no gradients on a CPU
     images, evaluation, missing, field = None, None, "", None
     try:
-        images = _read(folder, config, task) if data is None else task.read_images(data)
+        images = task.own_images(folder) if data is None else task.read_images(data)
         field = _receptive_field(task, images)
         evaluation = evaluate(fast, images, None, workers, console)
     except InputError as error:
@@ -192,7 +192,7 @@ def collect(
     if field is not None:
         sections += [Section("Effective receptive field", pictures=[embed(field, f"Receptive field of {name}")])]
     points = [(row["epoch"], row[f"val_{monitor}"]) for row in history]
-    options = {option(key): _plain(value) for key, value in json.loads(json.dumps(recipes.to_dict(config))).items()}
+    options = {option(key): _plain(value) for key, value in _values(config).items()}
     return RunReport(name, summary, options, monitor, points, best["epoch"], [*sections, speed], missing)
 
 
@@ -306,21 +306,13 @@ def _seconds(history: Sequence[Mapping[str, Any]], config: TrainConfig) -> float
     return float(np.sum(steps * config.images_per_step / np.maximum(speeds, 1e-9)))
 
 
-def _read(folder: RunFolder, config: TrainConfig, task: Task) -> Images:
-    images = task.load_data(config).val
-    if images.classes != task.spec.classes:
-        raise InputError(f"the images that {folder.path} was trained on have other classes now; give --data")
-    return images
-
-
 def _receptive_field(task: Task, images: Images) -> Figure | None:
     """The effective receptive fields of the model, which is not optimized yet, on some of the images."""
     if isinstance(images, ImageStream):
         return None
-    count = min(len(images), 16)
-    some = images.subset([i * len(images) // count for i in range(count)])
+    batches = input_batches(task, images.spread(16), 4)
     try:
-        return effective_receptive_field(task.model, input_batches(task, some, 4), name=task.spec.model).plot()
+        return effective_receptive_field(task.model, batches, name=task.spec.model).plot()
     except (InputError, RuntimeError):  # it has no stages, say
         return None
 
@@ -338,7 +330,7 @@ def _configuration(folder: RunFolder, config: TrainConfig) -> Section:
     record = read_json(folder.config)
     recipe = recipes.RECIPES.get(record.get("recipe", ""))
     known = recipe() if recipe is not None and recipe.config is type(config) else type(config)()
-    values, default = (json.loads(json.dumps(recipes.to_dict(each))) for each in (config, known))
+    values, default = _values(config), _values(known)
     changed = [
         [option(name), _plain(value), _plain(default[name])]
         for name, value in values.items()
@@ -353,6 +345,11 @@ def _configuration(folder: RunFolder, config: TrainConfig) -> Section:
     everything = [[option(name), _plain(value)] for name, value in values.items()]
     folded = {"All options": Table(["option", "value"], everything)}
     return Section("Configuration", notes, [*table, *([Table(["", ""], about)] if about else [])], folded=folded)
+
+
+def _values(config: TrainConfig) -> dict[str, Any]:
+    """Options and their values, as JSON has them."""
+    return json.loads(json.dumps(recipes.to_dict(config)))
 
 
 def _plain(value: Any) -> str:

@@ -72,7 +72,8 @@ def ablate(words: Sequence[str]) -> int:
     console = make_console(stderr=options.json)
     out = options.out or Path("runs") / f"ablation-{recipe.name}"
     config = absolute(config)
-    configs = {name: change(config, values) for name, values in grid(over).items()}
+    combinations = grid(over)
+    configs = {name: change(config, values) for name, values in combinations.items()}
     seeds = range(config.seed, config.seed + options.seeds)
 
     def prepare(name: str, seed: int) -> tuple[RunFolder, Any]:
@@ -86,7 +87,7 @@ def ablate(words: Sequence[str]) -> int:
             else:
                 folder.check_free(overwrite=False)
     with console.status("measuring the variants"):
-        metric, variants = _measure(configs, grid(over), options.seconds, weights=not options.measure_only)
+        metric, variants = _measure(configs, combinations, options.seconds, weights=not options.measure_only)
     out.mkdir(parents=True, exist_ok=True)
 
     def train_one(variant: "Variant", seed: int) -> float:

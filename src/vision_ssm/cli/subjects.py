@@ -81,11 +81,11 @@ def load_subject(word: str, device: str = "auto") -> Subject:
         run = path.parent if (path.parent / "config.json").is_file() else None
         return Subject(Path(word).name or word, load(path, device, optimized=False), run, path)
     name, equals, source = word.partition("=")
-    torch.manual_seed(0)
+    file = Path(source) if equals and source != "random" else None
     try:
-        task = Classification.from_timm(
-            name, Path(source) if equals and source != "random" else None, pretrained=not equals
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            task = Classification.from_timm(name, file, pretrained=not equals)
     except InputError as error:
         also = "" if equals else f"; {name}=FILE takes the weights of a file, {name}=random new ones"
         raise InputError(f"{error.line}{also}") from None
@@ -113,14 +113,14 @@ def choose_images(options: AnalysisOptions, subjects: Sequence[Subject]) -> "Ima
     from vision_ssm.engine.task import as_dataset
 
     if options.data is not None:
-        return as_dataset(_spread(find_images([options.data]), options.images))
+        return as_dataset(find_images([options.data])).spread(options.images)
     subject = next((subject for subject in subjects if subject.run is not None), None)
     if subject is None or subject.run is None:
         raise InputError("which images? give a folder of them with --data DIR")
     images = subject.task.load_data(RunFolder(subject.run).read_config()).val
     if isinstance(images, ImageStream):
         raise InputError(f"the images of {subject.run} are a stream; give a folder of some with --data DIR")
-    return images.subset(_spread(range(len(images)), options.images))
+    return images.spread(options.images)
 
 
 def run_images(task: "Task", file: Path, data: Path | None) -> "Images":
@@ -138,10 +138,7 @@ def run_images(task: "Task", file: Path, data: Path | None) -> "Images":
         return task.read_images(data)
     if not (file.parent / "config.json").is_file():
         raise InputError(f"which images is {file} to be measured on? it lies in no run; give --data DIR")
-    images = task.load_data(RunFolder(file.parent).read_config()).val
-    if images.classes != task.spec.classes:
-        raise InputError(f"the images that {file.parent} was trained on have other classes now; give --data")
-    return images
+    return task.own_images(RunFolder(file.parent))
 
 
 def output_images(task: "Task", images: "ImageDataset") -> "ImageDataset":
@@ -178,7 +175,7 @@ def labeled_images(subject: Subject, data: Path | None, count: int | None = None
         return images
     if isinstance(images, ImageStream):
         raise InputError(f"the images of {subject.name} are a stream, of which all are taken; leave out --images")
-    return images.subset(_spread(range(len(images)), count))
+    return images.spread(count)
 
 
 def image_names(images: "ImageDataset") -> list[str]:
@@ -187,11 +184,6 @@ def image_names(images: "ImageDataset") -> list[str]:
     folders = {str(Path(name).parent) for name in ids}
     common = os.path.commonpath(folders) if all(map(os.path.isabs, folders)) or len(folders) == 1 else ""
     return [os.path.relpath(name, common) if common else name for name in ids]
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def write_result(result: "Result", options: AnalysisOptions, name: str, rows: Sequence[dict[str, Any]] = ()) -> int:

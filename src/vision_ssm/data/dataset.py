@@ -188,6 +188,11 @@ class ImageDataset:
         images.category_ids = self.category_ids
         return images
 
+    def spread(self, count: int) -> "ImageDataset":
+        """At most so many of the images, spread evenly over all."""
+        count = min(count, len(self))
+        return self.subset([number * len(self) // count for number in range(count)])
+
     def with_labels(self, labels: np.ndarray, classes: tuple[str, ...]) -> "ImageDataset":
         """The same images under other classes.
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 from vision_ssm.data import ImageDataset, Images, ImageStream, Sample, Splits, Transform
 from vision_ssm.data.sampling import Samples, collate_readable, loader_workers
 from vision_ssm.engine.devices import find_device
+from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
 from vision_ssm.errors import InputError
 from vision_ssm.optimize import optimize
@@ -190,6 +191,17 @@ class Task(ABC):
         Raises:
             InputError: They are missing, cannot be used, or have other classes.
         """
+
+    def own_images(self, folder: RunFolder) -> Images:
+        """The validation images of the run that the model is from.
+
+        Raises:
+            InputError: They are missing, cannot be used, or have other classes now.
+        """
+        images = self.load_data(folder.read_config()).val
+        if images.classes != self.spec.classes:
+            raise InputError(f"the images that {folder.path} was trained on have other classes now; give --data")
+        return images
 
     @property
     @abstractmethod

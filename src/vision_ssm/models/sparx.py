@@ -269,6 +269,8 @@ class SparXMamba(Backbone):
             per_stage(depths, "reductions", reductions, 1),
             per_stage(depths, "cross_stage", cross_stage),
         )
+        if wrong := [value for value in across if not isinstance(value, bool)]:
+            raise ValueError(f"cross_stage must be True or False in each stage, got {wrong[0]!r}")
         ratios, scales = per_stage(depths, "mlp_ratio", mlp_ratio), per_stage(depths, "layer_scale", layer_scale)
         inner = per_stage(depths, "ssm_ratio", ssm_ratio)
         connected = stage_connections(depths, steps, starts, windows, across, dense)
