@@ -1,8 +1,6 @@
-import importlib
-import sys
 from collections.abc import Sequence
 
-from vision_ssm.errors import InputError
+from vision_ssm.cli.options import run_named
 
 ANALYSES = {
     "cka": ("similarity:cka", "how similar the maps of blocks are, within a model or between two"),
@@ -17,16 +15,5 @@ ANALYSES = {
 
 def analyze(words: Sequence[str]) -> int:
     """Run one analysis; `words` follow `vision-ssm analyze`."""
-    if not words or words[0] in ("-h", "--help"):
-        width = max(map(len, ANALYSES))
-        lines = "".join(f"  {name:<{width}}  {text}\n" for name, (_, text) in ANALYSES.items())
-        (sys.stdout if words else sys.stderr).write(
-            f"usage: vision-ssm analyze ANALYSIS MODEL|RUN... [OPTIONS]\n\nanalyses:\n{lines}\n"
-            "MODEL is a timm name with its published weights, NAME=FILE with those of a file, or NAME=random.\n"
-            "`vision-ssm analyze ANALYSIS --help` lists the options.\n"
-        )
-        return 0 if words else 2
-    if words[0] not in ANALYSES:
-        raise InputError(f"analyze what? {', '.join(ANALYSES)}, not {words[0]}")
-    module, function = ANALYSES[words[0]][0].split(":")
-    return getattr(importlib.import_module(f"vision_ssm.cli.{module}"), function)(words[1:])
+    models = "MODEL is a timm name with its published weights, NAME=FILE with those of a file, or NAME=random."
+    return run_named("analyze", "ANALYSIS MODEL|RUN...", ANALYSES, words, models)

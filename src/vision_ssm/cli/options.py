@@ -1,4 +1,6 @@
 import ast
+import importlib
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +45,35 @@ Integers = Annotated[
     ),
 ]
 """Whole numbers with commas or spaces between them."""
+
+
+def run_named(
+    command: str, synopsis: str, functions: Mapping[str, tuple[str, str]], words: Sequence[str], note: str
+) -> int:
+    """Run the function that the first word names, with the others; or print which there are.
+
+    Args:
+        command: Name of the command.
+        synopsis: What follows it.
+        functions: By name, where each one is in this package and what it does.
+        words: What was given.
+        note: A line below the functions.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        kind, width = synopsis.split()[0], max(map(len, functions))
+        lines = "".join(f"  {name:<{width}}  {text}\n" for name, (_, text) in functions.items())
+        (sys.stdout if words else sys.stderr).write(
+            f"usage: vision-ssm {command} {synopsis} [OPTIONS]\n\nvalues of {kind}:\n{lines}\n{note}\n"
+            f"`vision-ssm {command} {kind} --help` lists the options.\n"
+        )
+        return 0 if words else 2
+    if words[0] not in functions:
+        raise InputError(f"{command} what? {', '.join(functions)}, not {words[0]}")
+    module, function = functions[words[0]][0].split(":")
+    return getattr(importlib.import_module(f"vision_ssm.cli.{module}"), function)(words[1:])
 
 
 def parse_options(kind: Any, words: Sequence[str], command: str, *, pairs: bool = False, **options: Any) -> Any:
