@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def exported():
     )
 
 
-SIZES = [(1, 5, 3, 8), (3, 2, 9, 8), (2, 7, 7, 8), (2, 2, 3, 8)]
+SIZES = [(1, 5, 3, 8), (3, 2, 9, 8), (2, 13, 9, 8), (2, 2, 3, 8)]  # below, at and beyond the length of a chunk
 
 
 def test_export_with_dynamic_batch_and_sizes(exported):
@@ -104,12 +105,12 @@ def test_export_with_dynamic_batch_and_sizes(exported):
         torch.testing.assert_close(exported.module()(x), model(x))
 
 
-def test_decomposes_into_standard_operators_and_one_scan(exported):
+def test_decomposes_into_standard_operators_and_scans(exported):
     table = torch._decomp.get_decompositions([torch.ops.vision_ssm.route_scan.default])
     program = exported.run_decompositions(table)
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert not any("vision_ssm" in target for target in targets)
-    assert sum("ScanOp" in target or target == "scan" for target in targets) == 1
+    assert sum("ScanOp" in target or target == "scan" for target in targets) == 3
     for shape in SIZES:
         x = torch.randn(shape)
         torch.testing.assert_close(program.module()(x), Scanner(PATHS["atrous"])(x), rtol=1e-4, atol=1e-5)
@@ -119,7 +120,7 @@ def test_onnx_runtime_with_dynamic_sizes(exported, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     program = torch.onnx.export(exported, dynamo=True, verbose=False)
     program.save(tmp_path / "scan.onnx")
-    assert [node.op_type for node in program.model_proto.graph.node].count("Scan") == 1
+    assert [node.op_type for node in program.model_proto.graph.node].count("Scan") == 3
     session = runtime.InferenceSession(tmp_path / "scan.onnx")
     for shape in SIZES:
         x = torch.randn(shape)
@@ -129,7 +130,7 @@ def test_onnx_runtime_with_dynamic_sizes(exported, tmp_path):
 
 @pytest.mark.parametrize("case", VARIETY, ids=str)
 def test_decomposition_equals_the_operator(case):
-    call = case.make()
+    call = replace(case, height=8, width=13).make()  # several chunks
     decomposition = torch._decomp.decomposition_table[torch.ops.vision_ssm.route_scan.default]
     torch.testing.assert_close(decomposition(*flat(call), False, True), call.run())
 

@@ -20,7 +20,7 @@ from vision_ssm.scan.transforms import transformed, unobserved
 
 
 @dataclass(frozen=True)
-class _Steps:
+class Steps:
     """A call unrolled into steps: (K', c, S, B, ...), where step ``s * c + i`` is ``[:, i, s]``."""
 
     route: Tensor  # (K', B or 1): which route of the pool
@@ -30,8 +30,7 @@ class _Steps:
     C: Tensor  # (..., N)
     raw: Tensor  # (..., Dk), the step size before the softplus
     delta: Tensor  # (..., Dk)
-    decay: Tensor  # (..., Dk, N)
-    drive: Tensor  # (..., Dk, N)
+    A: Tensor  # (K', B or 1, Dk, N)
 
 
 def scan(args: ScanArguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -41,12 +40,12 @@ def scan(args: ScanArguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         The outputs summed over routes, rounded once to ``dtype``, (B, L, C), and the state after the
         last step, (B, K', Dk, N).
     """
-    steps = _unroll(args)
-    h = _differentiable_scan(steps.decay, steps.drive)
-    y = _outputs(args, steps, h if args.inclusive else steps.decay * _previous(h))
-    if args.route_weight is not None:
-        y = y * _per_step(args.route_weight.t().to(args.dtype)).unsqueeze(-1)
-    y = _to_tokens(y, args, args.write, steps.route, args.x.shape[2] // y.shape[-1]).flatten(2)
+    steps = unroll(args, *_chunks(args.read.shape[1]))
+    decay, drive = _decay(steps), _drive(steps)
+    h = _differentiable_scan(decay, drive)
+    y = write_outputs(
+        args, steps, _over_states((h if args.inclusive else decay * _previous(h)) * steps.C[..., None, :])
+    )
     return y.to(dtype), h[:, -1, -1].transpose(0, 1)
 
 
@@ -66,16 +65,19 @@ def linear_scan(decay: Tensor, drive: Tensor) -> Tensor:
 
 def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> dict[str, Tensor]:
     """Return the gradients of all differentiable arguments, from the gradients of outputs and last state."""
-    steps = _unroll(args)
+    steps = unroll(args, *_chunks(args.read.shape[1]))
+    decay, drive = _decay(steps), _drive(steps)
     route, x, B, C, dtype = steps.route, steps.x, steps.B.unsqueeze(-2), steps.C.unsqueeze(-2), args.dtype
     chosen = args.route_index is not None
-    h = _linear_scan(steps.decay, steps.drive, backwards=False)
+    h = _linear_scan(decay, drive, backwards=False)
     previous = _previous(h)
-    seen = h if args.inclusive else steps.decay * previous
-    g = _gather(grad_y.unflatten(2, (-1, x.shape[-1])).to(dtype), _rows(args, args.write, route), _per_step(route))
+    seen = h if args.inclusive else decay * previous
+    row = _rows(args, args.write, route, *x.shape[1:3])
+    g = _gather(grad_y.unflatten(2, (-1, x.shape[-1])).to(dtype), row, _per_step(route))
     found = {}
     if args.route_weight is not None:
-        found["route_weight"] = (g * _outputs(args, steps, seen)).sum((1, 2, 4)).t()
+        outputs = _with_skip(args, steps, _over_states(seen * C))
+        found["route_weight"] = (g * outputs).sum((1, 2, 4)).t()
         g = g * _per_step(args.route_weight.t().to(dtype)).unsqueeze(-1)
     # mu_t is the gradient of exp(delta_t A) h_(t-1): mu_t = C_t g_t + exp(delta_(t+1) A) mu_(t+1).
     local = g.unsqueeze(-1) * C
@@ -83,9 +85,9 @@ def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> 
     if grad_state is not None:
         into = local.clone()
         into[:, -1, -1] += grad_state.transpose(0, 1)
-    mu = _linear_scan(_previous(steps.decay, backwards=True), into, backwards=True)
+    mu = _linear_scan(_previous(decay, backwards=True), into, backwards=True)
     of_drive = mu if args.inclusive else mu - local
-    exponent = mu * previous * steps.decay  # gradient of delta_t A
+    exponent = mu * previous * decay  # gradient of delta_t A
     of_input = _over_states(of_drive * B)
     A = _per_step(_of_route(args.A, route, dtype))
     grad_x = of_input * steps.delta
@@ -129,13 +131,14 @@ def _check_indices(args: ScanArguments) -> None:
             raise ValueError(f"{name} must lie in {first}..{end - 1}; an index is out of range")
 
 
-def _unroll(args: ScanArguments) -> _Steps:
+def unroll(args: ScanArguments, length: int, chunks: int) -> Steps:
+    """Return what every step reads, in chunks of `length` steps."""
     _check_indices(args)
     width, states, rank, dtype = args.channels_per_route, args.state_size, args.rank, args.dtype
     route = torch.arange(args.routes, device=args.x.device).view(-1, 1)
     if args.route_index is not None:
         route = args.route_index.t().long()
-    row, group = _rows(args, args.read, route), _per_step(route)
+    row, group = _rows(args, args.read, route, length, chunks), _per_step(route)
     x = _gather(args.x.unflatten(2, (-1, width)), row, group).to(dtype)
     low_rank, B, C = _gather(args.dbc, row, group).to(dtype).split([rank, states, states], dim=-1)
     if args.dt_weight is not None:
@@ -146,18 +149,30 @@ def _unroll(args: ScanArguments) -> _Steps:
         raw = raw + _per_step(_of_route(args.dt_bias, route, dtype))
     delta = F.softplus(raw) if args.softplus else raw
     # Finite, because the step size of padding may be 0, and 0 times infinity is NaN.
-    A = args.A.clamp(min=-3e38)
-    decay = torch.exp(delta.unsqueeze(-1) * _per_step(_of_route(A, route, dtype)))
-    drive = (delta * x).unsqueeze(-1) * B.unsqueeze(-2)
-    return _Steps(route, x, low_rank, B, C, raw, delta, decay, drive)
+    A = _of_route(args.A.clamp(min=-3e38), route, dtype)
+    return Steps(route, x, low_rank, B, C, raw, delta, A)
 
 
-def _outputs(args: ScanArguments, steps: _Steps, seen: Tensor) -> Tensor:
-    """Return C_t h_t + D x_t, (K', c, S, B, Dk)."""
-    y = _over_states(seen * steps.C.unsqueeze(-2))
-    if args.D is not None:
-        y = torch.addcmul(y, _per_step(_of_route(args.D, steps.route, args.dtype)), steps.x)
-    return y
+def write_outputs(args: ScanArguments, steps: Steps, y: Tensor) -> Tensor:
+    """Add D x_t to C_t h_t, (K', c, S, B, Dk), and write it to the tokens: (B, L, C)."""
+    y = _with_skip(args, steps, y)
+    if args.route_weight is not None:
+        y = y * _per_step(args.route_weight.t().to(args.dtype)).unsqueeze(-1)
+    return _to_tokens(y, args, args.write, steps.route, args.x.shape[2] // y.shape[-1]).flatten(2)
+
+
+def _decay(steps: Steps) -> Tensor:
+    return torch.exp(steps.delta.unsqueeze(-1) * _per_step(steps.A))
+
+
+def _drive(steps: Steps) -> Tensor:
+    return (steps.delta * steps.x).unsqueeze(-1) * steps.B.unsqueeze(-2)
+
+
+def _with_skip(args: ScanArguments, steps: Steps, y: Tensor) -> Tensor:
+    if args.D is None:
+        return y
+    return torch.addcmul(y, _per_step(_of_route(args.D, steps.route, args.dtype)), steps.x)
 
 
 def _over_states(tensor: Tensor) -> Tensor:
@@ -175,10 +190,9 @@ def _per_step(tensor: Tensor) -> Tensor:
     return tensor[:, None, None]
 
 
-def _rows(args: ScanArguments, index: Tensor, route: Tensor) -> Tensor:
+def _rows(args: ScanArguments, index: Tensor, route: Tensor, length: int, chunks: int) -> Tensor:
     """Return the row of the flattened (B * L) tokens that each step names, (K', c, S, B); B * L for none."""
     batch, tokens = args.x.shape[:2]
-    length, chunks = _chunks(index.shape[1])
     # Padding in front: a padding token leaves the zero state as it is.
     index = F.pad(index.long(), (chunks * length - index.shape[1], 0), value=-1)
     index = index[route].unflatten(-1, (chunks, length)).permute(0, 3, 2, 1)
