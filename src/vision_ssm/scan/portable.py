@@ -43,9 +43,8 @@ def scan(args: ScanArguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     steps = unroll(args, *_chunks(args.read.shape[1]))
     decay, drive = _decay(steps), _drive(steps)
     h = _differentiable_scan(decay, drive)
-    y = write_outputs(
-        args, steps, _over_states((h if args.inclusive else decay * _previous(h)) * steps.C[..., None, :])
-    )
+    seen = h if args.inclusive else decay * _previous(h)
+    y = write_outputs(args, steps, _over_states(seen * steps.C.unsqueeze(-2)))
     return y.to(dtype), h[:, -1, -1].transpose(0, 1)
 
 
