@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         needed = f"{words[0]} needs {package}, which is not installed"
         extras = {"faster_coco_eval": "detection", "transformers": "segmentation"}
         extras |= dict.fromkeys(("pytorch_grad_cam", "jinja2"), "analysis")
+        extras |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export")
         extra = extras.get(package, "segmentation" if package.startswith("segmentation_models") else "train")
         return fail(f"{needed}; pip install 'vision-ssm[{extra}]' installs all that it needs")
     except OSError as error:

@@ -78,6 +78,8 @@ def load_subject(word: str, device: str = "auto") -> Subject:
 
     if Path(word).exists():
         path = weights_file(Path(word))
+        if path.suffix == ".onnx":
+            raise InputError(f"{path} is an ONNX file, which predict and eval take; name the run or the model here")
         run = path.parent if (path.parent / "config.json").is_file() else None
         return Subject(Path(word).name or word, load(path, device, optimized=False), run, path)
     name, equals, source = word.partition("=")

@@ -56,7 +56,8 @@ class EvalOptions(ComputeOptions):
     """Measure a trained model, or any timm classifier: its metrics and a table of the classes."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
-    """Folder of a run, a weights file of one, or the name of a model (with --pretrained or --weights FILE)."""
+    """Folder of a run, a weights file or ONNX file of one, or the name of a model (with --pretrained or --weights
+    FILE)."""
     data: Path | None = None
     """Image folder with one sub-folder per class, or a tar file of such folders; for detectors a data set in COCO
     format, or its annotation file; for segmenters a folder of images and masks, or of images with masks beside it. By
@@ -74,7 +75,7 @@ class PredictOptions(ComputeOptions):
     """Predict for images with a trained model."""
 
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Folder of a run, or a weights file of one."""
+    """Folder of a run, or a weights file or ONNX file of one."""
     images: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...", help_behavior_hint="(required)")]
     """Image files, or folders of them."""
     weights: Literal["best", "last"] = "best"
@@ -143,7 +144,9 @@ def _run_and_images(options: EvalOptions) -> Subject:
         given = "--pretrained" if options.pretrained else f"--weights {options.weights}"
         raise InputError(f"{given} belongs to the name of a model, and {options.model} is a file or folder here")
     path = weights_file(Path(options.model), options.weights or "best")
-    task = load(path, "cpu", optimized=False, **_changes(options))
+    onnx = path.suffix == ".onnx"
+    how = (options.device, options.precision) if onnx else ("cpu",)
+    task = load(path, *how, optimized=False, **_changes(options))
     return task, run_images(task, path, options.data), {"model": task.spec.model, "weights": str(path)}
 
 

@@ -104,6 +104,10 @@ class Detector(OnBackbone, ABC):
         """
 
     @abstractmethod
+    def raw_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Return what the heads say of every anchor, by name and level, for images of any size without padding."""
+
+    @abstractmethod
     def forward_costs(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run every layer on inputs of fixed sizes, to count operations; works on the meta device."""
 

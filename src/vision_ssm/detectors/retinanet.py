@@ -79,6 +79,12 @@ class RetinaNet(Detector):
             count += max(len(positive), 1)
         return {"cls": torch.stack(cls).sum() / count, "box": torch.stack(box).sum() / count}
 
+    def raw_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Return ``logits_i``, (B, N, classes), and ``deltas_i``, (B, N, 4), of the anchors of level i."""
+        levels = [self.predict([x]) for x in self.pyramid(images)]
+        logits = {f"logits_{i}": logit for i, (logit, _) in enumerate(levels)}
+        return logits | {f"deltas_{i}": delta for i, (_, delta) in enumerate(levels)}
+
     def forward_costs(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.predict(self.pyramid(images))
 

@@ -101,6 +101,17 @@ class FasterRCNN(Detector):
         samples = [self.sample(*both) for both in zip(proposals, targets, strict=True)]
         return losses | self.roi_losses(maps, samples, targets, images.shape[-2:])
 
+    def raw_outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Return of level i ``map_i``, (B, width, H / stride, W / stride), and of its anchors ``objectness_i`` and ``deltas_i``.
+
+        Objectness, (B, N), is a logit; deltas, (B, N, 4), make proposals of the anchors.
+        """
+        maps = self.pyramid(images)
+        logits, deltas = self.rpn(maps)
+        outputs = {f"map_{i}": x for i, x in enumerate(maps)}
+        outputs |= {f"objectness_{i}": x for i, x in enumerate(logits)}
+        return outputs | {f"deltas_{i}": x for i, x in enumerate(deltas)}
+
     def forward_costs(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run every layer on 1,000 proposals per image, with zeros for RoI features.
 

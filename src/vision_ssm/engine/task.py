@@ -1,7 +1,7 @@
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 from vision_ssm.data import ImageDataset, Images, ImageStream, Sample, Splits, Transform
 from vision_ssm.data.sampling import Samples, collate_readable, loader_workers
 from vision_ssm.engine.devices import find_device
+from vision_ssm.engine.onnx_model import OnnxModel
 from vision_ssm.engine.run_folder import RunFolder
 from vision_ssm.engine.weights import load_weights, read_metadata, read_weights
 from vision_ssm.errors import InputError
@@ -100,6 +101,8 @@ class Task(ABC):
     """Columns of the CSV file of predictions."""
     eval_batch_size: ClassVar[int | None] = None
     """Batch size of evaluation and prediction, where it matters."""
+    onnx_output: ClassVar[str | None] = None
+    """The output of an ONNX file that evaluation and prediction work on, where they can."""
 
     def __init__(self, model: nn.Module, spec: Any) -> None:
         self.model, self.spec = model, spec
@@ -136,11 +139,33 @@ class Task(ABC):
             InputError: The file is damaged or of another task, there is no such device, or the description has no
                 such entry or does not take its value.
         """
-        values = read_metadata(path)
+        spec = cls._read_spec(read_metadata(path), path, changes)
+        model = cls.create_model(spec)
+        load_weights(model, read_weights(path), path)
+        return cls(model, spec).ready(find_device(device), precision, optimized=optimized)
+
+    @classmethod
+    def from_onnx(cls, model: OnnxModel, **changes: Any) -> "Task":
+        """The task of an ONNX file, without the network it came from.
+
+        Raises:
+            InputError: The file has other outputs, or its description has no such entry or does not take its value.
+        """
+        if model.outputs != [cls.onnx_output]:
+            given = f"{', '.join(model.outputs[:3])}{', ...' if len(model.outputs) > 3 else ''}"
+            raise InputError(
+                f"{model.path} gives {given}, for programs of your own; what can be used here are the logits of a "
+                "classifier and the scores of a segmenter"
+            )
+        return cls(model, cls._read_spec(dict(model.description), model.path, changes))
+
+    @classmethod
+    def _read_spec(cls, values: dict[str, Any], path: Path, changes: Mapping[str, Any]) -> Any:
+        """The description in a file, with other values for some of its entries."""
         try:
             if values.pop("task") != cls.name:
                 raise TypeError("it is of another task")
-            spec = from_dict(cls.Spec, values)
+            from_dict(cls.Spec, values)
         except (InputError, TypeError, KeyError) as error:
             raise InputError(f"{path} does not describe a model for {cls.name}: {error}") from error
         names = [item.name for item in dataclasses.fields(cls.Spec)]
@@ -148,17 +173,19 @@ class Task(ABC):
             has = f"which has no {' and '.join(sorted(unknown))}"
             raise InputError(f"{path} is of {cls.name}, {has}, but {', '.join(names)}")
         try:
-            spec = from_dict(cls.Spec, {**values, **changes})
+            return from_dict(cls.Spec, {**values, **changes})
         except TypeError as error:
             raise InputError(str(error)) from error
-        model = cls.create_model(spec)
-        load_weights(model, read_weights(path), path)
-        return cls(model, spec).ready(find_device(device), precision, optimized=optimized)
 
     def ready(self, device: torch.device, precision: Precision = "32-true", *, optimized: bool = True) -> "Task":
-        """Prepare for evaluation: in its fastest form if `optimized`, on a CPU and without autocast."""
+        """Prepare for evaluation: in its fastest form if `optimized`, on a CPU and without autocast.
+
+        An ONNX file is used as it is, on the CPU.
+        """
         if precision not in get_args(Precision):
             raise InputError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision}")
+        if isinstance(self.model, OnnxModel):
+            return self
         self.device, self.model = device, self.model.to(device).eval()
         if optimized and device.type == "cpu" and precision in ("32-true", "bf16-true"):
             self.model = optimize(self.model, dtype=torch.float32 if precision == "32-true" else torch.bfloat16)

@@ -23,9 +23,23 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], task: str, spec: Any
     """
     # Cloned, because safetensors refuses tensors that share memory.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
-    metadata = {_METADATA_KEY: json.dumps({"task": task, **dataclasses.asdict(spec)})}
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(tensors, metadata))
+        file.write(safetensors.torch.save(tensors, to_metadata(task, spec)))
+
+
+def to_metadata(task: str, spec: Any) -> dict[str, str]:
+    """The name of a task and the description of its model, as files hold them."""
+    return {_METADATA_KEY: json.dumps({"task": task, **dataclasses.asdict(spec)})}
+
+
+def from_metadata(entries: Mapping[str, str]) -> dict[str, Any]:
+    """The name of the task, under `task`, and the description in what a file holds.
+
+    Raises:
+        KeyError, TypeError, ValueError, RecursionError: There is none, or it is damaged.
+    """
+    values = json.loads(entries[_METADATA_KEY])
+    return {"task": values["task"], **values}
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -40,8 +54,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is the state to resume a run from; its weights are in last.safetensors beside it")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            values = json.loads((file.metadata() or {})[_METADATA_KEY])
-            return {"task": values["task"], **values}
+            return from_metadata(file.metadata() or {})
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} was not written by a vision-ssm run, or is damaged") from error
 

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from vision_ssm.engine.onnx_model import OnnxModel
 from vision_ssm.engine.run_folder import RunFolder, weights_file
 from vision_ssm.engine.task import Evaluation, Task
 from vision_ssm.engine.weights import read_metadata
@@ -43,17 +44,24 @@ def load(
     """A trained model of any task, ready to predict: `vision_ssm.load("runs/x").predict(["a.jpg"])`.
 
     Args:
-        path: The folder of a run (whose best weights are taken), or a weights file of one.
+        path: The folder of a run (whose best weights are taken), a weights file of one, or an ONNX file that
+            `vision-ssm export onnx` wrote of a classifier or segmenter.
         device: auto, cpu, cuda, cuda:1 or mps.
         precision: Number format of the computation.
         optimized: Whether to use `vision_ssm.optimize` on a CPU.
         changes: Other values for the description of the model, such as `test_size=(1333, 800)` of a detector.
 
     Raises:
-        InputError: The file is missing, damaged or does not fit its model, there is no such device, or the description
-            has no such entry.
+        InputError: The file is missing, damaged or does not fit its model, there is no such device, the description
+            has no such entry, or an ONNX file has other outputs or is to run on another device than the CPU.
     """
     file = weights_file(Path(path))
+    if file.suffix == ".onnx":
+        if device not in ("auto", "cpu") or precision != "32-true":
+            asked = f"device {device} and precision {precision}"
+            raise InputError(f"{file} runs in ONNX Runtime on the CPU in 32-true, or its own int8, not on {asked}")
+        model = OnnxModel(file)
+        return task_type(model.description["task"]).from_onnx(model, **changes)
     return task_type(read_metadata(file)["task"]).load(file, device, precision, optimized=optimized, **changes)
 
 

@@ -161,6 +161,7 @@ class Classification(Task):
     Spec: ClassVar[type] = ClassifierSpec
     spec: ClassifierSpec
     csv_columns: ClassVar[tuple[str, ...]] = ("image", "answer", "class", "probability")
+    onnx_output: ClassVar[str | None] = "logits"
     epoch_metrics: tuple[str, ...] = ("loss", "accuracy")
 
     def __init__(

@@ -89,6 +89,7 @@ class Segmentation(Task):
     # Norms and gates of the backbones look at the whole map, padding included.
     eval_batch_size: ClassVar[int | None] = 1
     csv_columns: ClassVar[tuple[str, ...]] = ("image", "class", "pixels", "share")
+    onnx_output: ClassVar[str | None] = "scores"
 
     def __init__(
         self,
