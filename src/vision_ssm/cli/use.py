@@ -127,6 +127,11 @@ def evaluate(words: Sequence[str]) -> int:
     return 0
 
 
+def _check_onnx(path: Path, options: ComputeOptions) -> None:
+    if path.suffix == ".onnx" and not options.optimize:
+        raise InputError(f"--no-optimize is for models of torch; {path} runs in ONNX Runtime")
+
+
 def _changes(options: ComputeOptions) -> dict[str, Any]:
     """What the description of a model says otherwise."""
     given: dict[str, Any] = dict(test_size=options.test_size, mode=options.mode, tta=options.tta or None)
@@ -144,9 +149,10 @@ def _run_and_images(options: EvalOptions) -> Subject:
         given = "--pretrained" if options.pretrained else f"--weights {options.weights}"
         raise InputError(f"{given} belongs to the name of a model, and {options.model} is a file or folder here")
     path = weights_file(Path(options.model), options.weights or "best")
+    _check_onnx(path, options)
     onnx = path.suffix == ".onnx"
-    how = (options.device, options.precision) if onnx else ("cpu",)
-    task = load(path, *how, optimized=False, **_changes(options))
+    how: dict[str, Any] = dict(device=options.device, precision=options.precision) if onnx else dict(device="cpu")
+    task = load(path, **how, optimized=False, **_changes(options))
     return task, run_images(task, path, options.data), {"model": task.spec.model, "weights": str(path)}
 
 
@@ -199,6 +205,7 @@ def predict(words: Sequence[str]) -> int:
     from vision_ssm.engine.files import write_csv, write_json
     from vision_ssm.tasks import load
 
+    _check_onnx(path, options)
     images = find_images(options.images)
     copies = options.copy and options.copy.resolve()
     if copies and any(path.is_dir() and {copies, *copies.parents} & {path.resolve()} for path in options.images):

@@ -102,9 +102,9 @@ class FasterRCNN(Detector):
         return losses | self.roi_losses(maps, samples, targets, images.shape[-2:])
 
     def raw_outputs(self, images: Tensor) -> dict[str, Tensor]:
-        """Return of level i ``map_i``, (B, width, H / stride, W / stride), and of its anchors ``objectness_i`` and ``deltas_i``.
+        """Return the map of level i, ``map_i``, (B, width, H / stride, W / stride), and what is said of its anchors.
 
-        Objectness, (B, N), is a logit; deltas, (B, N, 4), make proposals of the anchors.
+        These are ``objectness_i``, logits (B, N), and ``deltas_i``, (B, N, 4), which make proposals of the anchors.
         """
         maps = self.pyramid(images)
         logits, deltas = self.rpn(maps)
