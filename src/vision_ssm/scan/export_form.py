@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_ssm.scan.arguments import ScanArguments
-from vision_ssm.scan.portable import unroll, write_outputs
+from vision_ssm.scan.portable import over_states, unroll, write_outputs
 
 _LENGTH = 32  # steps of a chunk: a constant, as graphs take no square root of a size
 
@@ -34,19 +34,20 @@ def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
     # One chunk more than needed, because torch makes a graph for one of what can be one.
     steps = unroll(args, _LENGTH, (args.read.shape[1] + _LENGTH - 1) // _LENGTH + 1)
     A = steps.A.unsqueeze(1)  # (K', 1, B or 1, Dk, N)
-    x, delta, B, C = (value.movedim(1, 0) for value in (steps.x, steps.delta, steps.B, steps.C))  # (c, K', S, B, ...)
+    delta = _softplus(steps.raw) if args.softplus else steps.raw
+    x, delta, B, C = (value.movedim(1, 0) for value in (steps.x, delta, steps.B, steps.C))  # (c, K', S, B, ...)
 
     def local(h: Tensor, delta_t: Tensor, x_t: Tensor, B_t: Tensor, C_t: Tensor, rates: Tensor) -> list[Tensor]:
         decayed = torch.exp(delta_t.unsqueeze(-1) * rates) * h
         h = decayed + (delta_t * x_t).unsqueeze(-1) * B_t.unsqueeze(-2)
-        return [h, ((h if args.inclusive else decayed) * C_t.unsqueeze(-2)).sum(-1)]
+        return [h, over_states((h if args.inclusive else decayed) * C_t.unsqueeze(-2))]
 
     def carry(h: Tensor, through: Tensor, end: Tensor) -> list[Tensor]:
         return [through * h + end, h.clone()]
 
     def correct(h: Tensor, y_t: Tensor, delta_t: Tensor, C_t: Tensor, rates: Tensor) -> list[Tensor]:
         h = torch.exp(delta_t.unsqueeze(-1) * rates) * h
-        return [h, y_t + (h * C_t.unsqueeze(-2)).sum(-1)]
+        return [h, y_t + over_states(h * C_t.unsqueeze(-2))]
 
     zero = x.new_zeros(*x.shape[1:], A.shape[-1])  # (K', S, B, Dk, N)
     end, y = scan_op(local, [zero], [delta, x, B, C], (A,))
@@ -54,3 +55,8 @@ def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
     last, before = scan_op(carry, [zero[:, 0]], [through.movedim(1, 0), end.movedim(1, 0)], ())
     _, y = scan_op(correct, [before.movedim(0, 1).contiguous()], [y, delta, C], (A,))
     return write_outputs(args, steps, y.movedim(0, 1)), last.transpose(0, 1)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """Softplus of operators that runtimes vectorize, in place of ONNX's own and the comparisons that torch adds."""
+    return x.clamp(min=0) + torch.log(1 + torch.exp(-x.abs()))

@@ -44,7 +44,7 @@ def scan(args: ScanArguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     decay, drive = _decay(steps), _drive(steps)
     h = _differentiable_scan(decay, drive)
     seen = h if args.inclusive else decay * _previous(h)
-    y = write_outputs(args, steps, _over_states(seen * steps.C.unsqueeze(-2)))
+    y = write_outputs(args, steps, over_states(seen * steps.C.unsqueeze(-2)))
     return y.to(dtype), h[:, -1, -1].transpose(0, 1)
 
 
@@ -75,7 +75,7 @@ def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> 
     g = _gather(grad_y.unflatten(2, (-1, x.shape[-1])).to(dtype), row, _per_step(route))
     found = {}
     if args.route_weight is not None:
-        outputs = _with_skip(args, steps, _over_states(seen * C))
+        outputs = _with_skip(args, steps, over_states(seen * C))
         found["route_weight"] = (g * outputs).sum((1, 2, 4)).t()
         g = g * _per_step(args.route_weight.t().to(dtype)).unsqueeze(-1)
     # mu_t is the gradient of exp(delta_t A) h_(t-1): mu_t = C_t g_t + exp(delta_(t+1) A) mu_(t+1).
@@ -87,10 +87,10 @@ def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> 
     mu = _linear_scan(_previous(decay, backwards=True), into, backwards=True)
     of_drive = mu if args.inclusive else mu - local
     exponent = mu * previous * decay  # gradient of delta_t A
-    of_input = _over_states(of_drive * B)
+    of_input = over_states(of_drive * B)
     A = _per_step(_of_route(args.A, route, dtype))
     grad_x = of_input * steps.delta
-    grad_delta = torch.addcmul(_over_states(exponent * A), of_input, x)
+    grad_delta = torch.addcmul(over_states(exponent * A), of_input, x)
     found["A"] = _to_parameter((exponent * steps.delta.unsqueeze(-1)).sum((1, 2)), args.A, route, chosen)
     if args.D is not None:
         grad_x = torch.addcmul(grad_x, _per_step(_of_route(args.D, route, dtype)), g)
@@ -174,7 +174,7 @@ def _with_skip(args: ScanArguments, steps: Steps, y: Tensor) -> Tensor:
     return torch.addcmul(y, _per_step(_of_route(args.D, steps.route, args.dtype)), steps.x)
 
 
-def _over_states(tensor: Tensor) -> Tensor:
+def over_states(tensor: Tensor) -> Tensor:
     """Sum over the last axis, without a pass over memory where it has one entry."""
     return tensor.squeeze(-1) if tensor.shape[-1] == 1 else tensor.sum(-1)
 
