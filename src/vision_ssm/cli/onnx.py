@@ -24,8 +24,8 @@ class OnnxOptions(Config):
     features: bool = False
     """Give the maps of the stages, those of the backbone of a detector or segmenter, instead of the result."""
     int8: bool = False
-    """Compute linear layers and convolutions of a classifier or segmenter in int8; `vision-ssm eval OUT.onnx` tells what
-    it costs."""
+    """Compute linear layers and convolutions of a classifier or segmenter in int8; `vision-ssm eval OUT.onnx` tells its
+    accuracy and speed."""
     json: bool = False
     """Print JSON instead of a table."""
 
