@@ -75,12 +75,8 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return weights, folder / "m.onnx"
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("a network is built")
-
-    monkeypatch.setattr(timm, "create_model", refuse)
+def refuse_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("a network is built"))
 
 
 def test_one_file_of_standard_operators_for_any_size_says_what_it_is(classifier: tuple[Path, Path]) -> None:
@@ -92,15 +88,7 @@ def test_one_file_of_standard_operators_for_any_size_says_what_it_is(classifier:
     held = {entry.key: entry.value for entry in proto.metadata_props}
     spec = json.loads(held["vision_ssm"])
     assert (spec["task"], spec["classes"], spec["img_size"]) == ("classification", ["cat", "dog"], 32)
-    assert [path.name for path in file.parent.iterdir()] == unordered(weights.name, file.name)
-
-
-def unordered(*names: str) -> Any:
-    class Same(list):  # type: ignore[type-arg]
-        def __eq__(self, other: object) -> bool:
-            return sorted(self) == sorted(other)  # type: ignore[call-overload]
-
-    return Same(names)
+    assert {*file.parent.iterdir()} == {weights, file}
 
 
 def test_predict_and_eval_say_the_same_without_the_network(
@@ -117,7 +105,7 @@ def test_predict_and_eval_say_the_same_without_the_network(
 
     weights, file = classifier
     rows, metrics = answers(weights)
-    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("a network is built"))
+    refuse_networks(monkeypatch)
     found, measured = answers(file)
     assert measured["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
     assert [row["answer"] for row in found] == [row["answer"] for row in rows]
@@ -125,8 +113,10 @@ def test_predict_and_eval_say_the_same_without_the_network(
         assert ours["predictions"][0]["probability"] == pytest.approx(theirs["predictions"][0]["probability"], abs=1e-5)
 
 
-@pytest.mark.usefixtures("no_network")
-def test_load_takes_the_file_with_torchs_threads(classifier: tuple[Path, Path], pictures: Path) -> None:
+def test_load_takes_the_file_with_torchs_threads(
+    classifier: tuple[Path, Path], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_networks(monkeypatch)
     task = vision_ssm.load(classifier[1])
     assert task.model.session.get_session_options().intra_op_num_threads == torch.get_num_threads()
     assert {each.label for each in task.predict([pictures / "cat" / "0.png"])} <= {"cat", "dog"}
@@ -134,9 +124,7 @@ def test_load_takes_the_file_with_torchs_threads(classifier: tuple[Path, Path], 
         vision_ssm.load(classifier[1], "cuda")
 
 
-def test_int8_is_in_standard_operators_too(
-    classifier: tuple[Path, Path], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_int8_is_in_standard_operators_too(classifier: tuple[Path, Path], pictures: Path, tmp_path: Path) -> None:
     from vision_ssm.export.onnx import quantize
 
     content = quantize(classifier[1].read_bytes())
@@ -216,7 +204,7 @@ def test_a_segmenter_gives_the_same_label_maps(tmp_path: Path, pictures: Path, m
     weights = save(Segmentation, spec, tmp_path)
     assert main(["export", "onnx", str(weights), str(tmp_path / "s.onnx")]) == 0
     expected = vision_ssm.load(weights, "cpu").predict(pictures / "cat" / "0.png")[0].label_map
-    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("a network is built"))
+    refuse_networks(monkeypatch)
     assert domains(tmp_path / "s.onnx") == {""}
     found = vision_ssm.load(tmp_path / "s.onnx").predict(pictures / "cat" / "0.png")[0].label_map
     assert (found == expected).float().mean() > 0.999
