@@ -115,7 +115,10 @@ class Backbone(nn.Module):
         super().__init__()
         stride = stem_stride * 2 ** (len(dims) - 1)
         if output_stride is not None and output_stride != stride:
-            raise ValueError(f"output_stride must be {stride}, the network's own, got {output_stride}")
+            raise ValueError(
+                f"output_stride must be {stride}, the network's own, got {output_stride}: scans cannot be dilated; "
+                "use a decoder that takes this stride, such as UPerNet or FPN in place of DeepLab"
+            )
         _check_num_classes(num_classes)
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -335,7 +338,8 @@ def make_cfg(url: str = "", top1: str = "", **more: Any) -> dict[str, Any]:
     }
 
 
-# Ours, for images of about 32x32 pixels; no published weights.
+# Ours, for images of about 32x32 pixels; no published weights. Their four maps have strides 2 to 16, so that
+# segmentation_models_pytorch needs encoder_depth=4.
 ATTO: dict[str, Any] = dict(
     input_size=(3, 32, 32), pool_size=(2, 2), min_input_size=(3, 16, 16), crop_pct=1.0, license="apache-2.0"
 )
