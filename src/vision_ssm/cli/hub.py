@@ -39,8 +39,8 @@ def hub(words: Sequence[str]) -> int:
     subject = load_subject(options.model, "cpu")
     if not isinstance(subject.task, Classification):
         raise InputError(
-            f"{options.model} is of {subject.task.name}, and timm's format is for classifiers; upload its weights file, "
-            f"{subject.file}, itself: vision_ssm.load reads it"
+            f"{options.model} is of {subject.task.name}, and timm's format is for classifiers; upload its weights "
+            f"file, {subject.file}, itself: vision_ssm.load reads it"
         )
     run = RunFolder(subject.run) if subject.run is not None and RunFolder(subject.run).is_run() else None
     best = run is not None and subject.file == run.best
