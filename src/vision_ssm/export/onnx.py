@@ -1,73 +1,23 @@
-"""ONNX files in standard operators: made, compared with the model, quantized."""
+"""ONNX files in standard operators: made and quantized."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vision_ssm.analysis.capture import stage_outputs
-from vision_ssm.detectors import Detector
 from vision_ssm.engine.onnx_model import open_session
 from vision_ssm.errors import InputError
-
-if TYPE_CHECKING:
-    from vision_ssm.engine.task import Task
+from vision_ssm.export.outputs import Outputs
 
 INPUT = "images"
-TOLERANCE = 1e-4
-"""Largest difference between file and model, as a share of the range of an output's values."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How far a file is from the model.
-
-    Args:
-        shape: Of the images, (B, 3, H, W).
-        difference: The largest one, as a share of the range of the output's values.
-    """
-
-    shape: tuple[int, ...]
-    difference: float
-
-
-class Outputs(nn.Module):
-    """What a file computes of images, by name.
-
-    Args:
-        task: A model.
-        features: Give the maps of the stages (of the backbone), ``feature_0`` and so on, instead of the result.
-    """
-
-    def __init__(self, task: Task, *, features: bool = False) -> None:
-        super().__init__()
-        self.model, self.name, self.features = task.model.eval(), task.onnx_output, features
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute it of images, (B, 3, H, W)."""
-        if self.features:
-            return {f"feature_{i}": x for i, x in enumerate(stage_outputs(self.model, images))}
-        if isinstance(self.model, Detector):
-            return self.model.raw_outputs(images)
-        assert self.name is not None
-        return {self.name: self.model(images)}
-
-
-def check_shapes(size: Sequence[int], fixed: bool) -> list[tuple[int, ...]]:
-    """Return shapes of images to compare on: two batches, and unless fixed, three sizes from a model's own upwards."""
-    height, width = size
-    sizes = [(height, width), (height + 32, width + 64), (height + 5 - height % 2, width + 23 - width % 2)]
-    return [(batch, 3, *each) for each in (sizes[:1] if fixed else sizes) for batch in (1, 3)]
 
 
 @torch.no_grad()
@@ -115,30 +65,10 @@ def _silence() -> Iterator[None]:
         logging.disable(disabled)
 
 
-@torch.no_grad()
-def compare(content: bytes, outputs: Outputs, shapes: Iterable[Sequence[int]]) -> list[Comparison]:
-    """Return how far a file is from the model on random images.
-
-    Args:
-        content: That of the file.
-        outputs: What it computes.
-        shapes: Of the images, (B, 3, H, W).
-    """
-    session, rows = open_session(content), []
-    generator = torch.Generator().manual_seed(0)
-    for shape in shapes:
-        images = torch.randn(*shape, generator=generator)
-        found = session.run(None, {INPUT: images.numpy()})
-        worst = max(_difference(*both) for both in zip(found, outputs(images).values(), strict=True))
-        rows.append(Comparison(tuple(shape), worst))
-    return rows
-
-
-def _difference(found: np.ndarray, expected: Tensor) -> float:
-    if found.shape != expected.shape:
-        return float("inf")
-    extent = expected.max() - expected.min()
-    return float((torch.from_numpy(found) - expected).abs().max() / extent.clamp_min(1e-12))
+def run_onnx(content: bytes) -> Callable[[Tensor], list[Tensor]]:
+    """Return what computes the outputs of images, (B, 3, H, W), from the content of a file."""
+    session = open_session(content)
+    return lambda images: [torch.from_numpy(x) for x in session.run(None, {INPUT: images.numpy()})]
 
 
 def quantize(content: bytes) -> bytes:
