@@ -45,6 +45,12 @@ def test_decoders_of_smp(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shapes == dict.fromkeys(DECODERS, (1, 3, 64, 96))
 
 
+def test_a_fifth_map_is_refused_with_what_to_use() -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    with pytest.raises(ValueError, match=r"4 maps, of strides 2, 4, 8, 16; .* with encoder_depth=4$"):
+        smp.Unet("tu-vmamba_atto", encoder_weights=None)
+
+
 def test_pan_at_stride_32() -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
     with torch.device("meta"):

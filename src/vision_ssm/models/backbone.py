@@ -236,11 +236,11 @@ class Backbone(nn.Module):
             The maps, and before them the output of :meth:`forward_features` unless ``intermediates_only``.
 
         Raises:
-            ValueError: If ``output_fmt`` is neither.
+            ValueError: If ``output_fmt`` is neither, or there is no such stage.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages), indices)
+        take, last = self._take(indices)
         stages = self.stages[: last + 1] if stop_early else self.stages
         run = self.run_stages(self.stem(x), stages)
         x = run[-1]
@@ -258,7 +258,7 @@ class Backbone(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the maps of these stages do not need; return the stages' indices."""
-        take, last = feature_take_indices(len(self.stages), indices)
+        take, last = self._take(indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if self.feature_norms is not None:
@@ -271,6 +271,17 @@ class Backbone(nn.Module):
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take
+
+    def _take(self, indices: int | list[int] | None) -> tuple[list[int], int]:
+        """Return the stages that indices name, and the last one."""
+        try:
+            return feature_take_indices(len(self.stages), indices)
+        except AssertionError as error:
+            strides = ", ".join(str(info["reduction"]) for info in self.feature_info)
+            raise ValueError(
+                f"{error}: there are {len(self.stages)} maps, of strides {strides}; a decoder of "
+                "segmentation_models_pytorch takes fewer than five with encoder_depth=4"
+            ) from None
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the normalized map of the last stage, (B, H', W', num_features), from (B, in_chans, H, W)."""
