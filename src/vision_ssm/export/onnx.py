@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 import warnings
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vision_ssm.engine.onnx_model import open_session
 from vision_ssm.errors import InputError
@@ -39,6 +40,7 @@ def to_onnx(outputs: Outputs, size: Sequence[int], metadata: Mapping[str, str], 
     height, width = size if fixed else (size[0] + 8, size[1] + 24)  # sides of one length might be taken for one
     images = torch.zeros(2, 3, height, width)
     names = list(outputs(images))
+    outputs = _with_own_pools(outputs)
     dims = {0: "batch"} if fixed else {0: "batch", 2: "height", 3: "width"}
     how: dict[str, Any] = dict(input_names=[INPUT], output_names=names, dynamic_shapes={"images": dims})
     try:
@@ -50,6 +52,35 @@ def to_onnx(outputs: Outputs, size: Sequence[int], metadata: Mapping[str, str], 
     except Exception as error:  # the exporter raises anything
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"torch cannot write this model as ONNX: {reason}") from error
+
+
+class _Pool(nn.Module):
+    """Adaptive average pooling as products with matrices: torch's exporter writes it for one size alone."""
+
+    def __init__(self, size: int | Sequence[int | None] | None) -> None:
+        super().__init__()
+        self.size = (size, size) if isinstance(size, int) or size is None else tuple(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (_means(n, have, x) for n, have in zip(self.size, x.shape[-2:], strict=True))
+        return rows @ x @ columns.mT
+
+
+def _means(count: int | None, length: int, like: Tensor) -> Tensor:
+    """Return the matrix, (count, length), that takes means over count overlapping parts of an axis."""
+    count = length if count is None else count
+    i, place = torch.arange(count, device=like.device)[:, None], torch.arange(length, device=like.device)
+    start, end = i * length // count, ((i + 1) * length + count - 1) // count
+    return ((place >= start) & (place < end)).to(like.dtype) / (end - start)
+
+
+def _with_own_pools(outputs: Outputs) -> Outputs:
+    outputs = copy.deepcopy(outputs)
+    for module in list(outputs.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size not in (1, (1, 1)):
+                setattr(module, name, _Pool(child.output_size))
+    return outputs
 
 
 @contextmanager
