@@ -10,7 +10,7 @@ quickstart: $(READY)  ## install, then train VMamba on scikit-learn's handwritte
 	$(BIN)/vision-ssm train digits --out runs/quickstart --overwrite
 
 test: $(READY)  ## install, then run all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

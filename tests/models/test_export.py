@@ -40,7 +40,8 @@ def test_torch_export(name: str) -> None:
         torch.testing.assert_close(exported(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-@small
+# Windows, channel groups, and routes that each image chooses; the scan itself is tested in tests/scan.
+@pytest.mark.parametrize("name", ["sparx_swin_atto", "group_mamba_atto", "vim2_atto"])
 @pytest.mark.slow
 def test_onnx_from_one_image(name: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import tempfile
 import warnings
@@ -54,16 +55,20 @@ def to_onnx(outputs: Outputs, size: Sequence[int], metadata: Mapping[str, str], 
         raise InputError(f"torch cannot write this model as ONNX: {reason}") from error
 
 
-class _Pool(nn.Module):
-    """Adaptive average pooling as products with matrices: torch's exporter writes it for one size alone."""
+def _with_own_pools(outputs: Outputs) -> Outputs:
+    """Return a copy that pools adaptively by matrix products: torch's exporter writes pooling for one size alone."""
+    outputs = copy.deepcopy(outputs)
+    for module in outputs.modules():
+        if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size not in (1, (1, 1)):
+            # Its method, because transformers' UPerNet calls modules from a list of its own.
+            module.forward = functools.partial(_pool, module.output_size)  # type: ignore[method-assign]
+    return outputs
 
-    def __init__(self, size: int | Sequence[int | None] | None) -> None:
-        super().__init__()
-        self.size = (size, size) if isinstance(size, int) or size is None else tuple(size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows, columns = (_means(n, have, x) for n, have in zip(self.size, x.shape[-2:], strict=True))
-        return rows @ x @ columns.mT
+def _pool(size: int | Sequence[int | None] | None, x: Tensor) -> Tensor:
+    sides = (size, size) if isinstance(size, int) or size is None else tuple(size)
+    rows, columns = (_means(count, length, x) for count, length in zip(sides, x.shape[-2:], strict=True))
+    return rows @ x @ columns.mT
 
 
 def _means(count: int | None, length: int, like: Tensor) -> Tensor:
@@ -72,15 +77,6 @@ def _means(count: int | None, length: int, like: Tensor) -> Tensor:
     i, place = torch.arange(count, device=like.device)[:, None], torch.arange(length, device=like.device)
     start, end = i * length // count, ((i + 1) * length + count - 1) // count
     return ((place >= start) & (place < end)).to(like.dtype) / (end - start)
-
-
-def _with_own_pools(outputs: Outputs) -> Outputs:
-    outputs = copy.deepcopy(outputs)
-    for module in list(outputs.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size not in (1, (1, 1)):
-                setattr(module, name, _Pool(child.output_size))
-    return outputs
 
 
 @contextmanager
