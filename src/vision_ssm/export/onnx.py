@@ -48,11 +48,22 @@ def to_onnx(outputs: Outputs, size: Sequence[int], metadata: Mapping[str, str], 
         with _silence():
             program: Any = torch.onnx.export(outputs, (images,), dynamo=True, verbose=False, **how)
             proto = program.model_proto
+            _strip(proto.graph)
             proto.metadata_props.extend(onnx.StringStringEntryProto(key=k, value=v) for k, v in metadata.items())
             return proto.SerializeToString()
     except Exception as error:  # the exporter raises anything
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"torch cannot write this model as ONNX: {reason}") from error
+
+
+def _strip(graph: Any) -> None:
+    """Remove what the exporter notes of where nodes are from, which is more than a small model's weights."""
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _strip(attribute.g)
 
 
 def _with_own_pools(outputs: Outputs) -> Outputs:
@@ -111,7 +122,8 @@ def quantize(content: bytes) -> bytes:
     from onnxruntime.quantization import quantize_dynamic
 
     proto = onnx.load_from_string(content)
-    weights = {tensor.name for tensor in proto.graph.initializer}
+    # Not the step sizes' projections, a matrix for each route, nor depthwise convolutions, few weights that lose most.
+    weights = {t.name for t in proto.graph.initializer if len(t.dims) == 2 or (len(t.dims) == 4 and t.dims[1] > 1)}
     layers = [n.name for n in proto.graph.node if n.op_type in ("Conv", "Gemm", "MatMul") and n.input[1] in weights]
     with tempfile.TemporaryDirectory() as folder, _silence():
         out = Path(folder) / "int8.onnx"
