@@ -43,8 +43,8 @@ def test_a_program_takes_any_size_and_says_what_it_is(weights, tmp_path, capsys,
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_compiled_package_takes_one_shape(weights, tmp_path, capsys):
-    done = export(capsys, weights, tmp_path / "x.pt2", "--compiled", "--size", 24, 40, "--batch-size", 2)
-    assert done["checks"] == [{"images": "2×3×24×40", "difference": pytest.approx(0, abs=1e-5)}]
+    done = export(capsys, weights, tmp_path / "x.pt2", "--compiled", "--size", 32, 40, "--batch-size", 2)
+    assert done["checks"] == [{"images": "2×3×32×40", "difference": pytest.approx(0, abs=1e-5)}]
     package = torch._inductor.aoti_load_package(str(tmp_path / "x.pt2"))
     assert json.loads(package.get_metadata()["vision_ssm"])["classes"] == ["cat", "dog"]
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt2"]
@@ -56,9 +56,10 @@ def test_a_compiled_package_takes_one_shape(weights, tmp_path, capsys):
         ("{file} {out}.onnx", "must end in .pt2, got"),
         ("{file} {out}.pt2 --size 64", "--size and --batch-size belong to --compiled"),
         ("{file} {out}/no/x.pt2", "no such folder"),
+        ("{file} {out}.pt2 --compiled --size 31", "--size must be at least 32, got 31 31"),
         ("{file} {out}.pt2 --compiled --size 1 2 3", "--size takes one or two numbers, got 1 2 3"),
     ],
-    ids=["suffix", "size", "folder", "sizes"],
+    ids=["suffix", "size", "folder", "small", "sizes"],
 )
 def test_bad_input_is_one_line(words, message, weights, tmp_path, capsys):
     assert main(["export", "program", *words.format(file=weights, out=tmp_path / "x").split()]) == 2

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from vision_ssm.export.outputs import Comparison
 
 FORMATS = {
-    "onnx": ("onnx:onnx", "a file for ONNX Runtime, of any size of image and batch"),
-    "program": ("program:program", "a torch.export program, or a package compiled by AOTInductor"),
+    "onnx": ("onnx:onnx", "an ONNX file for images and batches of any size; --int8, --features"),
+    "program": (
+        "program:program",
+        "a torch.export program; --compiled by AOTInductor for torch alone; --features",
+    ),
     "hub": ("hub:hub", "a folder as timm's push_to_hub writes it, with a model card of the run"),
 }
 """Name of each format: where its function is in this package, and what it writes."""
@@ -26,7 +29,10 @@ FORMATS = {
 
 def export(words: Sequence[str]) -> int:
     """Write a model in one format; `words` follow `vision-ssm export`."""
-    models = "MODEL is a timm name with its published weights, NAME=FILE with those of a file, or NAME=random."
+    models = (
+        "RUN is the folder or a weights file of a run; MODEL is a timm name with its published weights,\n"
+        "NAME=FILE with those of a file, or NAME=random."
+    )
     return run_named("export", "FORMAT MODEL|RUN OUT", FORMATS, words, models)
 
 
@@ -37,7 +43,7 @@ class FileOptions(Config):
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL|RUN")]
     """A model or run."""
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """The file to write."""
+    """The file to write; an existing one is replaced."""
     features: bool = False
     """Give the maps of the stages, those of the backbone of a detector or segmenter, instead of the result."""
     json: bool = False

@@ -33,6 +33,8 @@ def hub(words: Sequence[str]) -> int:
         raise InputError(f"no such folder: {out.parent}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is {'not empty' if out.is_dir() else 'a file'}; name a new folder")
+    if options.model.endswith("=random"):
+        raise InputError(f"{options.model} has new weights, which are nothing to share; give a run or NAME=FILE")
     from vision_ssm.export.hub import write_hub_folder
     from vision_ssm.tasks.classification import Classification
 

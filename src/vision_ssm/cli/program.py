@@ -13,8 +13,8 @@ class ProgramOptions(FileOptions):
     """Write a model as a program of torch.export, which runs after `import vision_ssm.scan`, and compare it."""
 
     compiled: bool = False
-    """Compile with AOTInductor instead, for images of one shape: a package that needs torch alone. Takes a C++ compiler
-    and minutes."""
+    """Compile with AOTInductor instead, for images of one shape: a package that needs torch's library alone. Takes
+    minutes and a C++ compiler."""
     size: Size = ()
     """With --compiled: height and width of the images."""
     batch_size: int = limited(1, least=1)
@@ -38,6 +38,8 @@ def program(words: Sequence[str]) -> int:
     try:
         if options.compiled:
             height, width = height_and_width(options.size, size)
+            if min(height, width) < 32:
+                raise InputError(f"--size must be at least 32, got {height} {width}")
             shape = (options.batch_size, 3, height, width)
             compile_package(outputs, shape, part, metadata)
             images, rows = "×".join(map(str, shape)), compare(run_package(part), outputs, [shape])

@@ -158,13 +158,19 @@ def rank(row: Mapping[str, Any], monitor: str) -> tuple[float, float]:
 
 
 def weights_file(path: Path, which: Literal["best", "last"] = "best") -> Path:
-    """The weights in the folder of a run; a file stands for itself.
+    """The weights in the folder of a run, or in one that `export hub` wrote; a file stands for itself.
 
     Raises:
         InputError: It is neither, or the run has no such weights yet.
     """
+    if path.suffix == ".pt2":
+        raise InputError(f"{path}: programs are for torch.export.load; give the run, or an ONNX file")
+    if path.suffix in (".onnx", ".safetensors") and not path.exists():
+        raise InputError(f"no such file: {path}")
     if path.is_file():
         return path
+    if (exported := path / "model.safetensors").is_file():
+        return exported
     folder = RunFolder(path)
     folder.read_config()
     weights = folder.best if which == "best" else folder.last

@@ -84,7 +84,7 @@ def _write_config(path: Path, task: Classification, changes: Mapping[str, Any]) 
     values = read_json(path)
     # It stands in num_classes too, and transformers' wrapper of timm fails on what is given twice.
     values["model_args"].pop("num_classes", None)
-    for key in ("tag", "description") if changes else ():  # say how accurate the authors' weights are
+    for key in ("tag", "description", "origin_url") if changes else ():  # of the authors' weights
         values["pretrained_cfg"].pop(key, None)
     write_json(path, values)
 
@@ -117,7 +117,11 @@ def _card(name: str, task: Classification, run: RunFolder | None, best: bool, li
                 text += ["![Which class is taken for which](confusion.png)"]
         text += ["## Training", "![Learning curves](curves.png)"]
         text += [f"```sh\n{printable(record['command'])}\n```"] if "command" in record else []
-    note = "The architecture comes with the package vision-ssm, whose import registers it.\n" if ours else ""
+    note = (
+        "The architecture comes with vision-ssm (`pip install vision-ssm`), whose import registers it.\n"
+        if ours
+        else ""
+    )
     register = "\nimport vision_ssm  # registers the architecture with timm\n" if ours else ""
     card: dict[str, Any] = {
         "tags": ["image-classification", "timm", "transformers", *(["vision-ssm"] if ours else [])],
@@ -139,7 +143,7 @@ def _results(found: Mapping[str, Any]) -> Iterator[str]:
             interval = f" (95% interval {percent(low)} to {percent(high)})" if key == "accuracy" and low else ""
             rows.append([key.replace("_", " ").replace("top5", "top-5"), value + interval])
     images = f"{found['images']:,} validation images" if "images" in found else "the validation images"
-    yield f"On {images} of the training:"
+    yield f"On {images}, on which the best epoch was chosen too:"
     yield _table(["metric", "value"], rows)
     classes = found.get("per_class", ())
     if 0 < len(classes) <= _MOST_CLASSES:
