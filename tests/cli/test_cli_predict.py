@@ -84,6 +84,8 @@ def test_below_the_threshold_the_answer_is_unsure(weights, pictures, capsys):
         ("train digits --monitor speed", "--monitor"),
         ("train digits --data nothing", "no such file or folder: nothing"),
         ("predict nowhere x.png", "no such run folder"),
+        ("predict nowhere.onnx x.png", "no such file: nowhere.onnx"),
+        ("predict model.pt2 x.png", "model.pt2: programs are for torch.export.load; give the run, or an ONNX file"),
         ("--import nomodule recipes", "--import nomodule: ModuleNotFoundError"),
         ("train digits --num-workers 99999", "--num-workers must be at least 0 and at most 1024"),
         ("bench vmamba_atto --batch 0", "--batch must be at least 1"),

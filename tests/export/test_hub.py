@@ -61,7 +61,7 @@ def test_timm_loads_the_folder(folder, run, images):
     picture = images / "red" / "0.png"
     with torch.no_grad():
         found = model(transform(Image.open(picture))[None]).softmax(1)[0]
-    for each in (task, vision_ssm.load(folder / "model.safetensors")):
+    for each in (task, vision_ssm.load(folder)):
         torch.testing.assert_close(each.predict([picture])[0].probabilities, found, rtol=1e-4, atol=1e-5)
 
 
@@ -103,7 +103,8 @@ def test_last_weights_have_no_results(run, tmp_path, capsys):
 
 
 def test_other_weights_have_a_short_card(tmp_path, capsys):
-    code, out, err = export(capsys, "test_convnext=random", tmp_path / "new")
+    torch.save(timm.create_model("test_convnext").state_dict(), tmp_path / "w.pth")
+    code, out, err = export(capsys, f"test_convnext={tmp_path / 'w.pth'}", tmp_path / "new")
     assert (code, err) == (0, "")
     assert out.endswith(f"hf upload OWNER/NAME {tmp_path / 'new'}\n")
     card = (tmp_path / "new" / "README.md").read_text(encoding="utf-8")
@@ -119,8 +120,9 @@ def test_other_weights_have_a_short_card(tmp_path, capsys):
         ("{run}", "{run}/config.json", "{run}/config.json is a file; name a new folder"),
         ("{run}", "{run}/no/x", "no such folder: {run}/no"),
         ("vmamba_atto", "{run}/x", "vmamba_atto has no published weights; "),
+        ("vmamba_atto=random", "{run}/x", "vmamba_atto=random has new weights, which are nothing to share"),
     ],
-    ids=["not empty", "a file", "no parent", "no weights"],
+    ids=["not empty", "a file", "no parent", "no weights", "new weights"],
 )
 def test_what_is_refused(model, out, line, run, capsys):
     code, shown, err = export(capsys, model.format(run=run), out.format(run=run))
