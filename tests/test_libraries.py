@@ -51,10 +51,11 @@ def test_a_fifth_map_is_refused_with_what_to_use() -> None:
         smp.Unet("tu-vmamba_atto", encoder_weights=None)
 
 
-def test_pan_at_stride_32() -> None:
+@families
+def test_pan_at_stride_32(family: str) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
     with torch.device("meta"):
-        model = smp.PAN("tu-efficient_vmamba_tiny", encoder_weights=None, encoder_output_stride=32).eval()
+        model = smp.PAN(f"tu-{family}_tiny", encoder_weights=None, encoder_output_stride=32).eval()
         assert tuple(model(torch.zeros(1, 3, 256, 256)).shape) == (1, 1, 256, 256)
 
 
