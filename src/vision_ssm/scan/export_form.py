@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_ssm.scan.arguments import ScanArguments
-from vision_ssm.scan.portable import over_states, unroll, write_outputs
+from vision_ssm.scan.portable import in_order, over_states, unroll, write_outputs
 
 _LENGTH = 32  # steps of a chunk: a constant, as graphs take no square root of a size
 
@@ -53,7 +53,7 @@ def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
     end, y = scan_op(local, [zero], [delta, x, B, C], (A,))
     through = torch.exp(delta.sum(0).unsqueeze(-1) * A)
     last, before = scan_op(carry, [zero[:, 0]], [through.movedim(1, 0), end.movedim(1, 0)], ())
-    _, y = scan_op(correct, [before.movedim(0, 1).contiguous()], [y, delta, C], (A,))
+    _, y = scan_op(correct, [in_order(before.movedim(0, 1))], [y, delta, C], (A,))
     return write_outputs(args, steps, y.movedim(0, 1)), last.transpose(0, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -177,6 +178,9 @@ def _run(args: ScanArguments, float_output: bool, return_state: bool) -> tuple[T
 
 
 def _fake(*values: Any) -> tuple[Tensor, Tensor]:
+    # Where the variable CI is set, inductor refuses to call an operator that has a decomposition, unless listed here.
+    if "torch._inductor.lowering" in sys.modules:
+        getattr(sys.modules["torch._inductor.lowering"], "FALLBACK_ALLOW_LIST", set()).add("vision_ssm::route_scan")
     *given, float_output, return_state = values
     return _empty_results(ScanArguments(**dict(zip(_NAMES, given, strict=True))), float_output, return_state)
 
@@ -249,7 +253,9 @@ def _differentiable_gradients(args: ScanArguments, grad_y: Tensor, grad_state: T
 def _decomposition(*values: Any) -> tuple[Tensor, Tensor]:
     *given, float_output, return_state = values
     args = ScanArguments(**dict(zip(_NAMES, given, strict=True)))
-    y, state = export_form.scan(args)
+    # Else the check of a permuted tensor's layout would ask whether there is one image, and fix the answer.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        y, state = export_form.scan(args)
     return y.to(_output_dtype(args, float_output)), state if return_state else state.new_empty(0)
 
 
@@ -291,5 +297,7 @@ torch.library.register_fake("vision_ssm::route_scan", _fake, lib=_library)
 torch.library.register_fake("vision_ssm::route_scan_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("vision_ssm::route_scan", _autograd, setup_context=_setup_context, lib=_library)
 torch._decomp.register_decomposition(torch.ops.vision_ssm.route_scan.default)(_decomposition)
+# Where it has a decomposition and sizes are symbolic, torch would trace that one in place of the fake kernel.
+torch._decomp.register_decomposition(torch.ops.vision_ssm.route_scan.default, type="meta")(_fake)
 register_flop_formula(torch.ops.vision_ssm.route_scan)(_flops)
 register_flop_formula(torch.ops.vision_ssm.route_scan_backward)(_backward_flops)

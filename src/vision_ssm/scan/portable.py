@@ -204,14 +204,19 @@ def _gather(tensor: Tensor, row: Tensor, group: Tensor) -> Tensor:
     rows, groups = tensor.shape[0] * tensor.shape[1], tensor.shape[2]
     index = torch.where(row == rows, rows * groups, row * groups + group) if groups > 1 else row
     padded = F.pad(tensor.reshape(rows * groups, tensor.shape[3]), (0, 0, 0, 1))
-    return padded.index_select(0, index.reshape(-1)).unflatten(0, index.shape)
+    return padded.index_select(0, in_order(index).view(-1)).unflatten(0, index.shape)
+
+
+def in_order(tensor: Tensor) -> Tensor:
+    """Return the tensor in contiguous memory; a trace copies it, as a check would fix whether there is one image."""
+    return tensor.contiguous() if unobserved(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _of_route(parameter: Tensor, route: Tensor, dtype: torch.dtype) -> Tensor:
     """Expand a (K or 1, ...) parameter to (K', B or 1, ...)."""
     parameter = parameter.to(dtype)
     if parameter.shape[0] > 1:
-        return parameter.index_select(0, route.reshape(-1)).unflatten(0, route.shape)
+        return parameter.index_select(0, in_order(route).view(-1)).unflatten(0, route.shape)
     return parameter.expand(route.shape[0], *parameter.shape[1:]).unsqueeze(1)
 
 
@@ -227,8 +232,10 @@ def _to_parameter(grad: Tensor, parameter: Tensor, route: Tensor, chosen: bool) 
 def _project(values: Tensor, weight: Tensor) -> Tensor:
     """Multiply (K', c, S, B, P) by (K', B or 1, P, Q)."""
     if weight.shape[1] == 1:
-        return torch.bmm(values.flatten(1, 3), weight[:, 0]).unflatten(1, values.shape[1:4])
-    return torch.einsum("kcsbp,kbpq->kcsbq", values, weight)
+        return torch.bmm(in_order(values).flatten(1, 3), weight[:, 0]).unflatten(1, values.shape[1:4])
+    by_image = in_order(values.permute(0, 3, 1, 2, 4))  # (K', B, c, S, P)
+    product = torch.bmm(by_image.flatten(0, 1).flatten(1, 2), weight.flatten(0, 1))
+    return product.unflatten(1, by_image.shape[2:4]).unflatten(0, by_image.shape[:2]).permute(0, 2, 3, 1, 4)
 
 
 def _to_tokens(values: Tensor, args: ScanArguments, index: Tensor, route: Tensor, groups: int) -> Tensor:
@@ -247,8 +254,8 @@ def _to_tokens(values: Tensor, args: ScanArguments, index: Tensor, route: Tensor
     image = torch.arange(batch, device=values.device)[:, None]
     row = (position * chunks + inverse // length) * batch + image  # (K', B, L)
     row = torch.where(inverse == never, routes * length * chunks * batch, row)
-    padded = F.pad(values.reshape(-1, width), (0, 0, 0, 1))
-    per_route = (padded.index_select(0, one.reshape(-1)).view(batch, tokens, width) for one in row)
+    padded = F.pad(in_order(values).view(-1, width), (0, 0, 0, 1))
+    per_route = (padded.index_select(0, in_order(one).view(-1)).view(batch, tokens, width) for one in row)
     if groups == 1:
         total = next(per_route)
         for part in per_route:
