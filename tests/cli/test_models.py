@@ -26,6 +26,7 @@ def test_models(capsys):
     assert (tiny["published_top1"], tiny["weights_by"], tiny["weights_license"]) == (82.6, "MzeroMiko/VMamba", "mit")
     assert tiny["weights"].endswith(f"/{tiny['weights_file']}")
     assert tiny["weights_file"] == "vssm1_tiny_0230s_ckpt_epoch_264.pth"
+    assert not tiny["weights_inferred"]
     assert tiny["pretrained"]
     assert tiny["convertible"]
 
@@ -51,6 +52,13 @@ def test_models_fit_the_terminal(capsys, monkeypatch, columns):
     assert "weights: MzeroMiko/VMamba; license: mit" in out
 
 
+def test_inferred_addresses_are_marked(capsys):
+    assert json.loads(run(capsys, "models", "group_mamba_base", "--json")[1])[0]["weights_inferred"]
+    assert "pretrained*" in run(capsys, "models", "group_mamba_base")[1]
+    assert "_ema.pth (address inferred, not seen)\n" in run(capsys, "info", "group_mamba_base", "--size", "64")[1]
+    assert "(address inferred, not seen)" in run(capsys, "info", "vmamba_tiny", "--task", "segment", "--size", "64")[1]
+
+
 def test_published_detectors(capsys):
     rows = json.loads(run(capsys, "models", "efficient_vmamba_tiny", "--task", "detect", "--json")[1])
     assert [(row["detector"], row["schedule"], row["box_ap"], row["mask_ap"]) for row in rows] == [
@@ -72,7 +80,7 @@ def test_published_detectors_fit_the_terminal(capsys, monkeypatch, columns):
     assert max(len(line) for line in out.splitlines()) <= columns
     lines = [line.split() for line in out.splitlines() if line.startswith("vmamba_tiny ")]
     assert lines[0][:11] == ["vmamba_tiny", "1x", "47.3", "/", "42.7", "100.01", "M", "50", "M,", "271", "G"]
-    assert lines[0][11:] == ["convert", "mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth"][: 1 if columns == 80 else 2]
+    assert lines[0][11:] == ["convert*", "mask_rcnn_vssm_fpn_coco_tiny_s_epoch_12.pth"][: 1 if columns == 80 else 2]
     assert "vmamba_small 3x: its published FLOPs do not fit the network" in out
     assert "AP: in %, of the weights of the papers' authors, not of this package's training." in out
 

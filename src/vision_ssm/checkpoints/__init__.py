@@ -2,6 +2,7 @@
 
 from vision_ssm.checkpoints.detectors import convert_detector, detector_no_decay, detector_of, trace_detector
 from vision_ssm.checkpoints.families import (
+    address_note,
     can_convert,
     convert_official,
     options_of,
@@ -22,6 +23,7 @@ from vision_ssm.checkpoints.reader import (
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "address_note",
     "build_from_official",
     "can_convert",
     "check_fit",

@@ -82,6 +82,15 @@ def _family(model: str) -> str | None:
     return next((prefix for prefix in _FAMILIES if model.startswith(prefix)), None)
 
 
+# Parts of addresses that follow from the names of other files, and were not seen on a page of the authors.
+_INFERRED = ("/%23v2det/", "/%23v2seg/", "/groupmamba_base_ema.pth")
+
+
+def address_note(url: str | None) -> str:
+    """Return what to print behind an address of weights: that it is inferred, where it is."""
+    return " (address inferred, not seen)" if any(part in (url or "") for part in _INFERRED) else ""
+
+
 def published(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model's authors published: paper, accuracy, weights and their license."""
     hub = cfg.get("hf_hub_id")
@@ -99,6 +108,7 @@ def published(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
         "weights_file": url.rsplit("/", 1)[-1] or None if url else None,
         "weights_license": cfg.get("license") if known else None,
         "weights": url,
+        "weights_inferred": bool(address_note(url)),
         "pretrained": url is not None,
         "convertible": known and can_convert(name),
     }

@@ -71,10 +71,18 @@ def _on_meta(task: str, kind: str, model: str, classes: int) -> Any:
 
 
 def _row(result: Any, parameters: int) -> dict[str, Any]:
+    from vision_ssm.checkpoints import address_note
+
     row = dataclasses.asdict(result)
     published = {f"published_{name}": row.pop(name) for name in ("parameters", "flops")}
     file = result.weights.rsplit("/", 1)[-1] if result.weights else None
-    return {**row, **published, "parameters": parameters, "weights_file": file}
+    return {
+        **row,
+        **published,
+        "parameters": parameters,
+        "weights_file": file,
+        "weights_inferred": bool(address_note(result.weights)),
+    }
 
 
 def _show(task: str, rows: Sequence[Mapping[str, Any]], console: Any) -> None:
@@ -84,13 +92,14 @@ def _show(task: str, rows: Sequence[Mapping[str, Any]], console: Any) -> None:
         table = make_table("backbone", "schedule", f">{_SCORES[task]}", ">params", ">published", "weights")
         for row in group:
             file = f" {row['weights_file'] or ''}" if console.width >= 140 else ""
+            mark = "*" if row["weights_inferred"] else ""
             table.add_row(
                 row["model"],
                 row["schedule"],
                 _scores(row),
                 f"{row['parameters'] / 1e6:.2f} M",
                 _cost(row["published_parameters"], row["published_flops"]),
-                ("convert" if row["weights"] else "-") + file,
+                ("convert" if row["weights"] else "-") + mark + file,
             )
         console.print(table)
         for model, schedule, note in dict.fromkeys((row["model"], row["schedule"], row["note"]) for row in group):
@@ -98,7 +107,8 @@ def _show(task: str, rows: Sequence[Mapping[str, Any]], console: Any) -> None:
                 console.print(f"{model} {schedule}: {note}", style="dim", highlight=False)
         console.print()
     takes = f"weights: vision-ssm convert --task {task} takes a file that you have; --json shows addresses."
-    console.print(f"{_LEGENDS[task]}\n{takes}", style="dim", highlight=False)
+    marked = "*: the address is inferred from those of other files, and was not seen."
+    console.print(f"{_LEGENDS[task]}\n{takes}\n{marked}", style="dim", highlight=False)
 
 
 def _scores(row: Mapping[str, Any]) -> str:
@@ -117,6 +127,7 @@ def show_costs(task: str, model: str, kind: str, size: tuple[int, int], classes:
     from rich.console import Console
 
     from vision_ssm.analysis import complexity
+    from vision_ssm.checkpoints import address_note
 
     made = _on_meta(task, kind, model, classes)
     try:
@@ -159,7 +170,7 @@ def show_costs(task: str, model: str, kind: str, size: tuple[int, int], classes:
         what = "box AP" if row.get("mask_ap", 0) is None else _SCORES[task]
         note = f" ({result.note})" if result.note else ""
         line = f"published {result.schedule}: {_scores(row)} {what}{note}"
-        console.out(f"{line}, weights: {result.weights or 'none'}", highlight=False)
+        console.out(f"{line}, weights: {result.weights or 'none'}{address_note(result.weights)}", highlight=False)
     return 0
 
 

@@ -98,6 +98,7 @@ def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
             for row in sorted(group, key=lambda row: row["model"]):
                 way = "pretrained" if row["pretrained"] else "convert" if row["convertible"] else "-"
                 file = f" {row['weights_file'] or ''}" if console.width >= 118 else ""
+                mark = "*" if row["weights_inferred"] else ""
                 counts = (
                     f"{row['parameters'] / 1e6:.2f} M",
                     f"{row['macs'] / 1e9:.2f} G",
@@ -105,13 +106,14 @@ def _show_models(rows: Sequence[Mapping[str, Any]], console: Any) -> None:
                 )
                 size = "x".join(map(str, dict.fromkeys(row["input_size"][1:])))
                 top1 = f"{row['published_top1']:.1f}" if row["published_top1"] else "-"
-                table.add_row(row["model"], *counts, size, top1, way + file)
+                table.add_row(row["model"], *counts, size, top1, way + mark + file)
             console.print(table)
             console.print()
     legend = [
         "MACs: multiply-accumulates; paper ops: these but attention's, 5 per element normed, 9 L D N + L D per scan.",
         "top-1: on ImageNet-1K in %, of the published weights named above, not of this package's training.",
         "weights: pretrained=True fetches them, or vision-ssm convert takes a file that you have.",
+        "*: the address of the weights is inferred from those of other files, and was not seen.",
     ]
     console.print("\n".join(legend), style="dim", highlight=False)
 
@@ -130,6 +132,7 @@ def info(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from vision_ssm.analysis import complexity, feature_shapes
+    from vision_ssm.checkpoints import address_note
     from vision_ssm.models.create import create_model
 
     model = create_model(options.model, {}, 1000 if options.num_classes is None else options.num_classes)
@@ -160,7 +163,7 @@ def info(words: Sequence[str]) -> int:
     table.add_row("papers' ops", f"{cost.paper_ops:,}", "MACs but attention's, norms, pooling, 9 L D N + L D per scan")
     table.add_row("FLOPs", f"{cost.flops:,}", "torch's FlopCounterMode, 2 per MAC")
     console.print(table)
-    console.out(f"published weights: {values['weights'] or 'none'}", highlight=False)
+    console.out(f"published weights: {values['weights'] or 'none'}{address_note(values['weights'])}", highlight=False)
     if stages:
         console.print()
         table = make_table(">stage", ">blocks", ">channels", ">height", ">width", ">stride")

@@ -9,6 +9,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 import vision_ssm.models  # noqa: F401  (registers them)
+from vision_ssm.checkpoints.families import address_note
 from vision_ssm.errors import InputError, nearest
 
 # Arguments of timm's that name files, or where to look for them. They come from files of others too.
@@ -45,7 +46,7 @@ def create_model(
         raise
     except Exception as error:  # models raise anything
         if published and isinstance(error, (OSError, RuntimeError)):
-            where = known.url or known.hf_hub_id or known.file
+            where = f"{known.url or known.hf_hub_id or known.file}{address_note(known.url)}"
             raise InputError(
                 f"cannot fetch the published weights of {name} from {where}: {error}; --pretrained FILE takes a file"
             ) from error
