@@ -14,7 +14,7 @@ if "vision_ssm_program" not in sys.modules:
     from vision_ssm.optimize import optimize
     from vision_ssm.scan.warmup import warmup
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = ["__version__", "load", "models", "optimize", "warmup"]
 
