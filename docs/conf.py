@@ -1,7 +1,6 @@
-"""Sphinx configuration: Markdown pages that read well on a forge too, and API pages from docstrings. Needs no network."""
+"""Sphinx configuration: Markdown pages that also read well on a forge, and API pages from docstrings. No network."""
 
 import re
-from pathlib import Path
 
 from sphinx.application import Sphinx
 
