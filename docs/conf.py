@@ -18,21 +18,21 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sp
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 myst_heading_anchors = 3
-myst_links_external_new_tab = False
 default_role = "literal"  # docstrings write `name` as Markdown does
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autosummary_ignore_module_all = False
 maximum_signature_line_length = 110
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_copy_source = False
 html_show_copyright = False
 
 # Files outside docs/ that are pages of the site.
