@@ -8,7 +8,9 @@ COCO's format, ``streets`` with masks, and ``street.jpg``.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ BLOCK = re.compile(r"^(<!-- not run -->\n)?```python\n(.*?)^```$", re.MULTILINE 
 
 def run_blocks(text: str, name: str) -> dict[str, object]:
     """Run the blocks of a Markdown text; return what they defined. Errors point at the line in the file."""
-    names: dict[str, object] = {"__name__": "__docs__"}
+    module = sys.modules["__docs__"] = ModuleType("__docs__")  # timm's registry looks for the module of a function
+    names: dict[str, object] = vars(module)
     for match in BLOCK.finditer(text):
         if match[1] is None:
             before = text[: match.start(2)].count("\n")

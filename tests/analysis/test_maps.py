@@ -100,8 +100,8 @@ def test_classifiers(name):
         ("vmamba_atto", dict(method="GradCam"), "got GradCam; did you mean GradCAM"),
         ("vmamba_atto", dict(classes=[10]), "classes 0 to 9, not 10"),
         ("vmamba_atto", dict(stage=4), "stages 0 to 3, not 4"),
-        ("resnet10t", {}, "map of stage 4 of an image of 32x32 has one place"),
-        (nn.Conv2d(3, 3, 1), {}, "does not say which of its parts are stages"),
+        ("resnet10t", {}, "map of stage 4 of an image of 32x32 has one position"),
+        (nn.Conv2d(3, 3, 1), {}, "does not define its stages"),
     ],
     ids=["method", "class", "stage", "one place", "no stages"],
 )

@@ -182,7 +182,7 @@ def test_features_from_a_classifier(tmp_path: Path, name: str, form: str, caplog
     untrained = [key for key in own if key not in theirs]
     assert all(torch.equal(value, (theirs if key in theirs else first)[key]) for key, value in own.items())
     assert all(key.startswith("feature_norms.") or key.endswith(".attention.scale") for key in untrained)
-    said = [record.message for record in caplog.records if "these keep their first values" in record.message]
+    said = [record.message for record in caplog.records if "these keep their initial values" in record.message]
     assert len(said) == (len(untrained) > 0) == (name != "group_mamba_atto")
     assert all(line.startswith(f"{overlay.get('file', 'the given weights')}: without ") for line in said)
     assert all(key in line for line in said for key in untrained)

@@ -93,7 +93,7 @@ def test_names_of_the_model_and_of_options():
     ("words", "message"),
     [
         pytest.param("smal --over lr=1", "no recipe smal", id="unknown-recipe"),
-        pytest.param("small --seeds 2", "what is to be compared?", id="nothing-to-compare"),
+        pytest.param("small --seeds 2", "nothing to compare", id="nothing-to-compare"),
         pytest.param("small --over lr", "--over lr: expected NAME=VALUE", id="no-values"),
         pytest.param(
             "small --over lr=1 --over lr=2", "--over lr=2: expected NAME=VALUE,..., each name once", id="twice"

@@ -80,7 +80,7 @@ def test_below_the_threshold_the_answer_is_unsure(weights, pictures, capsys):
         ("train digits --device nonsense", "no device nonsense here"),
         ("train digits --model resnet18.nosuch", "resnet18 has no pretrained tag nosuch"),
         ("train digits --model-args dims=(99999999,9,9,9)", "cannot make vmamba_atto"),
-        ("train digits --model-args checkpoint_path=x", "checkpoint_path is no argument of a model here"),
+        ("train digits --model-args checkpoint_path=x", "checkpoint_path is not a model argument here"),
         ("train digits --monitor speed", "--monitor"),
         ("train digits --data nothing", "no such file or folder: nothing"),
         ("predict nowhere x.png", "no such run folder"),

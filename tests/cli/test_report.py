@@ -87,7 +87,7 @@ def test_a_report_holds_all_of_two_runs_and_compares_them(report):
     assert page.headings == ["Comparison", "first <run>", *known, field, "Speed", "gone", *known, "Speed"]
     for text in ("parameters", "MACs", "ms per image", "--lr", "--min-lr", "All options", "precision", "recall", "F1"):
         assert text in page.text
-    assert "Not measured anew, because no such file or folder: /no/such/images" in page.text
+    assert "Not measured again, because no such file or folder: /no/such/images" in page.text
     assert page.text.count("The best weights on 12 images") == 1
     assert page.text.count(f"{EVIL}, taken for grass") + page.text.count(f"grass, taken for {EVIL}") > 0
     assert "<i>\\udcff.png" in page.text

@@ -307,15 +307,15 @@ def test_all_bad_entries_are_listed_at_once(scenes, tmp_path):
 
 
 FIXED = {
-    "flat": (setting(bbox=[5, 5, 0, 9]), 1, "1 boxes without width or height, left out"),
-    "negative": (setting(bbox=[5, 5, 9, -2]), 1, "1 boxes without width or height, left out"),
-    "over the edge": (setting(bbox=[-7, 50, 500, 20]), 0, "1 boxes that reach over the edge of their image, clipped"),
+    "flat": (setting(bbox=[5, 5, 0, 9]), 1, "1 boxes without width or height, dropped"),
+    "negative": (setting(bbox=[5, 5, 9, -2]), 1, "1 boxes without width or height, dropped"),
+    "over the edge": (setting(bbox=[-7, 50, 500, 20]), 0, "1 boxes that extend beyond their image, clipped"),
     "just over the edge": (setting(bbox=[-0.5, 50, 128, 20]), 0, None),
     "no area": (dropping("area"), 0, None),
-    "area zero": (setting(area=0), 0, "1 areas that are no positive numbers, replaced by those of the boxes"),
+    "area zero": (setting(area=0), 0, "1 areas that are not positive, replaced by those of the boxes"),
     "no crowd": (dropping("iscrowd"), 0, None),
     "line": (setting(segmentation=[[1, 2, 3, 4]]), 1,
-             "1 objects whose outlines have fewer than three points, left out"),
+             "1 objects whose outlines have fewer than three points, dropped"),
     "line too": (setting(segmentation=[[1, 2, 3, 4], [1, 1, 9, 1, 9, 9]]), 0, None),
     "run lengths": (setting(segmentation={**RLE, "counts": [96 * 128 - 9, 9]}), 0, None),
     "no outline": (dropping("segmentation"), 0, "1 of {count} objects have no outline: masks are not used"),
@@ -356,7 +356,7 @@ def test_missing_data_are_named(scenes, tmp_path):
         load(tmp_path)
     with pytest.raises(InputError, match="no such file or folder"):
         load(tmp_path / "x")
-    with pytest.raises(InputError, match="which images"):
+    with pytest.raises(InputError, match="no images given"):
         load("")
     with pytest.raises(InputError, match="has no split x"):
         load(scenes, val_split="x")

@@ -83,7 +83,7 @@ def test_files_that_count(tmp_path):
         *("cat/link/deep/linked.png", "cat/link/linked.png"),
     ]
     assert all(images.sample(i)["image"].mode == "RGB" for i in range(len(images)))
-    assert images.notes == ["no images, left out: 2 .txt, 1 .db"]
+    assert images.notes == ["files that are not images, skipped: 2 .txt, 1 .db"]
 
 
 def test_equal_training_and_validation_images_are_noticed(tmp_path):

@@ -166,7 +166,7 @@ def test_masks_without_a_pixel_that_counts(scenes):
     for split in ("train", "val"):
         path = scenes / "masks" / split / "0001.png"
         save(np.full_like(np.asarray(Image.open(path)), 255), path)
-    with pytest.raises(InputError, match=r"0001\.png has no pixel that counts.*0001\.png has"):
+    with pytest.raises(InputError, match=r"0001\.png has only ignored pixels.*0001\.png has"):
         load(scenes)
 
 
@@ -180,7 +180,11 @@ def test_masks_without_a_pixel_that_counts(scenes):
         (lambda root: (root / "classes.txt").write_text("1 2 3 a\nb"), {}, "has colors in some lines only"),
         (lambda root: (root / "classes.txt").write_text("1 2 3 a\n1 2 3 b"), {}, "lists a color twice"),
         (lambda root: (root / "classes.txt").write_text("a\nb"), {}, "holds unknown labels 2"),
-        (lambda root: (root / "classes.txt").unlink(), {"ignore_labels": (0, 1, 2, 255)}, "hold 1 label that counts"),
+        (
+            lambda root: (root / "classes.txt").unlink(),
+            {"ignore_labels": (0, 1, 2, 255)},
+            "1 label that is not ignored",
+        ),
     ],
     ids=["no-masks", "no-split", "one-class", "twice", "some-colors", "equal-colors", "few-classes", "one-label"],
 )

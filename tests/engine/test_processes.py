@@ -173,7 +173,7 @@ def test_an_error_of_one_ends_all_with_one_line_each(config, tmp_path):
     said = [(tmp_path / name).read_text() for name in ("said0.err", "said1.err")]
     assert all(line.count("\n") == 1 for line in said)
     assert all("2 steps in a row, up to step 2, have no finite loss" in line for line in said)
-    assert "not finite is in the input of the model;" in said[1]
+    assert "non-finite value is in the input of the model;" in said[1]
 
 
 def test_processes_share_the_same_global_batches():

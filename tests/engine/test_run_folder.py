@@ -92,7 +92,7 @@ def test_a_weights_file_names_no_other_files(args, tmp_path):
     spec = ClassifierSpec.from_config(small(model="test_convnext"), ("a", "b"))
     state = Classification.create_model(spec).state_dict()
     save_weights(tmp_path / "w.safetensors", state, "classification", dataclasses.replace(spec, model_args=args))
-    with pytest.raises(InputError, match="is no argument of a model here"):
+    with pytest.raises(InputError, match="is not a model argument here"):
         load(tmp_path / "w.safetensors", "cpu")
 
 

@@ -178,7 +178,7 @@ def test_pretrained_file_of_other_classes_gets_a_new_head(tmp_path, caplog):
     model = first_model(config, spec_of(("a", "b", "c")))
     assert torch.equal(model.state_dict()["stem.0.weight"], source.state_dict()["stem.0.weight"])
     assert model.num_classes == 3
-    assert "its classifier, of other classes, was left out" in caplog.text
+    assert "its classifier, for other classes, was not loaded" in caplog.text
     other = dataclasses.replace(config, model="test_vit")
     with pytest.raises(InputError, match=r"missing: .*and \d+ more.*unexpected: "):
         first_model(other, ClassifierSpec.from_config(other, ("a", "b", "c")))

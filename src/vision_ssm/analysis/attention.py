@@ -306,7 +306,7 @@ def scan_attention(
     for number, image in enumerate(images):
         chosen = choose_layer(find_scan_layers(model, image, run), layer)
         if chosen.kind != SCAN:
-            raise InputError(f"{chosen.name} is a {chosen.kind}; a position attends to others where tokens are scanned")
+            raise InputError(f"{chosen.name} is a {chosen.kind}; only positions of layers that scan attend")
         layer, (height, width) = chosen.name, chosen.grid
         args = _arguments(model, image, run, layer)
         row, column = (min(int(place * size), size - 1) for place, size in zip(position, chosen.grid, strict=True))

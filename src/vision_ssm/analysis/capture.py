@@ -28,7 +28,7 @@ def find_blocks(model: nn.Module) -> dict[str, int]:
             found[name] = int(stage)
     if not found:
         kinds = ", ".join(name for name, _ in model.named_children())
-        raise InputError(f"{type(model).__name__} has no blocks that are known by their names; its parts are {kinds}")
+        raise InputError(f"{type(model).__name__} has no blocks with known names; its parts are {kinds}")
     return found
 
 

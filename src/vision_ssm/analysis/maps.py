@@ -315,7 +315,7 @@ def class_activation(
                     if cam.activations_and_grads.activations[0].shape[-2:] == (1, 1):
                         size = "x".join(map(str, image.shape[1:]))
                         raise InputError(
-                            f"the map of stage {stage} of an image of {size} has one place; try another stage"
+                            f"the map of stage {stage} of an image of {size} has one position; try another stage"
                         )
                     class_name = str(label if class_names is None else class_names[label])
                     score = float(scores[label])
@@ -343,7 +343,7 @@ def _stage(model: nn.Module, stage: int | None) -> tuple[int, nn.Module, Callabl
     network: Any = backbone_of(model)
     info = getattr(network, "feature_info", None)
     if not info:
-        raise InputError(f"{type(model).__name__} does not say which of its parts are stages")
+        raise InputError(f"{type(model).__name__} does not define its stages (feature_info)")
     names = info.module_name() if hasattr(info, "module_name") else [entry["module"] for entry in info]
     (stage,) = check_stages([len(names) - 1 if stage is None else stage], len(names))
     name = names[stage]

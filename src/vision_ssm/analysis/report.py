@@ -381,7 +381,7 @@ def _results(
         metrics = {name.removeprefix("val_"): best[name] for name in best if name.startswith("val_")}
         details = saved
         wrote = "what training wrote of the best epoch"
-        notes = [f"Not measured anew, because {missing}. The numbers and pictures here are {wrote}."]
+        notes = [f"Not measured again, because {missing}. The numbers and pictures here are {wrote}."]
     rows = [[called(name), _value(name, value)] for name, value in metrics.items()]
     if interval := details.get("accuracy_interval"):
         rows += [["accuracy, 95% interval", " to ".join(map(share, interval))]]

@@ -129,7 +129,7 @@ def build_from_official(
         check_fit(model, state | untrained, adapted)
         if untrained:
             where = (resolved.file or resolved.url) if not resolved.state_dict else "the given weights"
-            _logger.warning("%s: without %s; these keep their first values", where, shorten(list(untrained), most=20))
+            _logger.warning("%s: without %s; these keep their initial values", where, shorten(list(untrained), most=20))
         return state | untrained
 
     if pretrained:

@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "analyze": ("vision_ssm.cli.analyze:analyze", "look into models: similarity, receptive fields, attention, maps"),
     "ablate": ("vision_ssm.cli.ablate:ablate", "train or measure a grid of variants of a recipe"),
     "export": ("vision_ssm.cli.export:export", "write a model for ONNX Runtime, torch programs or the hub"),
-    "report": ("vision_ssm.cli.report:report", "put all about one or more runs into one HTML file"),
+    "report": ("vision_ssm.cli.report:report", "write a report of one or more runs in one HTML file"),
     "convert": ("vision_ssm.cli.convert:convert", "turn an official checkpoint into safetensors"),
 }
 """Name of each command: where its function is, and what it does."""

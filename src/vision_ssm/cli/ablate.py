@@ -37,7 +37,7 @@ class AblationOptions(Config):
 
     over: UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE,...")]] = ()
     """A model argument or an option, and its values, such as windows=1,2,none or "steps=(1,1,2,1),(1,1,3,1)"; several
-    of these give all combinations. What the model and the options both have, such as steps of SparX, is the model's."""
+    of these give all combinations. A name of both the model and the options, such as SparX's steps, is the model's."""
     seeds: int = limited(3, least=1)
     """How often each is trained, with seeds from --seed on."""
     measure_only: bool = False
@@ -45,8 +45,8 @@ class AblationOptions(Config):
     seconds: float = limited(1.0, above=0)
     """Measure the time of each for at least this long."""
     out: Path | None = None
-    """Folder of the runs, ablation.csv and ablation.png; by default runs/ablation-RECIPE. What is finished there is
-    kept, and what was stopped goes on."""
+    """Folder of the runs, ablation.csv and ablation.png; by default runs/ablation-RECIPE. Finished runs
+    there are kept, and stopped ones continue."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -135,7 +135,7 @@ def _read_over(words: Sequence[str]) -> dict[str, list[Any]]:
         except ValueError as error:
             raise InputError(f"--over: {error}") from None
     if not over:
-        raise InputError("what is to be compared? name it with --over NAME=VALUE,..., such as --over lr=1e-3,2e-3")
+        raise InputError("nothing to compare; name it with --over NAME=VALUE,..., such as --over lr=1e-3,2e-3")
     return over
 
 

@@ -23,7 +23,7 @@ class AttentionOptions(AnalysisOptions):
     """Row and column of the position, relative to the image as the model sees it: 0 is the upper or left border, 1 the
     lower or right one."""
     radius: float = limited(2.0, least=0)
-    """How near, in tokens, the attention is that the table counts as near."""
+    """Radius in tokens: the table shows the share of the attention within it."""
     images: int = limited(4, least=1, most=32)
     """How many images to look at, spread evenly over those there are."""
     list: bool = False

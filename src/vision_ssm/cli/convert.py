@@ -31,7 +31,7 @@ class ConvertOptions:
     task: Literal["classify", "detect", "segment"] = "classify"
     """Convert a model (or with --backbone that of a detector or segmenter), a whole detector, or a whole segmenter."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the model, where the file is of none of the named variants."""
+    """Keyword arguments of the model, if the file belongs to none of the named variants."""
     class_map: Path | None = None
     """Text file that names one class of the detector or segmenter per line; by default those of COCO, where there are
     80, of ADE20K, where there are 150, or else numbers."""
@@ -40,9 +40,9 @@ class ConvertOptions:
     backbone: bool = False
     """Take the backbone alone from the file of a detector or segmenter."""
     verify: Annotated[Path | None, tyro.conf.arg(metavar="IMAGE")] = None
-    """Use the converted weights on an image, and print the five likeliest classes, or the objects that are found."""
+    """Use the converted weights on an image, and print top-5 classes, detected objects, or the pixels' classes."""
     overwrite: bool = False
-    """Replace the output file if it is there."""
+    """Replace the output file if it exists."""
 
 
 @dataclass(frozen=True)

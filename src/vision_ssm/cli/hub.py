@@ -22,7 +22,7 @@ class HubOptions(Config):
     model: Annotated[Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
     """A run, or a weights file of one; or a model."""
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """The folder to write, named as the model is to be called."""
+    """The folder to write; its name becomes that of the model."""
 
 
 def hub(words: Sequence[str]) -> int:

@@ -24,7 +24,7 @@ class _MapOptions(AnalysisOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureOptions(_MapOptions):
-    """Maps of stages as pictures, beside the images."""
+    """Maps of stages as pictures, next to the images."""
 
     stages: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STAGE...")] = ()
     """Stages, counted from 0; all by default."""
@@ -35,7 +35,7 @@ class FeatureOptions(_MapOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CamOptions(_MapOptions):
-    """Which parts of an image speak for a class: class activation maps of a classifier or segmenter."""
+    """Which parts of an image are evidence for a class: class activation maps of a classifier or segmenter."""
 
     classes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS...")] = ()
     """Names or numbers of classes; by default the predicted one of each image."""

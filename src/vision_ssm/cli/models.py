@@ -34,14 +34,14 @@ class InfoOptions(Config):
     task: Literal["classify", "detect", "segment"] = "classify"
     """The model as a classifier, or a detector or segmenter on it."""
     detector: Literal["mask-rcnn", "faster-rcnn", "retinanet"] = "mask-rcnn"
-    """Kind of the detector."""
+    """Type of the detector."""
     decoder: str = "upernet"
     """Decoder of the segmenter: upernet, or one of segmentation_models_pytorch."""
     size: Size = limited((), least=1)  # noqa: RUF009
-    """Height and width of the input in pixels, or one number for both; by default of detectors 800 1280, of
-    segmenters 512 2048."""
+    """Height and width of the input in pixels, or one number for both; by default 800 1280 for detectors,
+    512 2048 for segmenters."""
     num_classes: int | None = limited(None, least=0)
-    """Number of classes; by default 1000, of detectors 80, of segmenters 150."""
+    """Number of classes; by default 1000, for detectors 80, for segmenters 150."""
     json: bool = False
     """Print JSON instead of tables."""
 

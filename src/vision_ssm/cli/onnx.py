@@ -11,8 +11,8 @@ class OnnxOptions(FileOptions):
     """Write a model as an ONNX file in standard operators, and compare it with the model in ONNX Runtime."""
 
     int8: bool = False
-    """Compute linear layers and convolutions of a classifier or segmenter in int8; `vision-ssm eval OUT.onnx` tells
-    what it costs."""
+    """Compute linear layers and convolutions of a classifier or segmenter in int8; `vision-ssm eval OUT.onnx` measures
+    the accuracy."""
 
 
 def onnx(words: Sequence[str]) -> int:

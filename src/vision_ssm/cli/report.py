@@ -15,14 +15,14 @@ from vision_ssm.recipes.config import Config, limited
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(Config):
-    """Put all about one or more runs into one HTML file, which needs neither a network nor other files."""
+    """Write a report of one or more runs: one HTML file that needs neither a network nor other files."""
 
     runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...", help_behavior_hint="(required)")]
     """Folders of runs; several are compared first."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("report.html")
     """The file to write."""
     data: Path | None = None
-    """Images to measure all runs on, as of vision-ssm eval; by default each run's own validation images."""
+    """Images to measure all runs on, as for vision-ssm eval; by default each run's own validation images."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     num_workers: int | None = limited(None, least=0, most=1024)
@@ -56,7 +56,7 @@ def report(words: Sequence[str]) -> int:
         found = collect(RunFolder(run), str(name), task, options.data, options.num_workers, console)
         reports.append(found)
         if found.missing:
-            console.out(printable(f"{run}: not measured anew, because {found.missing}"), highlight=False)
+            console.out(printable(f"{run}: not measured again, because {found.missing}"), highlight=False)
     write_report(reports, options.out)
     console.out(f"{printable(str(options.out))}, {options.out.stat().st_size / 2**20:.1f} MiB", highlight=False)
     return 0

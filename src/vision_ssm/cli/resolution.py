@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolutionOptions(AnalysisOptions):
-    """Measure accuracy (or AP, or mIoU), time and memory at other resolutions than that of training."""
+    """Measure accuracy (or AP, or mIoU), time and memory at resolutions other than that of training."""
 
     models: Annotated[
         Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL|RUN...", help_behavior_hint="(required)")
@@ -37,7 +37,7 @@ class ResolutionOptions(AnalysisOptions):
     seconds: float = limited(1.0, above=0)
     """Time every step for at least this long."""
     batch_size: int | None = limited(None, least=1)
-    """Batch size of the evaluation: by default 64, and 1 of detectors and segmenters."""
+    """Batch size of the evaluation: by default 64, and 1 for detectors and segmenters."""
     num_workers: int | None = limited(None, least=0, most=1024)
     """Processes that load images."""
 

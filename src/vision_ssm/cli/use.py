@@ -30,13 +30,13 @@ class ComputeOptions(Config):
     """How to compute."""
 
     batch_size: int | None = limited(None, least=1)
-    """Batch size: by default 64, and 1 of detectors and segmenters, whose results depend on the padding of a batch."""
+    """Batch size: by default 64, and 1 for detectors and segmenters, whose results depend on the padding of a batch."""
     test_size: tuple[int, int] | None = limited(None, least=32, most=16_384)
     """Another longest and shortest side of the resized image for a detector or segmenter."""
     mode: Literal["whole", "slide"] | None = None
-    """Let a segmenter see the whole image at once, or overlapping windows."""
+    """Run a segmenter on the whole image at once, or on overlapping windows."""
     tta: bool = False
-    """Let a segmenter average over six sizes from 0.5 to 1.75 of the image, each also flipped."""
+    """Average a segmenter's predictions over six scales from 0.5 to 1.75, each also flipped."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Precision = "32-true"
@@ -83,11 +83,11 @@ class PredictOptions(ComputeOptions):
     top: int | None = limited(None, least=1)
     """How many classes a classifier names per image (5)."""
     threshold: float | None = limited(None, least=0, most=1)
-    """Leave out objects with a lower score (0.5; none is below 0.05), or answer "unsure" where the best class is less
-    probable (0)."""
+    """Drop objects with a lower score (0.5; those below 0.05 are always dropped), or answer "unsure" if the best class
+    is less probable (0)."""
     out: Path | None = None
-    """Folder for predictions.csv and predictions.json instead of a table; beside them lie pictures of what detectors
-    and segmenters found. The JSON of detectors is a data set in COCO format, masks of segmenters are in index/."""
+    """Folder for predictions.csv and predictions.json instead of a table; with drawings of the predictions of
+    detectors and segmenters. The JSON of detectors is a data set in COCO format, masks of segmenters are in index/."""
     copy: Path | None = None
     """Copy the images of a classifier into this folder, in a sub-folder for each answer."""
 

@@ -85,7 +85,7 @@ def load_coco(config: DataConfig, seed: int = 0, *, filter_empty: bool = False) 
         InputError: There are no such files, or something is refused; lists up to 20 bad entries of all files.
     """
     if not config.data:
-        raise InputError("which images? give --data PATH, a folder or .json file in COCO's format")
+        raise InputError("no images given; use --data PATH, a folder or .json file in COCO format")
     names = (config.train_split,) if config.train_split else _TRAIN
     place = _find(config.data, names, "--train-split") or _only(config.data)
     if place is None:
@@ -360,8 +360,8 @@ def _boxes(
         report(f"annotation {objects[i]['id']}: box {objects[i]['bbox']!s:.60} {what}")
     over = ((boxes[:, :2] < -1) | (boxes[:, 2:] > limits + 1)).any(axis=1) & ~outside
     boxes[over] = boxes[over].clip(0, np.tile(limits[over], 2))
-    _note(noted, "boxes without width or height, left out", int((flat & finite).sum()))
-    _note(noted, "boxes that reach over the edge of their image, clipped", int((over & ~flat).sum()))
+    _note(noted, "boxes without width or height, dropped", int((flat & finite).sum()))
+    _note(noted, "boxes that extend beyond their image, clipped", int((over & ~flat).sum()))
     return boxes, np.flatnonzero(finite & ~flat & ~outside)
 
 
@@ -382,7 +382,7 @@ def _areas(objects: Sequence[Mapping[str, Any]], boxes: np.ndarray, noted: Count
             areas[i] = given
         else:
             wrong += given is not None
-    _note(noted, "areas that are no positive numbers, replaced by those of the boxes", wrong)
+    _note(noted, "areas that are not positive, replaced by those of the boxes", wrong)
     return areas
 
 
@@ -407,7 +407,7 @@ def _masks(
             continue
         if masks[i]:
             used.append(i)
-    _note(noted, "objects whose outlines have fewer than three points, left out", sum(mask == [] for mask in masks))
+    _note(noted, "objects whose outlines have fewer than three points, dropped", sum(mask == [] for mask in masks))
     if missing == len(used):
         return None, np.array(used, np.int64)
     _note(noted, f"of {len(used):,} objects have no outline: masks are not used", missing)

@@ -54,7 +54,7 @@ class MaskFormat:
         if not found.all():
             hint = "a line with a color and no name" if self.colored else "--ignore-labels"
             unknown = self.shown(np.unique(values[found == 0]).tolist())
-            raise InputError(f"mask {file} holds unknown {unknown}; {hint} leaves some out")
+            raise InputError(f"mask {file} holds unknown {unknown}; {hint} ignores some")
         return found - np.int16(2)
 
     @functools.cached_property
@@ -118,7 +118,7 @@ def load_masks(config: MaskDataConfig, seed: int = 0) -> Splits:
     image or mask that cannot be read                   refused
     mask of another size                                refused
     label that is not named, color that is not listed   refused
-    mask without a pixel that counts                    refused, but not by `read_masks`
+    mask with only ignored pixels                       refused, but not by `read_masks`
     ==================================================  ==================================================
 
     Args:
@@ -129,7 +129,7 @@ def load_masks(config: MaskDataConfig, seed: int = 0) -> Splits:
         InputError: There are no such files, or something is refused; lists up to 20 of them.
     """
     if not config.data:
-        raise InputError("which images? give --data PATH, a folder with images and masks")
+        raise InputError("no images given; use --data PATH, a folder with images and masks")
     root = _folder(config.data)
     train = _find(root, (config.train_split,)) if config.train_split else _find(root, _TRAIN) or _find(root)
     if train is None:
@@ -253,7 +253,7 @@ def _check(format: MaskFormat, allow_void: bool, pair: tuple[Path, Path]) -> tup
         height, width = sizes[0]
         return f"mask {pair[1]} has {mask.shape[1]}x{mask.shape[0]} pixels, its image {width}x{height}"
     counts = np.bincount(mask.ravel() + 1, minlength=len(format.labels) + 1)[1:]
-    return (mask.shape, counts) if counts.any() or allow_void else f"mask {pair[1]} has no pixel that counts"
+    return (mask.shape, counts) if counts.any() or allow_void else f"mask {pair[1]} has only ignored pixels"
 
 
 def _format(
@@ -276,7 +276,7 @@ def _format(
         raise InputError(f"the masks hold {len(classes):,} labels up to {classes[-1]:,}; name the classes: --class-map")
     if len(classes) < 2:
         hint = "; --ignore-labels without numbers ignores none" if found & set(ignored) else ""
-        raise InputError(f"the masks hold {len(classes)} label that counts; at least two are needed{hint}")
+        raise InputError(f"the masks hold {len(classes)} label that is not ignored; at least two are needed{hint}")
     return MaskFormat(tuple(classes), ignored), tuple(map(str, classes))
 
 

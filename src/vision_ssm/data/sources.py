@@ -149,7 +149,7 @@ def read_folder(root: Path, classes: Names | None = None) -> ImageDataset:
         raise InputError(f"no images in {root} for {shorten(empty)}; remove the folder or fill it")
     ids, sizes = Strings(file[len(base) :] for file in files), np.array([*map(file_size, files)])
     counted = shorten([f"{count:,} {extension}" for extension, count in skipped.most_common()])
-    notes = [f"no images, left out: {counted}"] if skipped else []
+    notes = [f"files that are not images, skipped: {counted}"] if skipped else []
     read = functools.partial(file_below, root, ids)
     return ImageDataset(read, ids, {"label": np.array(labels)}, tuple(index), sizes=sizes, notes=notes)
 
@@ -180,7 +180,7 @@ def read_tars(root: Path, classes: Names | None = None) -> ImageDataset:
         raise InputError(f"{root} holds no images (looked for {' '.join(EXTENSIONS)} in {len(tars)} tar files)")
     names = sorted({label for label, *_ in found})
     if "" in names:
-        raise InputError(f"{root} holds images that lie in no folder, so their class is unknown")
+        raise InputError(f"{root} has images outside of class folders, so their class is unknown")
     index = _index(names, classes, root)
     labels = np.array([index[label] for label, *_ in found])
     ids = Strings(name for _, name, _ in found)

@@ -95,7 +95,7 @@ def fit(
     device = find_device(config.device)
     if device.type == "cpu" and config.sync_batchnorm:
         raise InputError("--sync-batchnorm needs GPUs")
-    with console.status("looking at the data"):
+    with console.status("reading the data"):
         splits = task_type.load_data(config)
     task = task_type.from_config(config, splits, resume=resume)
     if config.sync_batchnorm:
@@ -156,7 +156,7 @@ def _fit(trainer: lightning.Trainer, module: TrainingModule, data: ImageData, st
         raise
     except RuntimeError as error:
         if lost_another(error):
-            raise InputError("another process of this run has ended before; its own message says why") from error
+            raise InputError("another process of this run has stopped; its own message says why") from error
         raise
 
 

@@ -136,7 +136,7 @@ class TrainingModule(lightning.LightningModule):
         if self._skipped_in_a_row >= self.optim.max_skipped:
             raise InputError(
                 f"training diverges: {self._skipped_in_a_row} steps in a row, up to step {self.global_step + 1}, "
-                f"have no finite loss or gradient; the first value that is not finite is in {self._not_finite()}; "
+                f"have no finite loss or gradient; the first non-finite value is in {self._not_finite()}; "
                 "try a lower --lr, more --warmup-epochs or --precision 32-true (the limit is --max-skipped)"
             )
         self._running.put_back()

@@ -71,7 +71,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
         if getattr(optim, name) is not None and not takes:
             raise InputError(f"{optim.optimizer} does not take {option(name)}; use {option(name)} None")
     if optim.layer_decay is not None and not hasattr(model, "group_matcher"):
-        raise InputError(f"--layer-decay: {type(model).__name__} does not say which layers follow one another")
+        raise InputError(f"--layer-decay: {type(model).__name__} does not define the order of its layers")
     options: dict[str, Any] = dict(betas=optim.betas, eps=optim.eps, layer_decay=optim.layer_decay)
     options = {name: value for name, value in options.items() if value is not None}
     parameters = _published_groups(model, optim.weight_decay) if optim.published_decay else model
@@ -84,7 +84,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimize
 def _published_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     published: Callable[[], set[str]] | None = getattr(model, "published_no_weight_decay", None)
     if published is None:
-        raise InputError(f"--published-decay: {type(model).__name__} does not list what its published training exempts")
+        raise InputError(f"--published-decay: {type(model).__name__} does not list what the published training exempts")
     exempt = published()
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in model.named_parameters():

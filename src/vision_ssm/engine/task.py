@@ -154,8 +154,8 @@ class Task(ABC):
         if model.outputs != [cls.onnx_output]:
             given = f"{', '.join(model.outputs[:3])}{', ...' if len(model.outputs) > 3 else ''}"
             raise InputError(
-                f"{model.path} gives {given}, for programs of your own; what can be used here are the logits of a "
-                "classifier and the scores of a segmenter"
+                f"{model.path} gives {given}, for your own programs; only files with the logits of a "
+                "classifier or the scores of a segmenter can be used here"
             )
         return cls(model, cls._read_spec(dict(model.description), model.path, changes))
 
@@ -227,7 +227,7 @@ class Task(ABC):
         """
         images = self.load_data(folder.read_config()).val
         if images.classes != self.spec.classes:
-            raise InputError(f"the images that {folder.path} was trained on have other classes now; give --data")
+            raise InputError(f"the images that {folder.path} was trained on have different classes now; use --data")
         return images
 
     @property

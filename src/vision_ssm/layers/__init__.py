@@ -1,4 +1,4 @@
-"""Building blocks that the models share and that work in anybody's network."""
+"""Building blocks that the models share and that work in any network."""
 
 from vision_ssm.layers.connect import NCHW, NHWC, Connected, Layout, Tokens, connect
 from vision_ssm.layers.conv import ResidualConv, conv_act

@@ -33,9 +33,7 @@ def create_model(
     """
     known = default_cfg(name)
     if wrong := [key for key in args if key in _OPENS_FILES]:
-        raise InputError(
-            f"{', '.join(wrong)} is no argument of a model here; start from weights with --pretrained FILE"
-        )
+        raise InputError(f"{', '.join(wrong)} is not a model argument here; start from weights with --pretrained FILE")
     published = pretrained and "pretrained_cfg_overlay" not in more
     if published and not (known.url or known.hf_hub_id or known.file):
         raise InputError(f"{name} has no published weights; give a file of your own instead")

@@ -146,7 +146,7 @@ class ClassDataConfig(DataConfig):
     Hugging Face dataset or a stream of one; or digits."""
     data_format: DataFormat = "auto"
     """How to read --data: class folders, tar files, webdataset shards, Hugging Face dataset or stream; by default
-    found by looking at it."""
+    detected."""
     class_map: Path | None = None
     """Text file that names one class per line, where the data does not name its classes."""
     num_classes: int | None = limited(None, least=2)
@@ -156,7 +156,7 @@ class ClassDataConfig(DataConfig):
     target_key: str | None = None
     """Column of the classes (label), or field of the json in shards (by default the file .cls)."""
     train_num_samples: int | None = limited(None, least=1)
-    """Number of training images in a stream, if it does not know it."""
+    """Number of training images in a stream, if it does not declare it."""
     shuffle_buffer: int = limited(1000, least=1)
     """Images of a stream's shard from which the next one is drawn; 1 keeps their order."""
     cache_dir: Path | None = None
@@ -207,7 +207,7 @@ class OptimConfig(Config):
     epochs: int = limited(100, least=1, most=1_000_000)
     """Passes over the training images."""
     steps: int | None = limited(None, least=1, most=1_000_000_000)
-    """Optimizer steps, instead of --epochs: as many epochs as reach them, the schedule ends at this step."""
+    """Optimizer steps, instead of --epochs: as many epochs as that takes; the schedule ends at this step."""
     batch_size: int = limited(64, least=1)
     """Batch size on each device."""
     grad_accum: int = limited(1, least=1)
@@ -222,7 +222,7 @@ class OptimConfig(Config):
     """Initial learning rate; by default a hundredth of --lr."""
     lr_base_size: int | None = limited(None, least=1)
     """Images per step for which the three learning rates are given, which then scale linearly; by default they are
-    taken as they are."""
+    used as given."""
     betas: tuple[float, float] | None = limited(None, least=0, below=1)
     """Betas of the optimizer; by default its own."""
     eps: float | None = limited(None, above=0)
@@ -369,14 +369,14 @@ class DenseConfig(ModelConfig):
     in the folder of a classifier's run."""
     pretrained: Path | None = None
     """Start from a whole detector or segmenter: the folder of a run, or a weights file, such as vision-ssm convert
-    makes. What depends on the classes is left out where they differ."""
+    writes. Layers that depend on the classes are initialized anew if these differ."""
     test_size: tuple[int, int] = limited((1333, 800), least=32, most=16_384)
     """Longest and shortest side of the resized image in evaluation and use: the largest that fits into both."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.backbone_weights is not False and self.pretrained is not None:
-            raise InputError("--backbone-weights and --pretrained exclude each other: the whole has its backbone")
+            raise InputError("--backbone-weights and --pretrained exclude each other; the latter includes the backbone")
         check_longer_first(self.test_size)
 
 
@@ -391,9 +391,9 @@ class DetectorConfig(DenseConfig):
     """Detector, its backbone and its input."""
 
     detector: Literal["mask-rcnn", "faster-rcnn", "retinanet"] = "mask-rcnn"
-    """Kind of the detector; where the data has no masks, mask-rcnn becomes faster-rcnn."""
+    """Type of the detector; if the data has no masks, mask-rcnn becomes faster-rcnn."""
     box_samples: int = limited(512, least=4)
-    """Proposals of an image that the heads are trained on, a quarter of them on objects; 512 in the published form."""
+    """Proposals per image that the heads are trained on, a quarter of them on objects; 512 in the published form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -474,7 +474,7 @@ class MaskDataConfig(DataConfig):
     """Text file with one class per line, in the order of their labels; for color masks, and for the colors of pictures,
     R G B NAME, where a color without a name does not count. By default classes.txt in --data, or else numbers."""
     ignore_labels: tuple[int, ...] = limited((255,), least=0)
-    """Labels of pixels that do not count, besides 255; the classes are the other ones. Without a number all count."""
+    """Labels to ignore, in addition to 255; the other labels are the classes. Without a number none is ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The scan operator: selective scans along routes of token indices. See README.md beside this file."""
+"""The scan operator: selective scans along routes of token indices."""
 
 from vision_ssm.scan.backends import available_backends, backend_for, last_backend, use_backend
 from vision_ssm.scan.operator import route_scan

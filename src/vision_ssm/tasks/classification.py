@@ -360,7 +360,7 @@ def first_model(config: ClassificationConfig, spec: ClassifierSpec, *, resume: b
         others = known not in (None, spec.classes)
         if others or any(key in state and state[key].shape != wanted[key].shape for key in head):
             state |= {key: wanted[key] for key in head}
-            _logger.warning("%s: its classifier, of other classes, was left out", path)
+            _logger.warning("%s: its classifier, for other classes, was not loaded", path)
         load_weights(model, state, path)
     return model
 

@@ -120,6 +120,6 @@ def start_model(
         others: list[str] = []
         if tuple(stored["classes"]) != spec.classes:
             others = [key for key in wanted if key.startswith(model.class_layers)]
-            _logger.warning("%s: what depends on its classes, which are others, was left out", path)
+            _logger.warning("%s: the layers that depend on its classes, which differ, were not loaded", path)
         load_weights(model, state | {key: wanted[key] for key in others}, path)
     return model

@@ -85,7 +85,7 @@ def draw_pairs(
     columns = 2 if len(pictures) > 1 else 1
     rows = -(-len(pictures) // columns)
     figure = Figure(figsize=(8.4 * columns, 3.4 * rows + 0.5), layout="constrained")
-    figure.suptitle(f"Annotated (left) and found with a score of at least {_THRESHOLD:.0%} (right)", fontsize=12)
+    figure.suptitle(f"Ground truth (left), predictions with a score of at least {_THRESHOLD:.0%} (right)", fontsize=12)
     grid = figure.subplots(rows, 2 * columns, squeeze=False).flat
     for axes in figure.axes:
         axes.axis("off")

@@ -37,7 +37,7 @@ FIGURES = {
     "ARm": "AR, medium objects",
     "ARl": "AR, large objects",
 }
-"""COCO's twelve figures, and what they are."""
+"""COCO's twelve metrics, and what they are."""
 
 
 @dataclass(frozen=True)

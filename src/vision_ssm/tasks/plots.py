@@ -55,7 +55,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path, *, wha
         axes.grid(which="minor", color="#dddddd", linewidth=0.6)
         axes.tick_params(which="minor", length=0)
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"{counts.trace() / counts.sum():.2%} of {counts.sum():,} {what} right", fontsize=11)
+    axes.set_title(f"{counts.trace() / counts.sum():.2%} of {counts.sum():,} {what} correct", fontsize=11)
     bar = figure.colorbar(picture, ax=axes, shrink=0.7 if n <= 20 else 0.4, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("share of the true class")
     bar.outline.set_visible(False)
