@@ -197,8 +197,7 @@ def read_mask(file: Path, *, colored: bool = False) -> np.ndarray:
             if colored:
                 parts = np.asarray(image.convert("RGB"), np.int32)  # (H, W, 3)
                 return (parts[..., 0] << 16) + (parts[..., 1] << 8) + parts[..., 2]
-            image = image.convert("L") if image.mode == "LA" else image
-            values = np.asarray(image)
+            values = np.asarray(image.convert("L") if image.mode == "LA" else image)
     except Exception as error:  # decoders raise anything
         raise InputError(f"cannot read mask {file}: {error or type(error).__name__}") from error
     if values.ndim == 3 and values.shape[2] >= 3 and (values[..., :3] == values[..., :1]).all():

@@ -179,8 +179,8 @@ def _run(args: ScanArguments, float_output: bool, return_state: bool) -> tuple[T
 
 def _fake(*values: Any) -> tuple[Tensor, Tensor]:
     # Where the variable CI is set, inductor refuses to call an operator that has a decomposition, unless listed here.
-    if "torch._inductor.lowering" in sys.modules:
-        getattr(sys.modules["torch._inductor.lowering"], "FALLBACK_ALLOW_LIST", set()).add("vision_ssm::route_scan")
+    if allowed := getattr(sys.modules.get("torch._inductor.lowering"), "FALLBACK_ALLOW_LIST", None):
+        allowed.add("vision_ssm::route_scan")
     *given, float_output, return_state = values
     return _empty_results(ScanArguments(**dict(zip(_NAMES, given, strict=True))), float_output, return_state)
 
@@ -254,7 +254,7 @@ def _decomposition(*values: Any) -> tuple[Tensor, Tensor]:
     *given, float_output, return_state = values
     args = ScanArguments(**dict(zip(_NAMES, given, strict=True)))
     # Else the check of a permuted tensor's layout would ask whether there is one image, and fix the answer.
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         y, state = export_form.scan(args)
     return y.to(_output_dtype(args, float_output)), state if return_state else state.new_empty(0)
 
