@@ -43,7 +43,7 @@ def test_torch_export(name: str) -> None:
 # Windows, channel groups, and routes that each image chooses; the scan itself is tested in tests/scan.
 @pytest.mark.parametrize("name", ["sparx_swin_atto", "group_mamba_atto", "vim2_atto"])
 @pytest.mark.slow
-def test_onnx(name: str, tmp_path: Path) -> None:
+def test_onnx_from_one_image(name: str, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     model = smaller(name)
     sizes = {"x": {0: "batch", 2: "height", 3: "width"}}
