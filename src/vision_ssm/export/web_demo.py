@@ -1,5 +1,7 @@
 """A web page for one model: drop a picture, see the prediction, click to see what it depends on."""
 
+import base64
+import html
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,8 +67,8 @@ def demo(
 
     def predict(given: Mapping[str, Any] | None) -> dict[Any, Any]:
         """Predict for a picture."""
-        shown: dict[Any, Any] = {item: None for item in (answer, table)}
-        shown |= {item: gr.update(value=None, visible=False) for item in (message, seen, fields, attention)}
+        shown: dict[Any, Any] = {item: None for item in (answer, table, seen, fields, attention)}
+        shown |= {item: gr.update(visible=False) for item in (message, inside)}
         if given is None:
             return shown
         try:
@@ -83,7 +85,7 @@ def demo(
                 if not rows:
                     shown[message] = gr.update(value="nothing was found", visible=True)
             if not closed:
-                shown[seen] = gr.update(value=see(image)[1], visible=True)
+                shown |= {seen: see(image)[1], inside: gr.update(visible=True)}
         except InputError as error:
             shown[message] = gr.update(value=error.line, visible=True)
         return shown
@@ -95,17 +97,14 @@ def demo(
         how: dict[str, Any] = dict(name=spec.model, position=position)
         seen_by = dict(mean=spec.mean, std=spec.std, run=model.backbone if isinstance(model, OnBackbone) else None)
         shown: dict[Any, Any] = {seen: picture}
-        problems = []
         for item, analyze in (
             (fields, lambda: effective_receptive_field(model, [x[None]], **how)),
             (attention, lambda: scan_attention(model, [x], names=["the picture"], **how, **seen_by)),
         ):
             try:
-                shown[item] = gr.update(value=_draw(analyze()), visible=True)
-            except InputError as error:
-                shown[item] = gr.update(value=None, visible=False)
-                problems.append(f"no {item.label.lower()}: {error.line}")
-        shown[message] = gr.update(value="\n".join(problems), visible=bool(problems))
+                shown[item] = _as_html(item.label, analyze())
+            except InputError as error:  # such as a model that does not scan
+                shown[item] = f"<p>{item.label}: {html.escape(error.line)}</p>"
         return shown
 
     closed = ""
@@ -113,26 +112,31 @@ def demo(
         closed = "An ONNX file only predicts; receptive fields and attention need the run it was exported from."
     elif any(isinstance(module, Frozen) for module in model.modules()):
         closed = "An optimized copy only predicts; receptive fields and attention need `load(..., optimized=False)`."
-    limits = f"at most {max_pixels / 1e6:g} megapixels and {max_megabytes:g} MB"
+    hint = f"Drop a picture here, or click; at most {max_pixels / 1e6:g} megapixels and {max_megabytes:g} MB"
     with gr.Blocks(title=title or spec.model, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"# {printable(title or spec.model)}\n{predictor.name}: {predictor.summary}. {closed}")
         with gr.Row():
             with gr.Column(min_width=300):
-                # Never decoded by gradio: only the path is taken, so that every format and limit is ours.
-                picture = gr.Image(type="filepath", sources=["upload", "clipboard"], label=f"Picture, {limits}")
+                picture = gr.Image(sources=["upload", "clipboard"], label="Picture", height=320, placeholder=hint)
                 message = gr.Textbox(label="Message", visible=False, interactive=False)
             with gr.Column(min_width=300):
                 columns = [name.capitalize() for name in predictor.csv_columns[1:]]
-                answer: Any = gr.Label(label="Prediction") if classifies else gr.Image(label="Prediction")
+                answer: Any = (
+                    gr.Label(label="Prediction")
+                    if classifies
+                    else gr.Image(label="Prediction", buttons=["fullscreen", "download"])
+                )
                 table = gr.Dataframe(headers=columns, visible=not classifies, interactive=False, label="Found")
-        seen = gr.Image(label="As the model sees it: click a position", visible=False, interactive=False, format="png")
-        fields = gr.Image(label="Effective receptive field", visible=False, interactive=False, format="png")
-        attention = gr.Image(label="Scan attention", visible=False, interactive=False, format="png")
-        # One at a time: analyses put hooks on the model.
+        with gr.Column(visible=False) as inside:
+            gr.Markdown("### As the model sees it\nClick a position to see what the model depends on there.")
+            seen = gr.Image(label="Seen", show_label=False, buttons=[], interactive=False, format="png")
+            fields = gr.HTML(label="Effective receptive field", padding=False)
+            attention = gr.HTML(label="Scan attention", padding=False)
+        # Without gradio's decoding, so that every format and limit is ours; one at a time, for analyses hook the model.
         how: dict[str, Any] = dict(preprocess=False, concurrency_id="model", concurrency_limit=1)
-        results = [answer, table, message, seen, fields, attention]
+        results = [answer, table, message, inside, seen, fields, attention]
         picture.change(predict, picture, results, api_name="predict", **how)
-        seen.select(explain, picture, [seen, fields, attention, message], api_visibility="private", **how)
+        seen.select(explain, picture, [seen, fields, attention], api_visibility="private", **how)
     return page
 
 
@@ -148,7 +152,10 @@ def _mark(picture: Image.Image, place: tuple[int, int]) -> None:
         draw.circle(place, 2 * radius, outline=color, width=max(1, width))
 
 
-def _draw(result: Any) -> Image.Image:
+def _as_html(what: str, result: Any) -> str:
+    """The plot of an analysis, which narrow windows scroll."""
     file = io.BytesIO()
     result.plot().savefig(file, format="png", dpi=130)
-    return Image.open(file)
+    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    style = "width: 100%; min-width: 860px; max-width: none"
+    return f'<h3>{what}</h3><div style="overflow-x: auto"><img alt="{what}" style="{style}" src="{source}"></div>'
