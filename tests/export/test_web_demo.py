@@ -1,6 +1,7 @@
 """The web demo: in a browser from upload to answer, and its functions for every task."""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -73,12 +74,15 @@ def command(tmp_path_factory):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     words = ["demo", str(folder / "w.safetensors"), "--device", "cpu", "--port", str(port), "--max-megabytes", "0.1"]
-    process = subprocess.Popen([sys.executable, "-m", "vision_ssm", *words], stdout=subprocess.PIPE, text=True)
+    uploads = folder / "uploads"
+    how = dict(stdout=subprocess.PIPE, text=True, env={**os.environ, "GRADIO_TEMP_DIR": str(uploads)})
+    process = subprocess.Popen([sys.executable, "-m", "vision_ssm", *words], **how)
     address = process.stdout.readline().partition(" ")[0]
     assert address == f"http://127.0.0.1:{port}/"
     yield address, folder / "w.safetensors"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
+    assert not [path for path in uploads.rglob("*") if path.is_file()]
 
 
 @needs_browser

@@ -23,7 +23,7 @@ from vision_ssm.optimize.packed import Frozen
 if TYPE_CHECKING:
     from gradio import Blocks
 
-_SIDE = 480  # pixels to which smaller inputs are enlarged, by a whole factor
+_SIDE = 480  # pixels to about which smaller inputs are enlarged
 
 
 def demo(
@@ -62,7 +62,7 @@ def demo(
         x = next(single_inputs(predictor, as_dataset(image))).to(predictor.dtype)
         pixels = x.float().cpu().permute(1, 2, 0) * torch.tensor(spec.std) + torch.tensor(spec.mean)
         seen = Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy())
-        factor = max(1, _SIDE // max(seen.size))
+        factor = max(1, round(_SIDE / max(seen.size)))
         return x, seen.resize((seen.width * factor, seen.height * factor), Image.Resampling.NEAREST)
 
     def predict(given: Mapping[str, Any] | None) -> dict[Any, Any]:
