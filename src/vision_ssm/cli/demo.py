@@ -3,6 +3,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vision_ssm.cli.options import parse_options
 from vision_ssm.cli.use import RunOptions, load_run
@@ -37,9 +38,11 @@ def demo(words: Sequence[str]) -> int:
     from vision_ssm.export import demo as make_page
 
     task, asked = load_run(path, options, optimized=False)  # an optimized copy has no gradients
-    limits = dict(max_pixels=options.max_pixels, max_megabytes=options.max_megabytes)
+    limits: dict[str, Any] = dict(max_pixels=options.max_pixels, max_megabytes=options.max_megabytes)
     page = make_page(task, title=options.run.absolute().name, **limits, **asked)
-    how = dict(server_name=options.host, server_port=options.port, share=False, ssr_mode=False, quiet=True)
+    how: dict[str, Any] = dict(
+        server_name=options.host, server_port=options.port, share=False, ssr_mode=False, quiet=True
+    )
     page.launch(**how, footer_links=[], max_file_size=int(options.max_megabytes * 1e6), prevent_thread_lock=True)
     make_console().out(f"{page.local_url} shows {task.summary}; Ctrl-C stops it", highlight=False)
     try:
