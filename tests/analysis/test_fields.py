@@ -47,6 +47,19 @@ def test_strides_keep_the_center():
     assert field.values.max() == 1
 
 
+def test_fields_of_other_positions():
+    how = dict(normalization="none", position=(0.25, 1.0))
+    (field,) = effective_receptive_field(Convolutions(1), [torch.rand(1, 1, 16, 12)], **how).fields
+    expected = np.zeros((16, 12))
+    expected[3:6, 10:] = 1
+    assert np.array_equal(field.values, expected)
+    # The square of 3x3 pixels ends at the border.
+    assert centered_squares(field.values, (0.1, 1), (0.25, 1.0)) == [(1, 1 / 192), (3, 6 / 192)]
+    assert "row 25%, column 100%" in ERF((field,), "none").plot().get_suptitle()
+    with pytest.raises(InputError, match=r"position must lie between 0 and 1.*got 0 -0.1"):
+        effective_receptive_field(Convolutions(1), [torch.rand(1, 1, 9, 9)], position=(0, -0.1))
+
+
 @pytest.mark.parametrize("normalization", ["max", "sum"])
 def test_normalization(normalization):
     (field,) = effective_receptive_field(Convolutions(2), [torch.rand(1, 1, 9, 9)], normalization=normalization).fields

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from browsers import BROWSER, needs_browser
 from short_runs import SHORT
 from vision_ssm.cli import main
 from vision_ssm.recipes import small
 from vision_ssm.tasks import train
 
 EVIL = '<b>&"it\'s"'
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 class Page(html.parser.HTMLParser):
@@ -182,8 +181,6 @@ onload = () => {
 };
 </script>
 """
-
-needs_browser = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed")
 
 
 @needs_browser

@@ -37,6 +37,8 @@ def run(code, *words):
         ("models --nope", 2, "--nope"),
         ("report nowhere", 2, "no such run folder: nowhere"),
         ("convert --help", 0, "--verify"),
+        ("demo --help", 0, "--max-megabytes"),
+        ("demo nowhere", 2, "no such run folder: nowhere"),
     ],
     ids=str,
 )

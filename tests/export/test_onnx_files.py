@@ -17,6 +17,7 @@ import vision_ssm
 from vision_ssm.cli import main
 from vision_ssm.engine.weights import save_weights
 from vision_ssm.errors import InputError
+from vision_ssm.export import demo
 from vision_ssm.recipes import small
 from vision_ssm.tasks.classification import Classification, ClassifierSpec
 from vision_ssm.tasks.detection import Detection, DetectorSpec
@@ -122,6 +123,16 @@ def test_load_takes_the_file_with_torchs_threads(
     assert {each.label for each in task.predict([pictures / "cat" / "0.png"])} <= {"cat", "dog"}
     with pytest.raises(InputError, match=r"^.*not on device cuda and precision 32-true$"):
         vision_ssm.load(classifier[1], "cuda")
+
+
+def test_the_demo_of_the_file_only_predicts(classifier: tuple[Path, Path], pictures: Path) -> None:
+    pytest.importorskip("gradio")
+    page = demo(vision_ssm.load(classifier[1]))
+    assert "An ONNX file only predicts" in str(page.config)
+    call: Any = next(each.fn for each in page.fns.values() if each.name == "predict")
+    shown = {getattr(item, "label", None): value for item, value in call({"path": pictures / "cat" / "0.png"}).items()}
+    assert shown["Prediction"].keys() == {"cat", "dog"}
+    assert shown["Seen"] is None
 
 
 def test_int8_is_in_standard_operators_too(classifier: tuple[Path, Path], pictures: Path, tmp_path: Path) -> None:

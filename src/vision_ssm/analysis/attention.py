@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vision_ssm.analysis.capture import capture
+from vision_ssm.analysis.capture import capture, locate
 from vision_ssm.analysis.pictures import path_name
 from vision_ssm.analysis.result import COLOR_MAP, COLORS, Result, new_figure
 from vision_ssm.analysis.scan_layers import ATTENTION, SCAN, Call, choose_layer, find_scan_layers, trace
@@ -299,9 +299,6 @@ def scan_attention(
     Raises:
         InputError: There is no such layer, it does not scan tokens, or the position is not within the image.
     """
-    if not all(0 <= place <= 1 for place in position):
-        shown = " ".join(f"{place:g}" for place in position)
-        raise InputError(f"position must lie between 0 and 1, from border to border of the image, got {shown}")
     found: list[ImageAttention] = []
     for number, image in enumerate(images):
         chosen = choose_layer(find_scan_layers(model, image, run), layer)
@@ -309,7 +306,7 @@ def scan_attention(
             raise InputError(f"{chosen.name} is a {chosen.kind}; only positions of layers that scan attend")
         layer, (height, width) = chosen.name, chosen.grid
         args = _arguments(model, image, run, layer)
-        row, column = (min(int(place * size), size - 1) for place, size in zip(position, chosen.grid, strict=True))
+        row, column = locate(position, chosen.grid)
         weights = attention_row(args, 0, row * width + column)
         picture = (image.detach().cpu().float().permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
         index = range(args.routes) if args.route_index is None else args.route_index[0].tolist()

@@ -110,6 +110,18 @@ def check_stages(stages: Sequence[int] | None, count: int) -> list[int]:
     return list(range(count) if stages is None else dict.fromkeys(stages))
 
 
+def locate(position: Sequence[float], size: Sequence[int]) -> list[int]:
+    """Row and column of a position, which is relative to the image, in a map of a size.
+
+    Raises:
+        InputError: It is not within the image.
+    """
+    if not all(0 <= place <= 1 for place in position):
+        shown = " ".join(f"{place:g}" for place in position)
+        raise InputError(f"position must lie between 0 and 1, from border to border of the image, got {shown}")
+    return [min(int(place * side), side - 1) for place, side in zip(position, size, strict=True)]
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode for a while."""

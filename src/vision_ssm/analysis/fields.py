@@ -1,4 +1,4 @@
-"""Effective receptive fields: which pixels the center of a stage's map depends on."""
+"""Effective receptive fields: which pixels one place of a stage's map depends on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vision_ssm.analysis.capture import check_stages, evaluation_mode, stage_outputs
+from vision_ssm.analysis.capture import check_stages, evaluation_mode, locate, stage_outputs
 from vision_ssm.analysis.result import COLOR_MAP, Result, new_figure
 from vision_ssm.errors import InputError
 
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 SHARES = (0.2, 0.3, 0.5, 0.99)
 """Shares of a field's sum for which areas are given, those of RepLKNet and SLaK."""
 
+CENTER = (0.5, 0.5)
+
 Normalization = Literal["none", "max", "sum"]
 _DIVISORS: dict[Normalization, Any] = {"none": lambda values: 1.0, "max": np.max, "sum": np.sum}
 
 
 @dataclass(frozen=True)
 class Field:
-    """The field of the central output of one stage.
+    """The field of one output of one stage.
 
     Args:
         model: What the model is called.
@@ -35,6 +37,7 @@ class Field:
         map_size: Height and width of its map.
         images: Number of images.
         values: float64 (height, width) of the input, mean absolute gradient, normalized.
+        position: Row and column of the output, relative to the image.
     """
 
     model: str
@@ -42,6 +45,7 @@ class Field:
     map_size: tuple[int, int]
     images: int
     values: np.ndarray
+    position: tuple[float, float] = CENTER
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,10 @@ class ERF(Result):
     normalization: Normalization
 
     def rows(self) -> list[dict[str, Any]]:
-        """For each field the smallest centered squares, in pixels and as shares of the area."""
+        """For each field the smallest squares around its position, in pixels and as shares of the area."""
         rows = []
         for field in self.fields:
-            squares = zip(SHARES, centered_squares(field.values), strict=True)
+            squares = zip(SHARES, centered_squares(field.values, position=field.position), strict=True)
             size = "x".join(map(str, field.values.shape))
             row = {"model": field.model, "stage": field.stage, "input": size, "images": field.images}
             for share, (side, area) in squares:
@@ -85,12 +89,13 @@ class ERF(Result):
             axes = grid[models.index(field.model), stages.index(field.stage)]
             axes.set_visible(True)
             picture = axes.imshow(field.values, norm=norm, cmap=COLOR_MAP, interpolation="nearest")
-            squares = dict(zip(SHARES, centered_squares(field.values), strict=True))
+            squares = dict(zip(SHARES, centered_squares(field.values, position=field.position), strict=True))
             for share, style in ((0.5, "-"), (0.99, "--")):
                 side = squares[share][0]
                 if side >= min(field.values.shape):
                     continue  # all of the picture
-                corner = (field.values.shape[1] // 2 - side / 2, field.values.shape[0] // 2 - side / 2)
+                row, column = locate(field.position, field.values.shape)
+                corner = (column - side / 2, row - side / 2)
                 axes.add_patch(Rectangle(corner, side, side, fill=False, color="white", linestyle=style))
             height, width = field.map_size
             axes.set_title(
@@ -103,8 +108,11 @@ class ERF(Result):
             if field.stage == stages[0]:
                 axes.set_ylabel(f"pixels of {field.model}", fontsize=8)
         images = " and ".join(_unique(f"{f.images:,}" for f in self.fields))
+        at = self.fields[0].position
+        output = "the central output" if at == CENTER else f"the output at row {at[0]:.0%}, column {at[1]:.0%}"
         figure.suptitle(
-            f"Effective receptive field of the central output: mean absolute gradient over {images} images\n"
+            f"Effective receptive field of {output}: "
+            f"mean absolute gradient over {images} image{'s' * (images != '1')}\n"
             "squares hold 50% (solid) and 99% (dashed, if smaller than the input) of its sum",
             fontsize=10,
         )
@@ -130,12 +138,13 @@ def effective_receptive_field(
     *,
     normalization: Normalization = "max",
     name: str = "the model",
+    position: tuple[float, float] = CENTER,
 ) -> ERF:
-    """Measure the mean absolute gradient of stages' central outputs with respect to the input.
+    """Measure the mean absolute gradient of stages' outputs at one place with respect to the input.
 
-    The central output is the sum over the channels of the positive values of the map at row ``H // 2`` and column
-    ``W // 2``: of an even side the second of the two middle places. So has it RepLKNet; the sum of all values would be
-    constant after a LayerNorm. The mean is over images and color channels.
+    The output is the sum over the channels of the positive values of the map there: at the center in row ``H // 2`` and
+    column ``W // 2``, of an even side the second of the two middle places. So has it RepLKNet; the sum of all values
+    would be constant after a LayerNorm. The mean is over images and color channels.
 
     Args:
         model: The model; of a detector or segmenter the backbone is measured.
@@ -143,10 +152,11 @@ def effective_receptive_field(
         stages: The stages, counted from 0; all by default.
         normalization: What a field is divided by: nothing, its maximum or its sum.
         name: What the model is called.
+        position: Row and column of the output, relative to the image: 0 is the upper or left border.
 
     Raises:
-        InputError: There is no such stage, there are no images or of several sizes, the model gives no maps, or a
-            gradient is 0 everywhere or not finite.
+        InputError: There is no such stage, there are no images or of several sizes, the model gives no maps, a
+            gradient is 0 everywhere or not finite, or the position is not within the image.
 
     Source: Luo et al. 2016; RepLKNet (Ding et al. 2022), whose code also takes the positive part of the gradients
     instead of their absolute value, and the logarithm of the field before it measures areas.
@@ -161,8 +171,9 @@ def effective_receptive_field(
             chosen = check_stages(stages, len(maps))
             for stage in chosen:
                 height, width = maps[stage].shape[-2:]
-                center = maps[stage][:, :, height // 2, width // 2].relu().sum()
-                (gradient,) = torch.autograd.grad(center, x, retain_graph=stage != chosen[-1])
+                row, column = locate(position, (height, width))
+                output = maps[stage][:, :, row, column].relu().sum()
+                (gradient,) = torch.autograd.grad(output, x, retain_graph=stage != chosen[-1])
                 total = gradient.abs().sum(0).cpu().double().mean(0)
                 if stage in sums and sums[stage].shape != total.shape:
                     raise InputError(
@@ -177,31 +188,36 @@ def effective_receptive_field(
         values = total.numpy() / images
         if not 0 < values.sum() < np.inf:
             raise InputError(f"{name}: the gradient of stage {stage} is 0 everywhere or not finite")
-        fields.append(Field(name, stage, sizes[stage], images, values / _DIVISORS[normalization](values)))
+        fields.append(Field(name, stage, sizes[stage], images, values / _DIVISORS[normalization](values), position))
     return ERF(tuple(fields), normalization)
 
 
-def centered_squares(values: np.ndarray, shares: Sequence[float] = SHARES) -> list[tuple[int, float]]:
-    """The smallest squares around the central pixel that hold given shares of a field's sum.
+def centered_squares(
+    values: np.ndarray, shares: Sequence[float] = SHARES, position: tuple[float, float] = CENTER
+) -> list[tuple[int, float]]:
+    """The smallest squares around one pixel that hold given shares of a field's sum.
 
-    Squares have odd sides and the pixel of row ``H // 2`` and column ``W // 2`` in their middle.
+    Squares have odd sides and that pixel in their middle: at the center of row ``H // 2`` and column ``W // 2``.
 
     Args:
         values: (H, W), not negative.
         shares: Above 0 and at most 1.
+        position: Row and column of the pixel, relative to the image.
 
     Returns:
-        For each share the side in pixels, at most the longer one of the image, and the share of the area that lies in
-        the square; what of it is outside of the image does not count.
+        For each share the side in pixels, at most what covers the image, and the share of the area that lies in the
+        square; what of it is outside of the image does not count.
 
     Source: the high-contribution area ratio of RepLKNet and SLaK, whose squares begin with a side of 3.
     """
-    distances = [np.abs(np.arange(side) - side // 2) for side in values.shape]
+    places = locate(position, values.shape)
+    distances = [np.abs(np.arange(side) - place) for side, place in zip(values.shape, places, strict=True)]
+    most = max(2 * max(place, side - place) for side, place in zip(values.shape, places, strict=True))
     rings = np.maximum(distances[0][:, None], distances[1]).ravel()
     inside = np.bincount(rings, values.ravel()).cumsum()
     area = np.bincount(rings).cumsum() / values.size
-    places = [int(np.searchsorted(inside, share * inside[-1])) for share in shares]
-    return [(min(2 * place + 1, max(values.shape)), float(area[place])) for place in places]
+    radii = [int(np.searchsorted(inside, share * inside[-1])) for share in shares]
+    return [(min(2 * radius + 1, most), float(area[radius])) for radius in radii]
 
 
 def _unique(items: Iterable[str]) -> list[str]:

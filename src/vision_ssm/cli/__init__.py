@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ablate": ("vision_ssm.cli.ablate:ablate", "train or measure a grid of variants of a recipe"),
     "export": ("vision_ssm.cli.export:export", "write a model for ONNX Runtime, torch programs or the hub"),
     "report": ("vision_ssm.cli.report:report", "write a report of one or more runs in one HTML file"),
+    "demo": ("vision_ssm.cli.demo:demo", "serve a web page that predicts for pictures"),
     "convert": ("vision_ssm.cli.convert:convert", "turn an official checkpoint into safetensors"),
 }
 """Name of each command: where its function is, and what it does."""
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         needed = f"{words[0]} needs {package}, which is not installed"
         extras = {"faster_coco_eval": "detection", "transformers": "segmentation"}
         extras |= dict.fromkeys(("pytorch_grad_cam", "jinja2"), "analysis")
-        extras |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export")
+        extras |= dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export") | {"gradio": "demo"}
         extra = extras.get(package, "segmentation" if package.startswith("segmentation_models") else "train")
         return fail(f"{needed}; pip install 'vision-ssm[{extra}]' installs all that it needs")
     except OSError as error:

@@ -26,11 +26,9 @@ _PUBLISHED_ON = "the 50,000 validation images of ImageNet-1K"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeOptions(Config):
-    """How to compute."""
+class InputOptions(Config):
+    """How a model takes images, and where it runs."""
 
-    batch_size: int | None = limited(None, least=1)
-    """Batch size: by default 64, and 1 for detectors and segmenters, whose results depend on the padding of a batch."""
     test_size: tuple[int, int] | None = limited(None, least=32, most=16_384)
     """Another longest and shortest side of the resized image for a detector or segmenter."""
     mode: Literal["whole", "slide"] | None = None
@@ -39,6 +37,14 @@ class ComputeOptions(Config):
     """Average a segmenter's predictions over six scales from 0.5 to 1.75, each also flipped."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(InputOptions):
+    """How to compute."""
+
+    batch_size: int | None = limited(None, least=1)
+    """Batch size: by default 64, and 1 for detectors and segmenters, whose results depend on the padding of a batch."""
     precision: Precision = "32-true"
     """Number format of the computation."""
     optimize: bool = True
@@ -71,13 +77,11 @@ class EvalOptions(ComputeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(ComputeOptions):
-    """Predict for images with a trained model."""
+class RunOptions(InputOptions):
+    """A trained model, and what to say of its predictions."""
 
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a run, or a weights file or ONNX file of one."""
-    images: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...", help_behavior_hint="(required)")]
-    """Image files, or folders of them."""
     weights: Literal["best", "last"] = "best"
     """Which weights of the run to use."""
     top: int | None = limited(None, least=1)
@@ -85,6 +89,14 @@ class PredictOptions(ComputeOptions):
     threshold: float | None = limited(None, least=0, most=1)
     """Drop objects with a lower score (0.5; those below 0.05 are always dropped), or answer "unsure" if the best class
     is less probable (0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(RunOptions, ComputeOptions):
+    """Predict for images with a trained model."""
+
+    images: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGE...", help_behavior_hint="(required)")]
+    """Image files, or folders of them."""
     out: Path | None = None
     """Folder for predictions.csv and predictions.json instead of a table; with drawings of the predictions of
     detectors and segmenters. The JSON of detectors is a data set in COCO format, masks of segmenters are in index/."""
@@ -132,7 +144,7 @@ def _check_onnx(path: Path, options: ComputeOptions) -> None:
         raise InputError(f"--no-optimize is for models of torch; {path} runs in ONNX Runtime")
 
 
-def _changes(options: ComputeOptions) -> dict[str, Any]:
+def _changes(options: InputOptions) -> dict[str, Any]:
     """What the description of a model says otherwise."""
     given: dict[str, Any] = dict(test_size=options.test_size, mode=options.mode, tta=options.tta or None)
     return {name: value for name, value in given.items() if value is not None}
@@ -203,19 +215,14 @@ def predict(words: Sequence[str]) -> int:
 
     from vision_ssm.data import find_images
     from vision_ssm.engine.files import write_csv, write_json
-    from vision_ssm.tasks import load
 
     _check_onnx(path, options)
     images = find_images(options.images)
     copies = options.copy and options.copy.resolve()
     if copies and any(path.is_dir() and {copies, *copies.parents} & {path.resolve()} for path in options.images):
         raise InputError(f"--copy {options.copy} lies in a folder whose images are read; give another one")
-    task = load(path, options.device, options.precision, optimized=options.optimize, **_changes(options))
-    asked: dict[str, Any] = {"top": options.top, "threshold": options.threshold, "copy": options.copy}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    fits = {"classification": ("top", "threshold", "copy"), "detection": ("threshold",)}.get(task.name, ())
-    if wrong := [option(name) for name in asked if name not in fits]:
-        raise InputError(f"{path} is of {task.name}, which has no {' and '.join(wrong)}")
+    how: dict[str, Any] = dict(precision=options.precision, optimized=options.optimize)
+    task, asked = load_run(path, options, copy=options.copy, **how)
     asked.pop("copy", None)
     unreadable: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
@@ -225,7 +232,7 @@ def predict(words: Sequence[str]) -> int:
     errors = make_console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("predicting", total=len(images))
-        how: dict[str, Any] = dict(unreadable=unreadable, max_pixels=options.max_pixels)
+        how = dict(unreadable=unreadable, max_pixels=options.max_pixels)
         for prediction in task.predict_each(images, options.batch_size, options.num_workers, **how):
             rows.append(prediction.row(**asked))
             if options.out is not None:
@@ -247,6 +254,23 @@ def predict(words: Sequence[str]) -> int:
             table.add_row(*(escape(printable(text)) for text in line.values()))
         make_console().print(table)
     return max(map(fail, unreadable.values()), default=0)
+
+
+def load_run(path: Path, options: RunOptions, *, copy: Path | None = None, **how: Any) -> tuple["Task", dict[str, Any]]:
+    """The model of a weights file, and which options of its predictions were given.
+
+    Raises:
+        InputError: It cannot be loaded, or its task has no such option.
+    """
+    from vision_ssm.tasks import load
+
+    task = load(path, options.device, **how, **_changes(options))
+    asked: dict[str, Any] = {"top": options.top, "threshold": options.threshold, "copy": copy}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    fits = {"classification": ("top", "threshold", "copy"), "detection": ("threshold",)}.get(task.name, ())
+    if wrong := [option(name) for name in asked if name not in fits]:
+        raise InputError(f"{path} is of {task.name}, which has no {' and '.join(wrong)}")
+    return task, asked
 
 
 def _free_name(name: str, taken: set[str]) -> str:

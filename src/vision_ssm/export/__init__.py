@@ -1,1 +1,5 @@
-"""Models in the formats of other programs."""
+"""Models in the formats of other programs, and on a web page."""
+
+from vision_ssm.export.web_demo import demo
+
+__all__ = ["demo"]
