@@ -10,7 +10,7 @@ import vision_ssm
 SOURCE = "https://github.com/vision-ssm/vision-ssm/blob/main"
 
 project = "vision-ssm"
-author = "the vision-ssm authors"
+author = "The vision-ssm developers"
 release = version = vision_ssm.__version__
 html_title = f"vision-ssm {release}"
 

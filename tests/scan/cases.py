@@ -147,7 +147,7 @@ CASES = [
     Case(paths="one", states=1),
     Case(states=1, rank=1),
     Case(states=1, rank=21),
-    Case(states=16),
+    Case(states=16, batch=1, width=3),
     Case(side_by_side=True),
     Case(side_by_side=True, channels=87, states=1, rank=6),
     Case(side_by_side=True, shared=True),

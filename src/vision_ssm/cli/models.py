@@ -160,7 +160,11 @@ def info(words: Sequence[str]) -> int:
     table.add_row("input", f"{size[0]} x {size[1]} x {size[2]}")
     table.add_row("parameters", f"{cost.parameters:,}")
     table.add_row("MACs", f"{cost.macs:,}", "convolutions, linear layers, matrix products")
-    table.add_row("papers' ops", f"{cost.paper_ops:,}", "MACs but attention's, norms, pooling, 9 L D N + L D per scan")
+    table.add_row(
+        "papers' ops",
+        f"{cost.paper_ops:,}",
+        "MACs without attention's, plus norms, pooling, scans",
+    )
     table.add_row("FLOPs", f"{cost.flops:,}", "torch's FlopCounterMode, 2 per MAC")
     console.print(table)
     console.out(f"published weights: {values['weights'] or 'none'}{address_note(values['weights'])}", highlight=False)

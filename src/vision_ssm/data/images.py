@@ -1,4 +1,5 @@
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,9 @@ def open_image(
                     raise ValueError(f"it has {image.width}x{image.height} pixels, {expected}")
                 return to_rgb(image)
     except Image.DecompressionBombError as error:
-        raise InputError(f"cannot read image {name or file}: {error}; --max-pixels raises the limit") from error
+        pixels, most = re.findall(r"\d+", str(error))[:2]  # its own text speaks of attacks
+        has = f"has {int(pixels):,} pixels, at most {int(most):,} are allowed"
+        raise InputError(f"image {name or file} {has}; --max-pixels raises the limit") from error
     except Exception as error:  # decoders raise anything
         raise InputError(f"cannot read image {name or file}: {_reason(error)}") from error
     finally:
