@@ -157,7 +157,7 @@ def test_int8_is_in_standard_operators_too(classifier: tuple[Path, Path], pictur
         ("eval {file}", "give --data DIR"),
         ("predict {broken} {pictures}", "was not written by vision-ssm export onnx, or is damaged"),
         ("eval {foreign} --data {pictures}", "was not written by vision-ssm export onnx, or is damaged"),
-        ("predict {features} {pictures}", "gives feature_0, for programs of your own"),
+        ("predict {features} {pictures}", "gives feature_0, for your own programs"),
         ("export onnx {file} {out}", "is an ONNX file, which predict and eval take"),
         ("export onnx vmamba_atto=random {out}.pt", "must end in .onnx"),
         ("export onnx vmamba_atto=random {out}/no/x.onnx", "no such folder"),
@@ -239,4 +239,4 @@ def test_a_detector_is_for_programs_of_your_own(tmp_path: Path, pictures: Path, 
     assert main(["export", "onnx", str(save(Detection, spec, tmp_path)), str(tmp_path / "d.onnx")]) == 0
     assert domains(tmp_path / "d.onnx") == {""}
     assert main(["predict", str(tmp_path / "d.onnx"), str(pictures)]) == 2
-    assert "for programs of your own" in capsys.readouterr().err
+    assert "for your own programs" in capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_backbone_starts_from_a_classifier_and_a_detector_from_a_detector(run, s
     other = first_model(whole, renamed)
     assert not torch.equal(other.cls_score.weight, stored["cls_score.weight"])
     assert torch.equal(other.box_head.fc6.weight, stored["box_head.fc6.weight"])
-    assert "depends on its classes" in caplog.text
+    assert "depend on its classes" in caplog.text
     with pytest.raises(InputError, match="is of mask-rcnn on vmamba_atto, not of retinanet"):
         Detection.from_config(replace(whole, detector="retinanet"), splits)
 
