@@ -109,6 +109,10 @@ def test_a_browser_goes_from_upload_to_answer(command, picture, tmp_path):
         page.wait_for_function("[...document.querySelectorAll('textarea')].some(x => x.value.includes('not an image'))")
         page.get_by_label("Remove Image").click()
         upload.set_input_files(tmp_path / "large.png")
+        page.wait_for_function("[...document.querySelectorAll('textarea')].some(x => x.value.includes('0.2 MB; at most'))")
+        (tmp_path / "large.png").write_bytes(bytes(2_000_000))
+        page.get_by_label("Remove Image").click()
+        upload.set_input_files(tmp_path / "large.png")
         page.get_by_text("maximum allowed size").first.wait_for()
         page.goto(address)
         fits = [no_overflow(width) for width in (1200, 390)]
@@ -148,8 +152,8 @@ def test_a_detector_shows_its_objects(picture, tmp_path):
     predict, explain, _ = functions(saved(Detection, spec, tmp_path, optimized=False), threshold=0.0)
     answer = predict({"path": str(picture)})
     assert answer["Prediction"].size == (90, 60)
-    assert answer["Found"][0][0] in CLASSES
-    assert answer["Found"][0][1].endswith("%")
+    assert answer["Table"][0][0] in CLASSES
+    assert answer["Table"][0][1].endswith("%")
     assert max(answer["Seen"].size) >= 480 - 96
     shown = explain({"path": str(picture)}, SimpleNamespace(index=[0, 0]))
     assert shown["Seen"].size == answer["Seen"].size
@@ -162,7 +166,7 @@ def test_a_segmenter_shows_its_classes(picture, tmp_path):
     predict, explain, _ = functions(saved(Segmentation, spec, tmp_path, optimized=False))
     answer = predict({"path": str(picture)})
     assert answer["Prediction"].width == 90
-    assert sum(int(row[1].replace(",", "")) for row in answer["Found"]) == 60 * 90
+    assert sum(int(row[1].replace(",", "")) for row in answer["Table"]) == 60 * 90
     shown = explain({"path": str(picture)}, SimpleNamespace(index=[5, 100]))
     assert all("data:image/png" in shown[what] for what in ("Scan attention", "Effective receptive field"))
 

@@ -33,7 +33,7 @@ def demo(words: Sequence[str]) -> int:
     path = weights_file(options.run, options.weights)
     _check_free(options.host, options.port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
-    import gradio  # noqa: F401  # says that it is missing before the model is loaded
+    import gradio  # says that it is missing before the model is loaded
 
     from vision_ssm.export import demo as make_page
 
@@ -43,7 +43,9 @@ def demo(words: Sequence[str]) -> int:
     how: dict[str, Any] = dict(
         server_name=options.host, server_port=options.port, share=False, ssr_mode=False, quiet=True
     )
-    page.launch(**how, footer_links=[], max_file_size=int(options.max_megabytes * 1e6), prevent_thread_lock=True)
+    # Up to ten times the limit the page itself says in its own words that a file is too large.
+    how |= dict(max_file_size=int(10e6 * options.max_megabytes), prevent_thread_lock=True, footer_links=[])
+    page.launch(**how, theme=gradio.themes.Default(font="system-ui", font_mono="monospace"))
     make_console().out(f"{page.local_url} shows {task.summary}; Ctrl-C stops it", highlight=False)
     try:
         threading.Event().wait()

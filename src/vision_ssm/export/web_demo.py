@@ -126,7 +126,9 @@ def demo(
                     if classifies
                     else gr.Image(label="Prediction", buttons=["fullscreen", "download"])
                 )
-                table = gr.Dataframe(headers=columns, visible=not classifies, interactive=False, label="Found")
+                table = gr.Dataframe(
+                    headers=columns, visible=not classifies, interactive=False, label="Table", max_height=240
+                )
         with gr.Column(visible=False) as inside:
             gr.Markdown("### As the model sees it\nClick a position to see what the model depends on there.")
             seen = gr.Image(label="Seen", show_label=False, buttons=[], interactive=False, format="png")
