@@ -66,6 +66,8 @@ def test_below_the_threshold_the_answer_is_unsure(weights, pictures, capsys):
     assert json.loads(capsys.readouterr().out)[0]["answer"] == "unsure"
     assert main(words) == 0
     shown = capsys.readouterr().out
+    assert main([*words, "--weights", "last"]) == 2
+    assert "--weights last is for the folder of a run" in capsys.readouterr().err
     assert "dog\\x07" in shown
     assert "cat [tame]" in shown
     assert len(shown.splitlines()) == 2  # not wrapped where it is piped

@@ -106,10 +106,11 @@ def test_a_browser_goes_from_upload_to_answer(command, picture, tmp_path):
         page.goto(address)
         upload = page.locator("input[type=file]")
         upload.set_input_files(tmp_path / "no.png")
-        page.wait_for_function("[...document.querySelectorAll('textarea')].some(x => x.value.includes('not an image'))")
+        says = "text => [...document.querySelectorAll('textarea')].some(box => box.value.includes(text))"
+        page.wait_for_function(says, arg="not an image")
         page.get_by_label("Remove Image").click()
         upload.set_input_files(tmp_path / "large.png")
-        page.wait_for_function("[...document.querySelectorAll('textarea')].some(x => x.value.includes('0.2 MB; at most'))")
+        page.wait_for_function(says, arg="0.2 MB; at most 0.1 are taken here")
         (tmp_path / "large.png").write_bytes(bytes(2_000_000))
         page.get_by_label("Remove Image").click()
         upload.set_input_files(tmp_path / "large.png")

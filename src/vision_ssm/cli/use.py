@@ -82,8 +82,8 @@ class RunOptions(InputOptions):
 
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a run, or a weights file or ONNX file of one."""
-    weights: Literal["best", "last"] = "best"
-    """Which weights of the run to use."""
+    weights: Literal["best", "last"] | None = None
+    """Which weights of the run to use, by default the best."""
     top: int | None = limited(None, least=1)
     """How many classes a classifier names per image (5)."""
     threshold: float | None = limited(None, least=0, most=1)
@@ -160,7 +160,7 @@ def _run_and_images(options: EvalOptions) -> Subject:
     if options.pretrained or isinstance(options.weights, Path):
         given = "--pretrained" if options.pretrained else f"--weights {options.weights}"
         raise InputError(f"{given} belongs to the name of a model, and {options.model} is a file or folder here")
-    path = weights_file(Path(options.model), options.weights or "best")
+    path = weights_file(Path(options.model), options.weights)
     _check_onnx(path, options)
     onnx = path.suffix == ".onnx"
     how: dict[str, Any] = dict(device=options.device, precision=options.precision) if onnx else dict(device="cpu")

@@ -157,23 +157,24 @@ def rank(row: Mapping[str, Any], monitor: str) -> tuple[float, float]:
     return row[f"val_{monitor}"], -row.get("val_loss", 0.0)
 
 
-def weights_file(path: Path, which: Literal["best", "last"] = "best") -> Path:
-    """The weights in the folder of a run, or in one that `export hub` wrote; a file stands for itself.
+def weights_file(path: Path, which: Literal["best", "last"] | None = None) -> Path:
+    """The weights in a run (the best by default) or in a folder that `export hub` wrote; a file stands for itself.
 
     Raises:
-        InputError: It is neither, or the run has no such weights yet.
+        InputError: It is neither, the run has no such weights yet, or there is nothing to choose from.
     """
     if path.suffix == ".pt2":
         raise InputError(f"{path}: programs are for torch.export.load; give the run, or an ONNX file")
     if path.suffix in (".onnx", ".safetensors") and not path.exists():
         raise InputError(f"no such file: {path}")
-    if path.is_file():
-        return path
-    if (exported := path / "model.safetensors").is_file():
-        return exported
+    exported = path / "model.safetensors"
+    if path.is_file() or exported.is_file():
+        if which:
+            raise InputError(f"--weights {which} is for the folder of a run; {path} has one set of weights")
+        return path if path.is_file() else exported
     folder = RunFolder(path)
     folder.read_config()
-    weights = folder.best if which == "best" else folder.last
+    weights = folder.last if which == "last" else folder.best
     if not weights.is_file():
         raise InputError(f"{path} has no {weights.name}; its first epoch was never finished")
     return weights
