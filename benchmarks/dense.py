@@ -54,7 +54,8 @@ def detector_steps(name: str, size: Size) -> dict[str, Step]:
     if name in PEERS.values():
         from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-        model: Any = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=81)
+        sides = dict(min_size=min(size), max_size=max(size))
+        model: Any = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=81, **sides)
         bias = model.roi_heads.box_predictor.cls_score.bias
         batch: tuple[Any, ...] = ([image],)
         losses = partial(_peer_losses, model, image, target)

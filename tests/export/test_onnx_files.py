@@ -235,7 +235,8 @@ def test_raw_outputs_of_detectors(detector: str, names: set[str]) -> None:
 
 @pytest.mark.slow
 def test_a_detector_is_for_programs_of_your_own(tmp_path: Path, pictures: Path, capsys: Any) -> None:
-    spec = DetectorSpec(detector="mask-rcnn", classes=("a", "b"), category_ids=(1, 2), **DENSE)
+    quick = DENSE | dict(model="test_convnext", model_args={})
+    spec = DetectorSpec(detector="mask-rcnn", classes=("a", "b"), category_ids=(1, 2), **quick)
     assert main(["export", "onnx", str(save(Detection, spec, tmp_path)), str(tmp_path / "d.onnx")]) == 0
     assert domains(tmp_path / "d.onnx") == {""}
     assert main(["predict", str(tmp_path / "d.onnx"), str(pictures)]) == 2
