@@ -4,14 +4,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vision_ssm.data import EpochSampler, load_digits, seeded
 from vision_ssm.data.module import ImageData
 from vision_ssm.data.sampling import TrainingSamples
 from vision_ssm.errors import InputError
-from vision_ssm.recipes import digits
+from vision_ssm.recipes import digits, small
 from vision_ssm.recipes.config import AugmentConfig
-from vision_ssm.tasks.classification import ClassifierSpec, OnImage
+from vision_ssm.tasks.classification import Classification, ClassifierSpec, OnImage
 
 SPLITS = load_digits()
 SPEC = ClassifierSpec.from_config(digits(), SPLITS.train.classes)
@@ -92,3 +93,16 @@ def test_step_larger_than_the_data():
     with pytest.raises(InputError, match="--batch-size 64 times --grad-accum 40 is larger than the 1437"):
         ImageData(SPLITS, dict, dict, digits(grad_accum=40))
     assert ImageData(SPLITS, dict, dict, digits(batch_size=2000)).images_per_epoch == 1436
+
+
+def test_training_decodes_large_photographs_as_small_as_its_crops_allow(tmp_path):
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (640, 480)).save(tmp_path / place / "x.jpg")
+    # The smallest crop is half of the area, and keeps at least as many pixels as the input of the network has.
+    for size, sides in ((24, (80, 60)), (64, (160, 120)), (130, (320, 240)), (400, (640, 480))):
+        config = small(data=str(tmp_path), img_size=size)
+        splits = Classification.load_data(config)
+        Classification.from_config(config, splits)
+        assert splits.train.sample(0)["image"].size == sides
+        assert splits.val.sample(0)["image"].size == (640, 480)

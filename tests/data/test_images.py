@@ -86,3 +86,22 @@ def test_unreadable_images_are_named(damage, suffix, tmp_path):
     with pytest.raises(InputError, match="the picture") as caught:
         open_image(path)
     assert "\n" not in str(caught.value)
+
+
+def test_large_jpeg_files_are_decoded_smaller(tmp_path):
+    x, y = np.meshgrid(np.linspace(0, 9, 1201), np.linspace(0, 7, 802))
+    image = Image.fromarray((127 + 60 * np.stack([np.sin(x), np.sin(y), np.sin(x + y)], -1)).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    image.save(tmp_path / "x.jpg", quality=95)
+    image.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    image.save(tmp_path / "x.png")
+    for least, sides in ((1, (151, 101)), (240_000, (601, 401)), (250_000, (1201, 802)), (10**7, (1201, 802))):
+        found = open_image(tmp_path / "x.jpg", least_pixels=least)
+        assert found.size == sides
+        difference = np.asarray(found, float) - np.asarray(image.resize(sides, Image.Resampling.BOX), float)
+        assert np.abs(difference).mean() < 2
+        assert open_image(tmp_path / "turned.jpg", least_pixels=least).size == sides[::-1]
+        assert open_image(tmp_path / "x.png", least_pixels=least).size == image.size
+    Image.new("RGB", (5000, 1)).save(tmp_path / "line.jpg")
+    assert open_image(tmp_path / "line.jpg", least_pixels=1).size == (5000, 1)

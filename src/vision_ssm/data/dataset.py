@@ -91,12 +91,14 @@ class ImageDataset:
 
     Attributes:
         max_pixels: The largest number of pixels to decode, if not Pillow's limit.
+        least_pixels: The least number of pixels to which large JPEG files may be reduced in decoding.
         grouped: Batch size for which the order puts images of one orientation, wide or tall by `original_size`, into
             a batch.
         category_ids: Number of each class in the files that declare them, where it has one.
     """
 
     max_pixels: int | None = None
+    least_pixels: int | None = None
     grouped: int | None = None
     category_ids: tuple[int, ...] = ()
 
@@ -130,7 +132,7 @@ class ImageDataset:
         except Exception as error:  # readers raise anything
             raise InputError(f"cannot read image {name}: {error or type(error).__name__}") from error
         if not isinstance(image, Image.Image):
-            image = open_image(image, name, self.max_pixels, targets.get("original_size"))
+            image = open_image(image, name, self.max_pixels, targets.get("original_size"), self.least_pixels)
         return {
             "image": image,
             "id": name,

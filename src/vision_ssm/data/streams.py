@@ -58,6 +58,7 @@ class ImageStream:
     ) -> None:
         self.shards, self.classes, self.length, self.buffer = shards, classes, length, buffer
         self.max_pixels: int | None = None
+        self.least_pixels: int | None = None
         self.lengths: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -81,7 +82,8 @@ class ImageStream:
         Raises:
             InputError: The image cannot be read.
         """
-        return {"image": open_image(io.BytesIO(key.content), key.id, self.max_pixels), "id": key.id, "label": key.label}
+        image = open_image(io.BytesIO(key.content), key.id, self.max_pixels, least_pixels=self.least_pixels)
+        return {"image": image, "id": key.id, "label": key.label}
 
     def id(self, key: Encoded) -> str:
         """What to call an image."""

@@ -208,6 +208,7 @@ class Classification(Task):
     def from_config(cls, config: ClassificationConfig, splits: Splits, *, resume: bool = False) -> "Classification":
         spec = ClassifierSpec.from_config(config, splits.train.classes)
         spec.train_transform(config)
+        splits.train.least_pixels = round(spec.img_size**2 / config.scale[0])  # the smallest crop is not enlarged
         model = first_model(config, spec, resume=resume)
         check_takes(model, spec.model, spec.img_size)
         teacher = load_teacher(config.teacher, spec) if config.teacher else None
