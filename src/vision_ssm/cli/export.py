@@ -13,6 +13,8 @@ from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import Config
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from vision_ssm.engine.task import Task
     from vision_ssm.export.outputs import Comparison
 
@@ -71,6 +73,11 @@ def load_model(word: str) -> tuple["Task", tuple[int, int], bool]:
     cfg: Any = getattr(task.model, "pretrained_cfg", None) or {}
     size = task.spec.input_size if task.name == "classification" else (128, 160)
     return task, size, bool(cfg.get("fixed_input_size"))
+
+
+def progress(options: FileOptions) -> "Status":
+    """A line that moves while the file is made; entering it shows it."""
+    return make_console(stderr=True).status(f"writing {options.out.name}, and comparing it with the model")
 
 
 def check_same(rows: Sequence["Comparison"]) -> None:

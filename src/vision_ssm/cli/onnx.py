@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vision_ssm.cli.export import FileOptions, check_same, load_model, report
+from vision_ssm.cli.export import FileOptions, check_same, load_model, progress, report
 from vision_ssm.cli.options import parse_options
 from vision_ssm.errors import InputError
 
@@ -30,12 +30,13 @@ def onnx(words: Sequence[str]) -> int:
     if options.int8 and task.onnx_output is None:
         raise InputError(f"--int8 is for classifiers and segmenters, and {options.model} is of {task.name}")
     outputs, shapes = Outputs(task, features=options.features), check_shapes(size, fixed)
-    content = to_onnx(outputs, size, to_metadata(task.name, task.spec), fixed=fixed)
-    rows = compare(run_onnx(content), outputs, shapes)
-    check_same(rows)
-    if options.int8:
-        content = quantize(content)
+    with progress(options):
+        content = to_onnx(outputs, size, to_metadata(task.name, task.spec), fixed=fixed)
         rows = compare(run_onnx(content), outputs, shapes)
+        check_same(rows)
+        if options.int8:
+            content = quantize(content)
+            rows = compare(run_onnx(content), outputs, shapes)
     with atomic_write(options.out) as file:
         file.write(content)
     return report(options, f"any batch, {'one size' if fixed else 'any height and width'}", rows)

@@ -2,7 +2,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vision_ssm.cli.export import FileOptions, check_same, load_model, report
+from vision_ssm.cli.export import FileOptions, check_same, load_model, progress, report
 from vision_ssm.cli.options import Size, height_and_width, parse_options
 from vision_ssm.errors import InputError
 from vision_ssm.recipes.config import limited
@@ -34,8 +34,9 @@ def program(words: Sequence[str]) -> int:
 
     task, size, fixed = load_model(options.model)
     outputs, metadata = Outputs(task, features=options.features), to_metadata(task.name, task.spec)
-    part = temporary(options.out).with_suffix(".pt2")  # which torch insists on
+    part, waiting = temporary(options.out).with_suffix(".pt2"), progress(options)  # torch insists on the suffix
     try:
+        waiting.start()
         if options.compiled:
             height, width = height_and_width(options.size, size)
             if min(height, width) < 32:
@@ -50,5 +51,6 @@ def program(words: Sequence[str]) -> int:
         check_same(rows)
         os.replace(part, options.out)
     finally:
+        waiting.stop()
         part.unlink(missing_ok=True)
     return report(options, images, rows)
