@@ -113,7 +113,8 @@ def demo(
     elif any(isinstance(module, Frozen) for module in model.modules()):
         closed = "An optimized copy only predicts; receptive fields and attention need `load(..., optimized=False)`."
     hint = f"Drop a picture here, or click; at most {max_pixels / 1e6:g} megapixels and {max_megabytes:g} MB"
-    with gr.Blocks(title=title or spec.model, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    how: dict[str, Any] = dict(analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True)
+    with gr.Blocks(title=title or spec.model, **how) as page:
         gr.Markdown(f"# {printable(title or spec.model)}\n{predictor.name}: {predictor.summary}. {closed}")
         with gr.Row():
             with gr.Column(min_width=300):
@@ -124,7 +125,7 @@ def demo(
                 answer: Any = (
                     gr.Label(label="Prediction")
                     if classifies
-                    else gr.Image(label="Prediction", buttons=["fullscreen", "download"])
+                    else gr.Image(label="Prediction", height=320, buttons=["fullscreen", "download"])
                 )
                 table = gr.Dataframe(
                     headers=columns, visible=not classifies, interactive=False, label="Table", max_height=240
@@ -135,7 +136,7 @@ def demo(
             fields = gr.HTML(label="Effective receptive field", padding=False)
             attention = gr.HTML(label="Scan attention", padding=False)
         # Without gradio's decoding, so that every format and limit is ours; one at a time, for analyses hook the model.
-        how: dict[str, Any] = dict(preprocess=False, concurrency_id="model", concurrency_limit=1)
+        how = dict(preprocess=False, concurrency_id="model", concurrency_limit=1)
         results = [answer, table, message, inside, seen, fields, attention]
         picture.change(predict, picture, results, api_name="predict", **how)
         seen.select(explain, picture, [seen, fields, attention], api_visibility="private", **how)
