@@ -91,7 +91,6 @@ def _show(task: str, rows: Sequence[Mapping[str, Any]], console: Any) -> None:
         console.print(f"[bold]{_NAMES[detector]}[/] on {_DATA[task]}", highlight=False)
         scores = _SCORES[task] if any(row.get("mask_ap") or row.get("miou") for row in group) else "box AP"
         table = make_table("backbone", "schedule", f">{scores}", ">params", ">published", "weights")
-        table.columns[0].no_wrap = True
         for row in group:
             file = f" {row['weights_file'] or ''}" if console.width >= 140 else ""
             mark = "*" if row["weights_inferred"] else ""
