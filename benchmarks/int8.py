@@ -24,6 +24,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 
 import vision_ssm
 from vision_ssm.data.sampling import Samples
+from vision_ssm.errors import InputError
 
 BATCH = 64
 
@@ -51,6 +52,8 @@ FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def measure(run: Path, data: Path, quick: bool) -> list[dict[str, Any]]:
     """Go through the images once, with every form in turns on each batch."""
     task = vision_ssm.load(run, "cpu", optimized=False)
+    if task.name != "classification":
+        raise InputError(f"{run} is of {task.name}, not of a classifier")
     images = task.read_images(data)
     samples: Any = Samples(images, task.eval_transform)
     batches = DataLoader(Subset(samples, range(len(images))[: BATCH + 2 if quick else None]), BATCH)
@@ -82,11 +85,14 @@ def measure(run: Path, data: Path, quick: bool) -> list[dict[str, Any]]:
 def main() -> int:
     """Run the command line."""
     parser = common.Parser("A classifier in int8 beside float32.", seconds=None)
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of a run of a classifier")
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="run or weights file of a classifier")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="images with one folder per class")
     options: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = measure(options.run, options.data, options.quick)
+    try:
+        rows = measure(options.run, options.data, options.quick)
+    except InputError as error:
+        parser.error(error.line)
     columns = [("form", "{form}"), (">MB", "{megabytes:.2f}"), (">accuracy", "{accuracy:.1%}")]
     columns += [(">same predictions", "{same:.1%}"), (">time", "{time:.2f}")]
     notes = [f"batches of {BATCH}, not compiled; time: median of the ratios to float32", common.machine_line()]

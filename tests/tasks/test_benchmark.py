@@ -1,4 +1,4 @@
-"""The benchmark that trains models alike, on images of noise, and that of detectors and segmenters: once through."""
+"""The benchmarks that train, load or use whole models, once through."""
 
 import csv
 import subprocess
@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from vision_ssm.engine.weights import save_weights
+from vision_ssm.recipes import small
+from vision_ssm.tasks.classification import Classification, ClassifierSpec
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cifar.py"
 
@@ -48,3 +52,27 @@ def test_detectors_and_segmenters_are_compared(tmp_path, task, peer):
     assert [row["form"] for row in rows] == ["inference", "training", "inference", "training", "inference, optimized"]
     assert rows[0]["backbone"].startswith(peer)
     assert float(rows[0]["ratio"]) == 1
+
+
+def test_photographs_are_read_beside_timms_reader(tmp_path):
+    command = [sys.executable, SCRIPT.with_name("loading.py"), "--quick", "--csv", tmp_path / "table.csv"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "table.csv").open() as file:
+        assert [row["reader"] for row in csv.DictReader(file)] == ["timm.data.ImageDataset", "vision-ssm train"]
+
+
+def test_a_classifier_in_int8_keeps_its_answers(tmp_path, images):
+    pytest.importorskip("torchao")
+    spec = ClassifierSpec.from_config(small(model="vmamba_atto"), ("blue", "green", "red"))
+    save_weights(tmp_path / "w.safetensors", Classification.create_model(spec).state_dict(), "classification", spec)
+    command = [sys.executable, SCRIPT.with_name("int8.py"), "--quick", "--data", images, "--csv", tmp_path / "t.csv"]
+    done = subprocess.run([*command, "--run", tmp_path / "w.safetensors"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "t.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    assert all(float(row["same"]) > 0.9 for row in rows)
+    done = subprocess.run([*command, "--run", tmp_path / "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: no such run folder" in done.stderr.splitlines()[-1]  # behind a warning of torch's own
