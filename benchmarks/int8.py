@@ -5,7 +5,6 @@ python benchmarks/int8.py --run cifar-vmamba --data cifar10/test
 
 from __future__ import annotations
 
-import argparse
 import copy
 import io
 import statistics
@@ -87,7 +86,7 @@ def main() -> int:
     parser = common.Parser("A classifier in int8 beside float32.", seconds=None)
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="run or weights file of a classifier")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="images with one folder per class")
-    options: argparse.Namespace = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:
         rows = measure(options.run, options.data, options.quick)

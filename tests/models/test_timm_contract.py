@@ -557,7 +557,7 @@ def test_inductor() -> None:
         pytest.skip("inductor needs a C++ compiler, and finds none")
     torch.compiler.reset()
     # Every kind of layer once: the time is that of compiling them.
-    model = timm.create_model("vmamba_atto", num_classes=42, depths=(1,), dims=(16,)).eval()
+    model = timm.create_model("vmamba_atto", num_classes=42, depths=(1, 1), dims=(8, 16)).eval()
     x = torch.randn(2, 3, 32, 48)
     with torch.inference_mode():
         found = torch.compile(model, fullgraph=True)(x)
