@@ -32,11 +32,11 @@ SWIN = "swin_tiny_patch4_window7_224"
 # Patterns of this package's names, and timm's names of their peers. Swin-T is what all are compared to.
 SETS = {
     "vmamba": (["vmamba_tiny"], [SWIN, "convnext_tiny"]),
-    "tiny": (["*_tiny"], [SWIN, "convnext_tiny"]),
+    "tiny": (["*_tiny"], [SWIN, "convnext_tiny", "resnet50", "vit_small_patch16_224"]),
     "light": (["efficient_vmamba_tiny", "efficient_vmamba_small"], [SWIN, "mobilevitv2_100", "efficientvit_b1"]),
 }
 Setting = tuple[int, str, int]  # size, dtype, batch
-PLAIN, CHECKPOINTING, OPTIMIZED, COMPILED = "plain", "checkpointing", "optimized", "compiled"
+PLAIN, CHECKPOINTING, OPTIMIZED, COMPILED, ONNX = "plain", "checkpointing", "optimized", "compiled", "onnx"
 
 
 def names_of(name: str, quick: bool) -> list[str]:
@@ -82,11 +82,12 @@ def training_step(model: nn.Module, images: torch.Tensor, checkpointing: bool) -
     model(images).float().square().mean().backward()
 
 
-def forms_of(model: nn.Module, options: argparse.Namespace) -> list[str]:
+def forms_of(model: nn.Module, dtype: str, options: argparse.Namespace) -> list[str]:
     """Return in which forms a model is measured."""
     if options.training:
         return [PLAIN, CHECKPOINTING] if can_checkpoint(model) else [PLAIN]
-    return [PLAIN, OPTIMIZED, *([COMPILED] if options.compile else [])]
+    in_runtime = options.onnx and dtype == "float32" and not is_ours(model)
+    return [PLAIN, OPTIMIZED, *([COMPILED] if options.compile else []), *([ONNX] if in_runtime else [])]
 
 
 def make_step(model: nn.Module, images: torch.Tensor, training: bool, form: str = PLAIN) -> Callable[[], Any]:
@@ -99,7 +100,23 @@ def make_step(model: nn.Module, images: torch.Tensor, training: bool, form: str 
     elif form == COMPILED:
         torch.compiler.reset()
         model = torch.compile(model)  # type: ignore[assignment]
+    elif form == ONNX:
+        return onnx_step(model, images)
     return partial(inference_step, model, images)
+
+
+def onnx_step(model: nn.Module, images: torch.Tensor) -> Callable[[], Any]:
+    """Return a call of ONNX Runtime that classifies, with as many threads as torch has."""
+    import onnxruntime
+
+    program: Any = torch.onnx.export(model, (images,), dynamo=True, verbose=False)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.add_session_config_entry("session.force_spinning_stop", "1")  # in the turns of the others
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: images.numpy()}
+    return partial(session.run, None, feed)
 
 
 def random_images(setting: Setting) -> torch.Tensor:
@@ -130,7 +147,7 @@ def measure(models: dict[str, nn.Module], setting: Setting, options: argparse.Na
     steps = {
         (name, form): make_step(model, images, options.training, form)
         for name, model in models.items()
-        for form in forms_of(model, options)
+        for form in forms_of(model, dtype, options)
     }
     gmacs = {name: batch * macs_per_image(model, images) / 1e9 for name, model in models.items()}
     backends = {key: scan_backend(step) or "" for key, step in steps.items()}
@@ -301,6 +318,7 @@ def main() -> int:
     )
     parser.add_argument("--training", action="store_true", help="measure training steps instead of inference")
     parser.add_argument("--compile", action="store_true", help="also measure the models through torch.compile")
+    parser.add_argument("--onnx", action="store_true", help="also measure the peers in ONNX Runtime, in float32")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process for every row)")
     options = parser.parse_args()
     if options.quick:

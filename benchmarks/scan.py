@@ -7,7 +7,9 @@ python benchmarks/scan.py --growth --picture growth.png
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,8 @@ import torch
 from peers import mamba_py, published
 from torch import Tensor
 
-from vision_ssm.scan import CROSS_SCAN, available_backends, build_routes, route_scan, use_backend
+from vision_ssm.layers import quasi_separable_scan
+from vision_ssm.scan import CROSS_SCAN, ROWS, ScanPath, available_backends, build_routes, route_scan, use_backend
 
 ROUTES = len(CROSS_SCAN)
 PSCAN = "mamba.py's parallel scan"
@@ -146,6 +149,52 @@ def measure_peers(shape: Shape, seconds: float) -> list[dict[str, Any]]:
         )
         for name, timing in timings.items()
     ]
+
+
+def measure_both_ways(side: int, channels: int, batch: int, seconds: float) -> dict[str, Any]:
+    """Time a quasi-separable scan as in QSMixer, and two scans, one in each direction, that have nothing in common."""
+    torch.manual_seed(0)
+    states, heads, rank = 16, channels // 32, math.ceil(channels / 32)
+    x, path = torch.randn(batch, side, side, channels), (ROWS,)
+    shared = dict(dbc=torch.randn(batch, side, side, 2 * states), delta=torch.randn(batch, side, side, heads))
+    shared |= dict(A=-torch.ones(1, channels, 1), dt_bias=torch.full((2, 1, heads), -4.0), D=torch.ones(channels))
+    own = dict(dbc=torch.randn(batch, side, side, 2, rank + 2 * states), D=torch.ones(channels))
+    own |= dict(A=-torch.arange(1.0, states + 1).repeat(2, channels, 1), dt_bias=torch.full((2, 1, channels), -4.0))
+    own["dt_weight"] = torch.randn(2, rank, channels) / rank
+    row: dict[str, Any] = dict(table="both ways", shape=f"{side}x{side}x{channels}", states=states, batch=batch)
+    for step in ("forward", "training"):
+        steps = {}
+        for name, given in (("quasi_separable", shared), ("two_scans", own)):
+            leaves = {
+                key: value.clone().requires_grad_(step == "training") for key, value in dict(x=x, **given).items()
+            }
+            steps[name] = partial(scan_both_ways, leaves, path)
+        timings = common.interleaved(steps, seconds)
+        for name, timing in timings.items():
+            row[f"{name}_{step}_ms"] = timing.median * 1e3
+        row[f"{step}_ratio"] = timings["quasi_separable"].median / timings["two_scans"].median
+    return row
+
+
+def scan_both_ways(tensors: dict[str, Tensor], paths: Sequence[ScanPath]) -> None:
+    """Scan, and where tensors need them, compute the gradients."""
+    y = quasi_separable_scan(**tensors, paths=paths)
+    if y.requires_grad:
+        torch.autograd.grad(y, list(tensors.values()), torch.ones_like(y))
+
+
+def show_both_ways(rows: list[dict[str, Any]]) -> None:
+    """Print the table of quasi-separable scans."""
+    columns = [("shape", "{shape}"), (">batch", "{batch}")]
+    for step in ("forward", "training"):
+        columns += [(f">{step}", f"{{quasi_separable_{step}_ms:.2f}}"), (">two scans", f"{{two_scans_{step}_ms:.2f}}")]
+        columns += [(">ratio", f"{{{step}_ratio:.2f}}")]
+    common.show(
+        f"A quasi-separable scan beside two scans, one in each direction, N = {rows[0]['states']}: ms (medians)",
+        rows,
+        columns,
+        ["The first has a step size and decay rate per 32 channels, and B and C, for both directions (QSMixer)."],
+    )
 
 
 def measure_growth(sides: list[int], channels: int, seconds: float) -> list[dict[str, Any]]:
@@ -290,6 +339,10 @@ def main() -> int:
         peers = measure_peers(shapes[0], seconds)
         show_peers(peers, shapes[0])
         rows += peers
+        sides = [(7, 64)] if options.quick else [(56, 192), (28, 384), (14, 768), (7, 1536)]  # of ViQS-T
+        both_ways = [measure_both_ways(side, channels, batch, seconds) for side, channels in sides for batch in batches]
+        show_both_ways(both_ways)
+        rows += both_ways
     if options.csv:
         common.write_csv(options.csv, rows)
     return 0

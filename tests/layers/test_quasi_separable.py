@@ -106,7 +106,7 @@ def test_projections_of_their_own(aligned: bool) -> None:
     channels, states, length = 2, 3, 6
     of = dict(
         x=random(1, 1, length, channels),
-        dbc=random(1, 1, length, 2 * (1 + 2 * states)),  # forward, backward
+        dbc=random(1, 1, length, 2, 1 + 2 * states),  # forward, backward
         A=rates(1, channels, states),
         D=random(channels),
         dt_weight=random(1, 1, channels),

@@ -27,8 +27,8 @@ both = pytest.mark.parametrize("name", ["vim2_atto", "viqs_atto"])
     [
         ("vim2_tiny", "20.35", "3.17", 107),
         ("vim2_small", "42.99", "7.40", 476),
-        ("vim2_base", "74.80", "13.03", 476),
-        ("viqs_tiny", "18.09", "2.76", 107),
+        ("vim2_base", "74.80", "13.02", 476),
+        ("viqs_tiny", "18.09", "2.75", 107),
         ("viqs_small", "31.13", "5.28", 476),
         ("viqs_base", "54.51", "9.29", 476),
     ],

@@ -44,6 +44,9 @@ class Case:
     channels: int = 6  # per route
     states: int = 2
     rank: int = 3  # 0: ready-made step sizes
+    heads: int = 0  # of ready-made step sizes; 0: one for every channel
+    rates: str = "state"  # what has a decay rate of its own: every channel's state, every channel, or every head
+    decay: float = 1.0  # factor of the rates
     side_by_side: bool = False
     shared: bool = False  # one set of parameters and one dbc for all routes
     bias: bool = True
@@ -73,14 +76,18 @@ class Case:
             dbc=draw(self.batch, tokens, own, R + 2 * N),
             A=-torch.rand(own, Dk, N, generator=generator, dtype=torch.float64).to(exact) - 0.05,
         )
+        heads = self.heads or Dk
+        if self.rates != "state":
+            of_head = tensors["A"][:, :, :1] if self.rates == "channel" else tensors["A"][:, :heads, :1]
+            tensors["A"] = self.decay * of_head.repeat_interleave(Dk // of_head.shape[1], 1)
         if R:
             tensors["dt_weight"] = 0.5 * draw(own, R, Dk, like=exact)
         else:
             # without a softplus, step sizes are positive by themselves
-            delta = draw(self.batch, tokens, own, Dk)
+            delta = draw(self.batch, tokens, own, heads)
             tensors["delta"] = delta if self.softplus else delta.abs()
         if self.bias:
-            bias = draw(own, Dk, like=exact)
+            bias = draw(own, heads, like=exact)
             tensors["dt_bias"] = bias if self.softplus else 0.1 * bias.abs()
         if self.skip:
             tensors["D"] = draw(own, Dk, like=exact)
@@ -171,4 +178,19 @@ CASES = [
     Case(height=1, width=1),
     Case(batch=1, height=1, width=7),
     Case(batch=5, channels=1),
+    Case(rates="channel"),
+    Case(rank=0, heads=3),
+    Case(rank=0, heads=3, rates="head", height=5, width=7),
+    Case(rank=0, heads=2, channels=32, rates="channel", height=5, width=7),
+    *(
+        Case(paths="shifted", rank=0, rates="head", height=5, width=7, **options)  # type: ignore[arg-type]
+        for options in (
+            dict(channels=160, heads=5, weighted=True),
+            dict(channels=160, heads=5, decay=0.1, states=5, inclusive=False),
+            dict(channels=48, heads=3, decay=0.1, bias=False, skip=False),
+            dict(channels=75, heads=1, decay=0.1, weighted=True),
+            dict(channels=64, heads=2, decay=0.1, side_by_side=True, shared=True, states=1),
+            dict(channels=64, heads=4, decay=30, softplus=False, chosen=1),
+        )
+    ),
 ]

@@ -19,7 +19,8 @@ STEPS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 CHANNELS = 16  # for each of the steps
 
 
-def draw(tokens):
+def draw(tokens, heads):
+    """A scan of one state; with ``heads``, the channels of a step size have one in common, and one decay rate."""
     generator = torch.Generator().manual_seed(tokens)
 
     def uniform(*shape):
@@ -28,7 +29,11 @@ def draw(tokens):
     channels = CHANNELS * len(STEPS)
     delta = uniform(1, tokens, 1, channels) * torch.tensor(STEPS).repeat_interleave(CHANNELS)
     x = torch.randn(1, tokens, channels, generator=generator) + 1
-    return dict(x=x, dbc=uniform(1, tokens, 1, 2), A=-uniform(1, channels, 1), delta=delta)
+    tensors = dict(x=x, dbc=uniform(1, tokens, 1, 2), A=-uniform(1, channels, 1), delta=delta)
+    if heads:
+        tensors["delta"] = delta[..., ::CHANNELS]
+        tensors["A"] = tensors["A"][:, ::CHANNELS].repeat_interleave(CHANNELS, 1)
+    return tensors
 
 
 def run(backend, tensors, **switches):
@@ -51,7 +56,7 @@ def recurrence(decay, drive):
 def loop(tensors, dtype):
     """Outputs, and the gradient of x for a gradient of 1 of every output."""
     x, dbc, A, delta = (tensors[name][0].to(dtype) for name in ("x", "dbc", "A", "delta"))
-    (B, C), delta = dbc[:, 0].split(1, 1), delta[:, 0]
+    (B, C), delta = dbc[:, 0].split(1, 1), delta[:, 0].repeat_interleave(x.shape[1] // delta.shape[2], 1)
     decay, drive = torch.exp(delta * A[:, 0]), delta * x * B
     after = torch.cat([decay[1:], torch.zeros_like(decay[:1])])
     mu = recurrence(after.flip(0).numpy(), C.expand_as(drive).flip(0).numpy()).flip(0)
@@ -65,14 +70,14 @@ def errors(found, expected):
 
 
 @cache
-def yardstick(tokens):
-    tensors = draw(tokens)
+def yardstick(tokens, heads):
+    tensors = draw(tokens, heads)
     exact, single = loop(tensors, torch.float64), loop(tensors, torch.float32)
     return tensors, [(e, 3 * errors(s, e) + 1e-7) for e, s in zip(exact, single, strict=True)]
 
 
 def test_the_yardstick_is_the_reference():
-    tensors = draw(20)
+    tensors = draw(20, heads=True)
     for dtype in (torch.float32, torch.float64):
         given = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         x = given["x"].clone().requires_grad_()
@@ -83,9 +88,10 @@ def test_the_yardstick_is_the_reference():
 
 
 @pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("heads", [False, True], ids=["channels", "heads"])
 @pytest.mark.parametrize("tokens", [196, 3136, 16384, 65536])
-def test_as_exact_as_a_float32_loop(tokens, backend):
-    tensors, [(exact_y, allowed_y), (exact_grad, allowed_grad)] = yardstick(tokens)
+def test_as_exact_as_a_float32_loop(tokens, heads, backend):
+    tensors, [(exact_y, allowed_y), (exact_grad, allowed_grad)] = yardstick(tokens, heads)
     x = tensors["x"].clone().requires_grad_()
     y = run(backend, tensors | {"x": x})
     y.sum().backward()
@@ -94,13 +100,23 @@ def test_as_exact_as_a_float32_loop(tokens, backend):
 
 
 @pytest.mark.parametrize("backend", EXACT)
-def test_gradients_of_long_scans(backend):
+@pytest.mark.parametrize("heads", [False, True], ids=["channels", "heads"])
+def test_gradients_of_long_scans(heads, backend):
     grads = []
     for dtype, name in ((torch.float64, "portable"), (torch.float32, backend)):
-        leaves = {n: t.to(dtype).requires_grad_() for n, t in yardstick(16384)[0].items()}
+        leaves = {n: t.to(dtype).requires_grad_() for n, t in yardstick(16384, heads)[0].items()}
         grads.append(torch.autograd.grad(run(name, leaves).sum(), list(leaves.values())))
     for exact, found in zip(*grads, strict=True):
         assert (found.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_decays_of_a_head_that_leave_the_range_and_return(level):
+    tensors = draw(40, heads=True)
+    tensors["delta"][0, 5] *= 200
+    tensors["delta"][0, 6] *= -200
+    expected = run("reference", {name: tensor.double() for name, tensor in tensors.items()})
+    torch.testing.assert_close(run(f"cpu-{level}", tensors).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def exponential_errors(backend, low, high, A):

@@ -292,6 +292,21 @@ BAD = {
     "D": (dict(D=torch.randn(2, 4)), ValueError, r"D must have shape \(4 or 1, 4\), got \(2, 4\)"),
     "both steps": (dict(delta=torch.randn(2, 6, 4, 4)), ValueError, "either dt_weight .* or delta .*got both"),
     "no steps": (dict(dt_weight=None), ValueError, "got neither"),
+    "heads": (
+        dict(dt_weight=None, delta=torch.randn(2, 6, 4, 3), dbc=torch.randn(2, 6, 4, 4)),
+        ValueError,
+        "delta must have 4 step sizes per token, .* got 3",
+    ),
+    "dt_bias of heads": (
+        dict(dt_weight=None, delta=torch.randn(2, 6, 4, 2), dbc=torch.randn(2, 6, 4, 4)),
+        ValueError,
+        r"dt_bias must have shape \(4 or 1, 2\), got \(4, 4\)",
+    ),
+    "states": (
+        dict(A=-torch.rand(4, 4, 1), dbc=torch.randn(2, 6, 4, 8)),
+        ValueError,
+        r"dbc must have 3 \+ 2 x states features per token, got 8",
+    ),
     "route_index range": (dict(route_index=torch.tensor([[0], [4]])), ValueError, r"holds 4; allowed are 0\.\.3"),
     "route_index negative": (dict(route_index=torch.tensor([[0], [-1]])), ValueError, "holds -1"),
     "route_index dtype": (dict(route_index=torch.zeros(2, 1)), TypeError, "route_index must be an int32 or int64"),

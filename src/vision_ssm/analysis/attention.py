@@ -23,6 +23,7 @@ from vision_ssm.analysis.scan_layers import ATTENTION, SCAN, Call, choose_layer,
 from vision_ssm.errors import InputError
 from vision_ssm.layers import SwitchOfScans
 from vision_ssm.scan.arguments import ScanArguments
+from vision_ssm.scan.portable import of_channels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,7 +98,8 @@ def _route(args: ScanArguments, image: int, slot: int) -> tuple[int, Tensor, Ten
     low_rank, B, C = along(args.dbc).split([args.rank, args.state_size, args.state_size], -1)
     delta = along(args.delta) if args.delta is not None else low_rank @ own(args.dt_weight)  # type: ignore[arg-type]
     delta = delta if args.dt_bias is None else delta + own(args.dt_bias)
-    return k, read, F.softplus(delta) if args.softplus else delta, own(args.A), B, C
+    delta = of_channels(F.softplus(delta) if args.softplus else delta, args.channels_per_route)
+    return k, read, delta, own(args.A).expand(-1, args.state_size), B, C
 
 
 def _channels(args: ScanArguments, route: int) -> slice:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vision_ssm.scan.transforms import unobserved
+
 
 def conv_act(x: Tensor, conv: nn.Module, act: nn.Module | None = None) -> Tensor:
     """Apply a convolution and an activation to a map.
@@ -19,6 +21,13 @@ def conv_act(x: Tensor, conv: nn.Module, act: nn.Module | None = None) -> Tensor
     """
     y = conv(x.permute(0, 3, 1, 2))
     return (y if act is None else act(y)).permute(0, 2, 3, 1)
+
+
+def add_product(total: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """Return ``total + x factor``, in inference in the memory of ``total``, which nothing else may need."""
+    if unobserved(total) and total.dtype == torch.result_type(total, x) == torch.result_type(total, factor):
+        return total.addcmul_(x, factor)
+    return torch.addcmul(total, x, factor)
 
 
 class ResidualConv(nn.Module):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from vision_ssm.layers.conv import conv_act
+from vision_ssm.layers.conv import add_product, conv_act
 from vision_ssm.layers.patches import symbolic
 from vision_ssm.layers.quasi_separable import quasi_separable_scan
 from vision_ssm.layers.ss2d import decay_rates, init_step_bias
@@ -28,7 +28,8 @@ _HEAD = 32  # channels that share a decay rate and step size in QSMixer
 _DESCRIPTOR = 7  # side of the pooled map that describes a channel
 
 
-torch.fx.wrap("decay_rates")  # leaves of an FX graph
+torch.fx.wrap("add_product")  # leaves of an FX graph
+torch.fx.wrap("decay_rates")
 torch.fx.wrap("quasi_separable_scan")
 
 
@@ -87,7 +88,7 @@ def _weighted_sum(scalars: Tensor, maps: list[Tensor]) -> Tensor:
     as_token_mixer, as_channel_mixer, *others = scalars.unbind()
     total = maps[0] * (as_token_mixer + as_channel_mixer)
     for x, scalar in zip(maps[1:], others, strict=True):
-        total = torch.addcmul(total, x, scalar)
+        total = add_product(total, x, scalar)
     return total
 
 
@@ -150,7 +151,7 @@ class MultiResolutionConv(nn.Module):
         x = x.permute(0, 3, 1, 2)
         for j, conv in enumerate(self.convs):
             x = conv(x)
-            y = torch.addcmul(y, x.permute(0, 2, 3, 1), self.level_weight[j + 1])
+            y = add_product(y, x.permute(0, 2, 3, 1), self.level_weight[j + 1])
         return y
 
 
@@ -336,9 +337,8 @@ class QSTokenMixer(_TokenMixer):
         nn.init.ones_(self.D)
 
     def scan_parameters(self) -> dict[str, Tensor]:
-        """Return the parameters of :func:`quasi_separable_scan`, those of a head repeated for its channels."""
-        A = _per_channel(decay_rates(self.A_log)).unsqueeze(-1).expand(-1, -1, self.d_state)
-        return dict(A=A, D=_per_channel(self.D), dt_bias=_per_channel(self.dt_bias))
+        """Return the parameters of :func:`quasi_separable_scan`; the step sizes' bias is per head."""
+        return dict(A=_per_channel(decay_rates(self.A_log)).unsqueeze(-1), D=_per_channel(self.D), dt_bias=self.dt_bias)
 
     def scan(self, u: Tensor, v: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """See :class:`_TokenMixer`."""
@@ -350,7 +350,7 @@ class QSTokenMixer(_TokenMixer):
             bc,
             paths=self.switch.paths,
             **self.scan_parameters(),
-            delta=_per_channel(bcdt[..., features:]),
+            delta=bcdt[..., features:],
             path_index=index,
             path_weight=weight,
             aligned=self.aligned,
@@ -371,7 +371,7 @@ class ChannelConv1d(nn.Conv1d):
         first, middle, last = torch.split(self.weight.view(3, 1, 1), 1)
         assert self.bias is not None
         y = torch.addcmul(self.bias, x[:, 1:-1], middle)
-        return torch.addcmul(torch.addcmul(y, x[:, :-2], first), x[:, 2:], last)
+        return add_product(add_product(y, x[:, :-2], first), x[:, 2:], last)
 
 
 def _scan_channels(
@@ -384,16 +384,13 @@ def _scan_channels(
     batch, channels, height, width = a.shape
     tokens = height * width
     directions = dt_bias.shape[0]
-    step = raw[..., :1] + dt_bias.t()  # (B, C, directions)
-    bc = raw[..., 1:] + bc_bias
-    dbc = torch.cat([step.unsqueeze(-1), bc.unsqueeze(2).expand(-1, -1, directions, -1)], dim=-1)
     y = quasi_separable_scan(
         a.reshape(batch, 1, channels, tokens),  # a sequence of channels, whose features are the tokens
-        dbc.flatten(2).unsqueeze(1),
-        A.expand(1, 1, bc_bias.shape[1] // 2),
+        (raw[..., 1:] + bc_bias).unsqueeze(1),
+        A.view(1, 1, 1),
         D.unsqueeze(-1),
         (ROWS,),
-        dt_weight=A.new_ones(1, 1, tokens),
+        delta=(raw[..., :1] + dt_bias.t()).view(batch, 1, channels, directions, 1),
         aligned=aligned,
         bidirectional=directions == 2,
     )

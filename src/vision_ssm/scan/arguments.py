@@ -18,12 +18,12 @@ class ScanArguments:
 
     x: Tensor  # (B, L, C)
     dbc: Tensor  # (B, L, K or 1, R + 2N)
-    A: Tensor  # (K or 1, Dk, N)
+    A: Tensor  # (K or 1, Dk, N or 1)
     read: Tensor  # (K, T) int32
     write: Tensor  # (K, T) int32
-    delta: Tensor | None = None  # (B, L, K or 1, Dk)
+    delta: Tensor | None = None  # (B, L, K or 1, heads)
     dt_weight: Tensor | None = None  # (K or 1, R, Dk)
-    dt_bias: Tensor | None = None  # (K or 1, Dk)
+    dt_bias: Tensor | None = None  # (K or 1, heads)
     D: Tensor | None = None  # (K or 1, Dk)
     route_index: Tensor | None = None  # (B, K') int64
     route_weight: Tensor | None = None  # (B, K')
@@ -57,12 +57,17 @@ class ScanArguments:
     @property
     def state_size(self) -> int:
         """N."""
-        return self.A.shape[2]
+        return (self.dbc.shape[3] - self.rank) // 2
 
     @property
     def rank(self) -> int:
         """R; 0 for ready-made step sizes."""
         return 0 if self.dt_weight is None else self.dt_weight.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """Number of step sizes per token and route, each for neighboring channels; Dk with ``dt_weight``."""
+        return self.channels_per_route if self.delta is None else self.delta.shape[3]
 
     @property
     def side_by_side(self) -> bool:
@@ -127,7 +132,7 @@ def _check_arguments(args: ScanArguments) -> None:
     routes = args.routes
     if A.dim() != 3 or A.shape[0] not in (1, routes) or A.shape[2] < 1:
         raise ValueError(f"A must have shape ({routes} or 1, channels per route, states), got {tuple(A.shape)}")
-    width, states = args.channels_per_route, args.state_size
+    width = args.channels_per_route
     if width != channels and routes * width != channels:
         raise ValueError(
             f"A gives {width} channels per route; with {channels} channels in x and {routes} routes it must be "
@@ -139,10 +144,18 @@ def _check_arguments(args: ScanArguments) -> None:
     if args.dt_weight is not None:
         _check_shape("dt_weight", args.dt_weight, ((routes, 1), None, (width,)))
     if args.delta is not None:
-        _check_shape("delta", args.delta, ((batch,), (tokens,), (routes, 1), (width,)))
-    _check_shape("dbc", dbc, ((batch,), (tokens,), (routes, 1), (args.rank + 2 * states,)))
+        _check_shape("delta", args.delta, ((batch,), (tokens,), (routes, 1), None))
+        if args.heads != width and (args.heads < 1 or width % args.heads):
+            raise ValueError(
+                f"delta must have {width} step sizes per token, one per channel of a route, or one per head of equally "
+                f"many channels, got {args.heads}"
+            )
+    features = args.rank + 2 * A.shape[2]
+    _check_shape("dbc", dbc, ((batch,), (tokens,), (routes, 1), (features,) if A.shape[2] > 1 else None))
+    if A.shape[2] == 1 and (dbc.shape[3] < features or (dbc.shape[3] - args.rank) % 2):
+        raise ValueError(f"dbc must have {args.rank} + 2 x states features per token, got {dbc.shape[3]}")
     if args.dt_bias is not None:
-        _check_shape("dt_bias", args.dt_bias, ((routes, 1), (width,)))
+        _check_shape("dt_bias", args.dt_bias, ((routes, 1), (args.heads,)))
     if args.D is not None:
         _check_shape("D", args.D, ((routes, 1), (width,)))
     if args.route_index is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_ssm.scan.arguments import ScanArguments
-from vision_ssm.scan.portable import in_order, over_states, unroll, write_outputs
+from vision_ssm.scan.portable import in_order, of_channels, over_states, unroll, write_outputs
 
 _LENGTH = 32  # steps of a chunk: a constant, as graphs take no square root of a size
 
@@ -34,7 +34,7 @@ def scan(args: ScanArguments) -> tuple[Tensor, Tensor]:
     # One chunk more than needed, because torch makes a graph for one of what can be one.
     steps = unroll(args, _LENGTH, (args.read.shape[1] + _LENGTH - 1) // _LENGTH + 1)
     A = steps.A.unsqueeze(1)  # (K', 1, B or 1, Dk, N)
-    delta = _softplus(steps.raw) if args.softplus else steps.raw
+    delta = of_channels(_softplus(steps.raw) if args.softplus else steps.raw, steps.x.shape[-1])
     x, delta, B, C = (value.movedim(1, 0) for value in (steps.x, delta, steps.B, steps.C))  # (c, K', S, B, ...)
 
     def local(h: Tensor, delta_t: Tensor, x_t: Tensor, B_t: Tensor, C_t: Tensor, rates: Tensor) -> list[Tensor]:

@@ -65,11 +65,12 @@ def route_scan(
         x: Tokens, (B, L, C); float32, bfloat16, float16, or float64.
         dbc: Step size in low rank, B and C per token, (B, L, K or 1, R + 2N), in this order; with a
             ready-made ``delta``, B and C alone, (B, L, K or 1, 2N).
-        A: Decay rates, negative, (K or 1, Dk, N), float32.
+        A: Decay rates, negative, (K or 1, Dk, N), float32; (K or 1, Dk, 1): all states decay alike.
         routes: Which token each step reads and writes; see :func:`build_routes`.
         dt_weight: Projects the low-rank step sizes, (K or 1, R, Dk), float32.
         dt_bias: Added to the step sizes before the softplus, also at padding tokens, (K or 1, Dk), float32.
-        delta: Ready-made step sizes instead of ``dt_weight``, (B, L, K or 1, Dk).
+        delta: Ready-made step sizes instead of ``dt_weight``, (B, L, K or 1, Dk); or one for every head, Dk / H
+            neighboring channels, (B, L, K or 1, H), with ``dt_bias`` (K or 1, H).
         D: Skip connection, (K or 1, Dk), float32.
         softplus: Whether the step sizes pass through a softplus.
         inclusive: If false, ``y_t = C_t exp(delta_t A) h_(t-1)``: a step does not see its own input
@@ -267,13 +268,14 @@ def scan_flops(batch: int, routes: int, steps: int, width: int, states: int, ran
 def scan_sizes(*shapes: Any) -> dict[str, Any]:
     """Return the arguments of :func:`scan_flops` from the shapes of the operator's arguments."""
     of = dict(zip(_NAMES, shapes, strict=False))  # its last two arguments are not tensors
+    rank = 0 if of["dt_weight"] is None else of["dt_weight"][1]
     return dict(
         batch=of["x"][0],
         routes=of["read"][0] if of["route_index"] is None else of["route_index"][1],
         steps=of["read"][1],
         width=of["A"][1],
-        states=of["A"][2],
-        rank=0 if of["dt_weight"] is None else of["dt_weight"][1],
+        states=(of["dbc"][3] - rank) // 2,
+        rank=rank,
         skip=of["D"] is not None,
     )
 

@@ -28,7 +28,7 @@ class Steps:
     low_rank: Tensor  # (..., R)
     B: Tensor  # (..., N)
     C: Tensor  # (..., N)
-    raw: Tensor  # (..., Dk), the step size before the softplus
+    raw: Tensor  # (..., heads), the step size before the softplus
     delta: Tensor  # (..., Dk)
     A: Tensor  # (K', B or 1, Dk, N)
 
@@ -91,10 +91,12 @@ def backward(args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None) -> 
     A = _per_step(_of_route(args.A, route, dtype))
     grad_x = of_input * steps.delta
     grad_delta = torch.addcmul(over_states(exponent * A), of_input, x)
-    found["A"] = _to_parameter((exponent * steps.delta.unsqueeze(-1)).sum((1, 2)), args.A, route, chosen)
+    of_A = (exponent * steps.delta.unsqueeze(-1)).sum((1, 2))
+    found["A"] = _to_parameter(of_heads(of_A, args.A.shape[2]), args.A, route, chosen)
     if args.D is not None:
         grad_x = torch.addcmul(grad_x, _per_step(_of_route(args.D, route, dtype)), g)
         found["D"] = _to_parameter((g * x).sum((1, 2)), args.D, route, chosen)
+    grad_delta = of_heads(grad_delta, args.heads)
     if args.softplus:
         grad_delta = grad_delta * torch.sigmoid(steps.raw)
     if args.dt_bias is not None:
@@ -149,7 +151,18 @@ def unroll(args: ScanArguments, length: int, chunks: int) -> Steps:
     delta = F.softplus(raw) if args.softplus else raw
     # Finite, because the step size of padding may be 0, and 0 times infinity is NaN.
     A = _of_route(args.A.clamp(min=-3e38), route, dtype)
-    return Steps(route, x, low_rank, B, C, raw, delta, A)
+    A = A.expand(*A.shape[:-1], states)
+    return Steps(route, x, low_rank, B, C, raw, of_channels(delta, width), A)
+
+
+def of_channels(values: Tensor, width: int) -> Tensor:
+    """Repeat the last axis, one value per head, for the channels of a head."""
+    return values if values.shape[-1] == width else values.repeat_interleave(width // values.shape[-1], dim=-1)
+
+
+def of_heads(grad: Tensor, heads: int) -> Tensor:
+    """Sum the last axis, one value per channel, over the channels of a head."""
+    return grad if grad.shape[-1] == heads else grad.unflatten(-1, (heads, -1)).sum(-1)
 
 
 def write_outputs(args: ScanArguments, steps: Steps, y: Tensor) -> Tensor:

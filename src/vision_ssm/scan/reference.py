@@ -63,6 +63,7 @@ def _step(args: ScanArguments, k: int, offset: int, read: int, h: Tensor) -> tup
         delta = delta + of_route(args.dt_bias)
     if args.softplus:
         delta = F.softplus(delta)
+    delta = delta.repeat_interleave(width // args.heads)  # (Dk,)
     decayed = torch.exp(delta[:, None] * of_route(args.A)) * h  # (Dk, N)
     h = decayed + (delta * x)[:, None] * B
     y = ((h if args.inclusive else decayed) * C).sum(-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vision_ssm.scan.arguments import ScanArguments
 from vision_ssm.scan.cpu.library import Library, Problem, load_library
+from vision_ssm.scan.portable import of_channels, of_heads
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The arguments and the dtypes in which the library takes them.
@@ -35,7 +36,7 @@ def available(level: str | None = None) -> bool:
 
 def forward(args: ScanArguments, dtype: torch.dtype, level: str | None = None) -> tuple[Tensor, Tensor]:
     """Return the outputs in ``dtype``, (B, L, C), and the state after the last step, (B, K', Dk, N)."""
-    batch = args.x.shape[0]
+    args, batch = _with_heads(args), args.x.shape[0]
     y = args.x.new_empty(args.x.shape, dtype=dtype)
     state = _floats(args, batch, args.routes_per_image, args.channels_per_route, args.state_size)
     size = _images_at_once(args)
@@ -46,6 +47,17 @@ def forward(args: ScanArguments, dtype: torch.dtype, level: str | None = None) -
             group = slice(first, min(batch, first + size))
             _forward(args.images(group), y[group], state[group], level)
     return y, state
+
+
+def _with_heads(args: ScanArguments) -> ScanArguments:
+    """Return the call with heads of whole vectors, else with a step size for every channel."""
+    if args.heads in (1, args.channels_per_route) or args.channels_per_route // args.heads % _VECTOR == 0:
+        return args
+    given = {name: getattr(args, name) for name in ("delta", "dt_bias")}
+    wide: dict[str, Any] = {
+        name: of_channels(value, args.channels_per_route) for name, value in given.items() if value is not None
+    }
+    return replace(args, **wide)
 
 
 def _images_at_once(args: ScanArguments) -> int:
@@ -74,16 +86,18 @@ def backward(
     args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None, level: str | None = None
 ) -> dict[str, Tensor]:
     """Return the gradients of all differentiable arguments, from those of outputs and last state."""
+    wanted, args = args, _with_heads(args)
     shared_delta = args.delta if args.side_by_side else None
     if shared_delta is not None and shared_delta.shape[2] < args.routes:
         # Side by side, every route is a unit of work of its own: each needs its own gradient to write to.
         found = backward(
             replace(args, delta=shared_delta.float().expand(-1, -1, args.routes, -1)), grad_y, grad_state, level
         )
-        return found | {"delta": _sum_in_order(found["delta"].movedim(2, 0)).unsqueeze(2).to(shared_delta.dtype)}
+        of_delta = of_heads(_sum_in_order(found["delta"].movedim(2, 0)), wanted.heads)
+        return found | {"delta": of_delta.unsqueeze(2).to(shared_delta.dtype)}
     problem, keep = _problem(args)
     batch, tokens, channels = args.x.shape
-    width, states, rank = args.channels_per_route, args.state_size, args.rank
+    width, rates, rank = args.channels_per_route, args.A.shape[2], args.rank
     problem.blocks, problem.block_size = _blocks(width, math.ceil(width / (_VECTOR * _BACKWARD_BLOCK)))
     all_blocks = problem.blocks * (args.routes if args.side_by_side else 1)
     problem.groups = min(batch, _GROUPS)
@@ -97,13 +111,15 @@ def backward(
         problem.grad_state = grad_state.data_ptr()
     grad_x = args.x.new_empty(batch, tokens, channels)
     grad_dbc = _floats(args, problem.parts, *args.dbc.shape).zero_()
-    grad_parameters = _floats(args, problem.groups, args.routes, rank + states + 2, width).zero_()
+    grad_parameters = _floats(args, problem.groups, args.routes, rank + rates + 2, width).zero_()
     problem.grad_x, problem.grad_dbc = grad_x.data_ptr(), grad_dbc.data_ptr()
     problem.grad_parameters = grad_parameters.data_ptr()
     found = {"x": grad_x}
     if args.delta is not None:
-        found["delta"] = _floats(args, *args.delta.shape).zero_()
-        problem.grad_delta = found["delta"].data_ptr()
+        # Blocks of channels may share a head.
+        parts = 1 if args.heads == width else problem.parts
+        grad_delta = _floats(args, parts, *args.delta.shape).zero_()
+        problem.grad_delta = grad_delta.data_ptr()
     if args.route_weight is not None:
         keep.append(_floats(args, all_blocks, *args.route_weight.shape))
         problem.grad_route_weight = keep[-1].data_ptr()
@@ -112,13 +128,16 @@ def backward(
     if args.route_weight is not None:
         found["route_weight"] = _sum_in_order(keep[-1])
     found["dbc"] = _sum_in_order(grad_dbc)
-    of_weight, of_A, of_bias, of_D = _sum_in_order(grad_parameters).split([rank, states, 1, 1], dim=1)
-    parameters = dict(dt_weight=of_weight, A=of_A.transpose(1, 2), dt_bias=of_bias[:, 0], D=of_D[:, 0])
+    if args.delta is not None:
+        found["delta"] = of_heads(_sum_in_order(grad_delta), wanted.heads)
+    of_weight, of_A, of_bias, of_D = _sum_in_order(grad_parameters).split([rank, rates, 1, 1], dim=1)
+    of_bias = of_heads(of_bias[:, 0], wanted.heads)
+    parameters = dict(dt_weight=of_weight, A=of_A.transpose(1, 2), dt_bias=of_bias, D=of_D[:, 0])
     for name, grad in parameters.items():
         parameter = getattr(args, name)
         if parameter is not None:
             found[name] = _sum_in_order(grad).unsqueeze(0) if parameter.shape[0] < args.routes else grad
-    return {name: grad.to(getattr(args, name).dtype) for name, grad in found.items()}
+    return {name: grad.to(getattr(wanted, name).dtype) for name, grad in found.items()}
 
 
 def _loaded() -> Library:
@@ -172,6 +191,8 @@ def _sizes(args: ScanArguments) -> Problem:
     problem.routes, problem.steps = args.read.shape
     problem.taken = args.routes_per_image
     problem.width, problem.states, problem.rank = args.channels_per_route, args.state_size, args.rank
+    problem.rates = args.A.shape[2]
+    problem.head = args.channels_per_route // args.heads
     problem.softplus, problem.inclusive = args.softplus, args.inclusive
     for name in ("x", "dbc", "delta"):
         if getattr(args, name) is not None:

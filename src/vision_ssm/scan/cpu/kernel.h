@@ -1,4 +1,4 @@
-// The scan over one block of channels, forward and backward. Compiled once per target; see vector.h.
+// The scan over one block of channels, forward; gradient.h has the backward pass. Compiled once per target; see vector.h.
 //
 // A route is walked in tiles of 16 steps: gather the tile's projections, compute the step sizes of all 16 (one load of
 // a weight serves 16 tokens), run the recurrence from there. A vector holds neighboring channels.
@@ -16,6 +16,8 @@ using vision_ssm::Problem;
 constexpr int kTile = 16;
 constexpr int kBlock = 128;  // channels of a block at most; in scratch, rows of channels lie this far apart
 constexpr int kBlockUnit = 16;  // block sizes are multiples of it
+constexpr int kHeads = kBlock / kBlockUnit;  // of a block at most
+constexpr float kDivisible = 12;  // binary logarithms of decays that states are divided by lie below it
 constexpr int kAhead = 32;  // steps between the prefetch of a token and its use
 
 // Channels of a route.
@@ -37,6 +39,9 @@ struct Scratch {
   float *grad_B, *grad_C;                      // (states, kTile, kWidth): lanes not yet added up
   float *dbc, *grad_dbc;                       // a tile's projections, transposed: (rank + 2 states, kTile)
   float *rows;                                 // the same as they lie in memory
+  // Of heads of a tile, see head_steps: step sizes, their slopes, the state's decay from the start of the tile to a step
+  // and its inverse, in rows of kTile steps; and the largest magnitude of that decay's binary logarithm.
+  float *head_delta, *head_slope, *head_through, *head_inverse, *head_range;
 
   // Cuts up `memory`; returns the number of floats, also for a null pointer.
   int64_t cut(float *memory, const Problem &p, bool backward) {
@@ -59,13 +64,19 @@ struct Scratch {
     unread = take(1, kBlock);
     dbc = take(features, kTile);
     rows = take(features, kTile);
+    const int64_t heads = p.head > 1 ? kHeads : 0;
+    head_delta = take(heads, kTile);
+    head_slope = take(heads, kTile);
+    head_through = take(heads, kTile);
+    head_inverse = take(heads, kTile);
+    head_range = take(heads ? 1 : 0, kTile);
     sums = take(p.tokens, p.block_size);
     if (!backward) return used;
     grad_y = take(kTile, kBlock);
     grad_raw = take(kTile, kBlock);
     grad_state = take(p.states, kBlock);
     grad_weight = take(p.rank, kBlock);
-    grad_rate = take(p.states, kBlock);
+    grad_rate = take(p.rates, kBlock);
     grad_bias = take(1, kBlock);
     grad_skip = take(1, kBlock);
     saved = take((p.steps + kTile - 1) / kTile * p.states, kBlock);
@@ -113,22 +124,28 @@ struct Walk {
   const Scratch &s;
   const Block block;
   const int64_t image, taken, route, features, row;
+  const int64_t heads;  // that the block has channels of; 0 if every channel has its own step size
   const int32_t *const read, *const write;
   bool one_rate;  // all states of a channel decay alike, so that one exponential serves them
+  bool shared;    // and so do all channels of a head
 
   Walk(const Problem &problem, const Scratch &scratch, Block of, int64_t b, int64_t j, int64_t k)
       : p(problem), s(scratch), block(of), image(b), taken(j), route(k), features(p.rank + 2 * p.states),
-        row(round_up(features, kTile)), read(p.read + k * p.steps), write(p.write + k * p.steps) {
+        row(round_up(features, kTile)), heads(problem.head > 1 ? head_of(of.count - 1) + 1 : 0), read(p.read + k * p.steps), write(p.write + k * p.steps) {
     for (int64_t r = 0; r < p.rank; ++r)
       load_row_as<Float32>(s.weight + r * kBlock, p.dt_weight, k * p.dt_weight_route + r * p.width + block.first,
                            block.count);
-    set(s.bias, p.dt_bias, k * p.dt_bias_route);
+    if (heads) {
+      memset(s.bias, 0, kBlock * sizeof(float));
+      if (p.dt_bias) load_row_as<Float32>(s.bias, p.dt_bias, k * p.dt_bias_route + block.first / p.head, heads);
+    } else {
+      set(s.bias, p.dt_bias, k * p.dt_bias_route);
+    }
     set(s.skip, p.D, k * p.D_route);
     memset(s.rate, 0, p.states * kBlock * sizeof(float));
-    const float *A = p.A + k * p.A_route + block.first * p.states;
-    if (p.states == 1) load_row_as<Float32>(s.rate, A, 0, block.count);
-    for (int64_t n = 0; n < p.states && p.states > 1; ++n)
-      for (int64_t c = 0; c < block.count; ++c) s.rate[n * kBlock + c] = A[c * p.states + n];
+    const float *A = p.A + k * p.A_route + block.first * p.rates;
+    for (int64_t n = 0; n < p.states; ++n)
+      for (int64_t c = 0; c < block.count; ++c) s.rate[n * kBlock + c] = A[c * p.rates + n % p.rates];
     for (int64_t i = 0; i < p.states * kBlock; ++i) {
       double exact = s.rate[i] * kLog2E;
       // Finite, because the step sizes of no steps are 0, and 0 times infinity is no number.
@@ -138,8 +155,11 @@ struct Walk {
       s.rate[p.states * kBlock + i] = low < kNear ? (low > -kNear ? (float)low : -kNear) : kNear;
     }
     one_rate = true;
-    for (int64_t n = 1; n < p.states && one_rate; ++n)
+    for (int64_t n = 1; n < p.states && p.rates > 1 && one_rate; ++n)
       one_rate = same_rate(n);
+    shared = heads && p.rates == 1;
+    for (int64_t c = 1; c < block.count && shared; ++c)
+      shared = head_of(c) > head_of(c - 1) || A[c] == A[c - 1];
     memset(s.state, 0, p.states * kBlock * sizeof(float));
     memset(s.rows, 0, row * kTile * sizeof(float));
     memset(s.zeros, 0, kBlock * sizeof(float));
@@ -170,7 +190,10 @@ struct Walk {
 
   int64_t dbc_of(int64_t token) const { return group_of(token, p.dbc_route) * features; }
 
-  int64_t delta_of(int64_t token) const { return group_of(token, p.delta_route) * p.width + block.first; }
+  int64_t delta_of(int64_t token) const { return (group_of(token, p.delta_route) * p.width + block.first) / p.head; }
+
+  // Which of the block's heads a channel of it belongs to.
+  int64_t head_of(int64_t c) const { return (block.first % p.head + c) / p.head; }
 
   int64_t group_of(int64_t token, int64_t own) const {
     const int64_t position = image * p.tokens + token;
@@ -196,9 +219,73 @@ struct Walk {
         x[t] = s.x + t * kBlock;
       }
       load_row(s.rows + t * row, p.dbc, dbc_of(token), features, p.dbc_type);
-      if (p.delta) load_row(s.raw + t * kBlock, p.delta, delta_of(token), block.count, p.delta_type);
+      if (p.delta)
+        load_row(s.raw + t * kBlock, p.delta, delta_of(token), heads ? heads : block.count, p.delta_type);
     }
     for (int64_t i = 0; i < row; i += kTile) transpose(s.rows + i, row, s.dbc + i * kTile, kTile);
+    if (heads) head_steps(count);
+  }
+
+  // Computes what all channels of a head have in common, for the steps of a tile side by side.
+  void head_steps(int64_t count) const {
+    for (int64_t h = 0; h < heads; ++h)
+      for (int t = 0; t < kTile; ++t) s.head_delta[h * kTile + t] = s.raw[t * kBlock + h] + s.bias[h];
+    for (int64_t first = 0; first < heads * kTile; first += kGroup * kWidth) {
+      Group delta, slope;
+      EACH delta[i] = load(s.head_delta + first + i * kWidth);
+      EACH slope[i] = splat(1.0f);
+      if (p.softplus) {
+        Group e;
+        exp_minus_abs(delta, e);
+        sigmoid_from(delta, e, slope);
+        softplus_from(delta, e, delta);
+      }
+      EACH store(s.head_delta + first + i * kWidth, delta[i]);
+      EACH store(s.head_slope + first + i * kWidth, slope[i]);
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      float *delta = s.head_delta + h * kTile;
+      double sum = 0, low = 0, high = 0;
+      for (int64_t t = count; t < kTile; ++t) delta[t] = s.head_slope[h * kTile + t] = 0;
+      for (int t = 0; t < kTile; ++t) {
+        sum += delta[t];
+        low = sum < low ? sum : low;
+        high = sum > high ? sum : high;
+        const float rounded = (float)sum;
+        s.head_through[h * kTile + t] = rounded;
+        s.head_inverse[h * kTile + t] = (float)(sum - rounded);
+      }
+      const float rate = s.rate[channel_of(h)];
+      s.head_range[h] = (float)((high > -low ? high : -low) * (rate < 0 ? -rate : rate) + 0 * sum);  // keeps NaN
+    }
+    for (int64_t first = 0; first < heads * kTile && shared; first += kGroup * kWidth) {
+      // Of sums in two parts: products of what is nearly 1 would be biased, and rounding a large sum shows in the ratio
+      // of two decays.
+      Group near, through;
+      Rate rates[kGroup];
+      EACH {
+        const int64_t channel = channel_of((first + i * kWidth) / kTile);
+        rates[i] = {splat(s.rate[channel]), splat(s.rate[p.states * kBlock + channel])};
+        through[i] = load(s.head_through + first + i * kWidth);
+        near[i] = near_of(through[i]);
+      }
+      exp_of(through, near, rates, through);
+      EACH through[i] += through[i] * ((float)(1 / kLog2E) * rates[i].high * load(s.head_inverse + first + i * kWidth));
+      EACH store(s.head_through + first + i * kWidth, through[i]);
+      EACH store(s.head_inverse + first + i * kWidth, 1.0f / through[i]);
+    }
+  }
+
+  // The first channel of one of the block's heads.
+  int64_t channel_of(int64_t head) const {
+    return head > 0 && head < heads ? head * p.head - block.first % p.head : 0;
+  }
+
+  // How many vectors of channels from c can keep their states divided by their decay since the start of the tile.
+  int64_t divisible(int64_t c) const {
+    const int64_t head = shared ? head_of(c) : 0;
+    if (!shared || !(s.head_range[head] < kDivisible)) return 0;
+    return c + kWidth < block.count && head_of(c + kWidth) == head ? 2 : 1;
   }
 
   // Fetches what the tile of steps from `first` needs, and `sums`, to whose rows its results are added.
@@ -244,6 +331,10 @@ INLINE void raw_steps(const Walk &w, int64_t c, int64_t count, Vec raw[kTile]) {
 
 // Step sizes. Those after the last step are 0, which leaves the state as it is.
 INLINE void step_sizes(const Walk &w, int64_t c, int64_t count, Vec delta[kTile]) {
+  if (w.heads) {
+    for (int t = 0; t < kTile; ++t) delta[t] = splat(w.s.head_delta[w.head_of(c) * kTile + t]);
+    return;
+  }
   raw_steps(w, c, count, delta);
   if (w.p.softplus) {
     for (int t = 0; t < count; t += kGroup) {
@@ -255,11 +346,56 @@ INLINE void step_sizes(const Walk &w, int64_t c, int64_t count, Vec delta[kTile]
   for (int64_t t = count; t < kTile; ++t) delta[t] = splat(0.0f);
 }
 
-// Advances the state of channels c over `count` steps with inputs x; adds their outputs to `sums` if asked for.
+// forward_tile where all channels of a head decay alike, for `Vectors` vectors of them: states divided by that decay
+// take two operations a step.
+template <int States, bool Inclusive, bool Output, int Vectors>
+INLINE void forward_divided(const Walk &w, int64_t c, const float *const *x, float *const *sums) {
+  constexpr int kTogether = (kWidth == 16 ? 8 : 4) / Vectors;  // as many sums as registers allow
+  const Scratch &s = w.s;
+  const int64_t states = States ? States : w.p.states, head = w.head_of(c) * kTile;
+  const float *delta = s.head_delta + head, *through = s.head_through + head, *inverse = s.head_inverse + head;
+  for (int t = 0; t < kTile; t += kTogether) {
+    Vec driven[kTogether][Vectors], y[kTogether][Vectors];
+    for (int i = 0; i < kTogether; ++i)
+      for (int v = 0; v < Vectors; ++v) {
+        driven[i][v] = delta[t + i] * inverse[t + i] * load(x[t + i] + c + v * kWidth);
+        y[i][v] = splat(0.0f);
+      }
+    const float after = t + kTogether < kTile ? 1.0f : through[kTile - 1];
+    for (int64_t n = 0; n < states; ++n) {
+      const float *B = s.dbc + (w.p.rank + n) * kTile + t, *C = B + states * kTile;
+      float *state = s.state + n * kBlock + c;
+      Vec g[Vectors];
+      for (int v = 0; v < Vectors; ++v) g[v] = load(state + v * kWidth);
+      for (int i = 0; i < kTogether; ++i)
+        for (int v = 0; v < Vectors; ++v) {
+          const Vec before = g[v];
+          g[v] += driven[i][v] * B[i];
+          if (Output) y[i][v] += (Inclusive ? g[v] : before) * C[i];
+        }
+      for (int v = 0; v < Vectors; ++v) store(state + v * kWidth, after * g[v]);
+    }
+    for (int i = 0; i < kTogether && Output; ++i)
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t at = c + v * kWidth;
+        Vec out = through[t + i] * y[i][v] + load(s.skip + at) * load(x[t + i] + at);
+        if (w.p.route_weight) out = rounded(w.weight() * out);
+        store(sums[t + i] + at, load(sums[t + i] + at) + out);
+      }
+  }
+}
+
+// Advances the state of channels c over `count` steps with inputs x; adds their outputs to `sums` if asked for. Returns
+// the number of channels.
 template <int States, bool Inclusive, bool Output>
-INLINE void forward_tile(const Walk &w, int64_t c, int64_t count, const float *const *x, float *const *sums) {
+INLINE int64_t forward_tile(const Walk &w, int64_t c, int64_t count, const float *const *x, float *const *sums) {
   const Scratch &s = w.s;
   const int64_t states = States ? States : w.p.states;
+  if (const int64_t vectors = w.divisible(c)) {
+    vectors == 2 ? forward_divided<States, Inclusive, Output, 2>(w, c, x, sums)
+                 : forward_divided<States, Inclusive, Output, 1>(w, c, x, sums);
+    return vectors * kWidth;
+  }
   Vec delta[kTile];
   step_sizes(w, c, count, delta);
   for (int t = 0; t < count; t += kGroup) {
@@ -286,6 +422,7 @@ INLINE void forward_tile(const Walk &w, int64_t c, int64_t count, const float *c
       EACH store(sums[t + i] + c, load(sums[t + i] + c) + y[i]);
     }
   }
+  return kWidth;
 }
 
 template <int States, bool Inclusive>
@@ -299,208 +436,12 @@ void forward_route(const Walk &w, float *sums, int64_t sums_row) {
     w.load_tile(first, count, x);
     for (int64_t t = 0; t < kTile; ++t)
       to[t] = t < count && w.write[first + t] >= 0 ? sums + w.write[first + t] * sums_row : w.s.unread;
-    for (int64_t c = 0; c < w.block.count; c += kWidth) forward_tile<States, Inclusive, true>(w, c, count, x, to);
+    for (int64_t c = 0; c < w.block.count;) c += forward_tile<States, Inclusive, true>(w, c, count, x, to);
   }
   float *state = p.state + ((w.image * p.taken + w.taken) * p.width + w.block.first) * p.states;
   if (p.states == 1) return store_row_as<Float32>(state, 0, w.s.state, w.block.count);
   for (int64_t c = 0; c < w.block.count; ++c)
     for (int64_t n = 0; n < p.states; ++n) state[c * p.states + n] = w.s.state[n * kBlock + c];
-}
-
-// to[t] = the sum over the lanes of v[t]
-INLINE void sums_of(const Vec v[kTile], float to[kTile]) {
-#if defined(__AVX512F__)
-  // Transpose and add: every round halves the number of vectors.
-  __m512 a[8], b[4], d[2];
-  for (int i = 0; i < 8; ++i)
-    a[i] = _mm512_add_ps(_mm512_unpacklo_ps((__m512)v[2 * i], (__m512)v[2 * i + 1]),
-                         _mm512_unpackhi_ps((__m512)v[2 * i], (__m512)v[2 * i + 1]));
-  for (int i = 0; i < 4; ++i) {
-    const __m512d low = (__m512d)a[2 * i], high = (__m512d)a[2 * i + 1];
-    b[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(low, high), (__m512)_mm512_unpackhi_pd(low, high));
-  }
-  for (int i = 0; i < 2; ++i)
-    d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
-                         _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
-  _mm512_storeu_ps(to, _mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd)));
-#else
-  for (int t = 0; t < kTile; ++t) to[t] = sum_of(v[t]);
-#endif
-}
-
-// Adds to the gradients of channels c of a tile, going backwards through it. Returns this part of <grad_y, y>.
-template <int States, bool Inclusive>
-INLINE Vec backward_tile(const Walk &w, int64_t c, int64_t count, const float *const *x, const float *saved) {
-  const Problem &p = w.p;
-  const Scratch &s = w.s;
-  const int64_t states = States ? States : p.states;
-  Vec slope[kTile], delta[kTile], decay[kTile], of_delta[kTile], of_driven[kTile];
-  raw_steps(w, c, kTile, delta);
-  for (int t = 0; t < kTile; t += kGroup) {
-    if (p.softplus) {
-      Group e;
-      exp_minus_abs(delta + t, e);
-      sigmoid_from(delta + t, e, slope + t);
-      softplus_from(delta + t, e, delta + t);
-    } else {
-      EACH slope[t + i] = splat(1.0f);
-    }
-  }
-  for (int64_t t = count; t < kTile; ++t) delta[t] = slope[t] = splat(0.0f);  // see step_sizes
-  Vec near[kTile];
-  for (int t = 0; t < kTile; ++t) near[t] = near_of(delta[t]);
-  const Vec weight = splat(w.weight()), skip = load(s.skip + c);
-  Vec product = {};
-  for (int64_t n = 0; n < states; ++n) {
-    const Rate rate = w.rate(n, c);
-    const float *B = s.dbc + (p.rank + n) * kTile, *C = B + states * kTile;
-    float *grad_B = s.grad_B + n * kTile * kWidth, *grad_C = s.grad_C + n * kTile * kWidth;
-    Vec h = load(saved + n * kBlock + c), decayed[kTile];
-    for (int t = 0; t < kTile; t += kGroup) {
-      if (n == 0 || !w.one_rate) exp_of(delta + t, near + t, rate, decay + t);
-      EACH {
-        decayed[t + i] = decay[t + i] * h;
-        h = decay[t + i] * h + delta[t + i] * load(x[t + i] + c) * B[t + i];
-      }
-    }
-    Vec carry = load(s.grad_state + n * kBlock + c), grad_rate = load(s.grad_rate + n * kBlock + c);
-    for (int t = kTile - 1; t >= 0; --t) {
-      const Vec driven = delta[t] * load(x[t] + c), given = load(s.grad_y + t * kBlock + c);
-      const Vec seen = Inclusive ? decayed[t] + driven * B[t] : decayed[t];
-      if (p.route_weight) product += given * (seen * C[t]);
-      const Vec g = given * weight;
-      const Vec of_decayed = carry + C[t] * g;
-      const Vec of_drive = Inclusive ? of_decayed : carry;
-      const Vec of_exponent = of_decayed * decayed[t];
-      store(grad_C + t * kWidth, (c ? load(grad_C + t * kWidth) : splat(0.0f)) + g * seen);
-      store(grad_B + t * kWidth, (c ? load(grad_B + t * kWidth) : splat(0.0f)) + of_drive * driven);
-      of_delta[t] = (n ? of_delta[t] : splat(0.0f)) + of_exponent * rate.high;
-      of_driven[t] = (n ? of_driven[t] : splat(0.0f)) + of_drive * B[t];
-      grad_rate += of_exponent * delta[t];
-      carry = decay[t] * of_decayed;
-    }
-    store(s.grad_state + n * kBlock + c, carry);
-    store(s.grad_rate + n * kBlock + c, grad_rate);
-  }
-  Vec grad_bias = load(s.grad_bias + c), grad_skip = load(s.grad_skip + c);
-  for (int t = 0; t < kTile; ++t) {
-    const Vec input = load(x[t] + c), given = load(s.grad_y + t * kBlock + c), g = given * weight;
-    if (p.route_weight) product += given * (skip * input);
-    const Vec grad_raw = ((float)(1 / kLog2E) * of_delta[t] + of_driven[t] * input) * slope[t];
-    store(s.grad_raw + t * kBlock + c, grad_raw);
-    store(s.out + t * kBlock + c, of_driven[t] * delta[t] + skip * g);
-    grad_bias += grad_raw;
-    grad_skip += g * input;
-  }
-  store(s.grad_bias + c, grad_bias);
-  store(s.grad_skip + c, grad_skip);
-  return product;
-}
-
-// The two matrix products behind the step sizes, for one tile.
-INLINE void backward_projection(const Walk &w) {
-  const Scratch &s = w.s;
-  const int64_t rank = w.p.rank, count = w.block.count;
-  for (int64_t r = 0; r < rank; ++r) {
-    Vec sum[kTile];
-    for (int t = 0; t < kTile; ++t) sum[t] = splat(0.0f);
-    for (int64_t c = 0; c < count; c += kWidth) {
-      const Vec weight = load(s.weight + r * kBlock + c);
-      for (int t = 0; t < kTile; ++t) sum[t] += load(s.grad_raw + t * kBlock + c) * weight;
-    }
-    sums_of(sum, s.grad_dbc + r * kTile);
-  }
-  constexpr int kTogether = 8;
-  for (int64_t c = 0; c < count; c += kWidth) {
-    int64_t r = 0;
-    for (; r + kTogether <= rank; r += kTogether) {
-      Vec sum[kTogether];
-      for (int i = 0; i < kTogether; ++i) sum[i] = load(s.grad_weight + (r + i) * kBlock + c);
-      for (int t = 0; t < kTile; ++t) {
-        const Vec grad_raw = load(s.grad_raw + t * kBlock + c);
-        for (int i = 0; i < kTogether; ++i) sum[i] += s.dbc[(r + i) * kTile + t] * grad_raw;
-      }
-      for (int i = 0; i < kTogether; ++i) store(s.grad_weight + (r + i) * kBlock + c, sum[i]);
-    }
-    for (; r < rank; ++r) {
-      Vec even = load(s.grad_weight + r * kBlock + c), odd = {};
-      for (int t = 0; t < kTile; t += 2) {
-        even += s.dbc[r * kTile + t] * load(s.grad_raw + t * kBlock + c);
-        odd += s.dbc[r * kTile + t + 1] * load(s.grad_raw + (t + 1) * kBlock + c);
-      }
-      store(s.grad_weight + r * kBlock + c, even + odd);
-    }
-  }
-}
-
-template <int States, bool Inclusive>
-void backward_route(const Walk &w, float *grad_x, int64_t grad_x_row, int64_t part, int64_t group, float *product) {
-  const Problem &p = w.p;
-  const Scratch &s = w.s;
-  const int64_t states = p.states, tiles = (p.steps + kTile - 1) / kTile;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    memcpy(s.saved + tile * states * kBlock, s.state, states * kBlock * sizeof(float));
-    if (tile + 1 == tiles) break;
-    w.prefetch(tile * kTile + kAhead, grad_x, grad_x_row);
-    const float *x[kTile];
-    w.load_tile(tile * kTile, kTile, x);
-    for (int64_t c = 0; c < w.block.count; c += kWidth)
-      forward_tile<States, Inclusive, false>(w, c, kTile, x, nullptr);
-  }
-  memset(s.grad_state, 0, states * kBlock * sizeof(float));
-  if (p.grad_state) {
-    const float *given = p.grad_state + ((w.image * p.taken + w.taken) * p.width + w.block.first) * states;
-    for (int64_t c = 0; c < w.block.count; ++c)
-      for (int64_t n = 0; n < states; ++n) s.grad_state[n * kBlock + c] = given[c * states + n];
-  }
-  memset(s.grad_weight, 0, p.rank * kBlock * sizeof(float));
-  memset(s.grad_rate, 0, states * kBlock * sizeof(float));
-  memset(s.grad_bias, 0, kBlock * sizeof(float));
-  memset(s.grad_skip, 0, kBlock * sizeof(float));
-  Vec sum = {};
-  float *grad_dbc = p.grad_dbc + part * p.batch * p.tokens * (p.dbc_route ? p.routes : 1) * w.features;
-  for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-    const int64_t first = tile * kTile, count = p.steps - first < kTile ? p.steps - first : kTile;
-    w.prefetch(first - kAhead, grad_x, grad_x_row);
-    const float *x[kTile];
-    w.load_tile(first, count, x);
-    for (int64_t t = 0; t < kTile; ++t) {
-      const int64_t token = t < count ? w.write[first + t] : -1;
-      if (token < 0)
-        memset(s.grad_y + t * kBlock, 0, kBlock * sizeof(float));
-      else
-        load_row(s.grad_y + t * kBlock, p.grad_y, w.x_of(token), w.block.count, p.grad_y_type);
-    }
-    const float *saved = s.saved + tile * states * kBlock;
-    for (int64_t c = 0; c < w.block.count; c += kWidth)
-      sum += backward_tile<States, Inclusive>(w, c, count, x, saved);
-    backward_projection(w);
-    for (int64_t n = 0; n < 2 * states; ++n) {
-      const float *lanes = n < states ? s.grad_B + n * kTile * kWidth : s.grad_C + (n - states) * kTile * kWidth;
-      Vec v[kTile];
-      for (int t = 0; t < kTile; ++t) v[t] = load(lanes + t * kWidth);
-      sums_of(v, s.grad_dbc + (p.rank + n) * kTile);
-    }
-    for (int64_t i = 0; i < w.row; i += kTile) transpose(s.grad_dbc + i * kTile, kTile, s.rows + i, w.row);
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t token = w.read[first + t];
-      if (token < 0) continue;
-      add_row(grad_x + token * grad_x_row, s.out + t * kBlock, w.block.count);
-      add_row(grad_dbc + w.dbc_of(token), s.rows + t * w.row, w.features);
-      if (p.delta) add_row(p.grad_delta + w.delta_of(token), s.grad_raw + t * kBlock, w.block.count);
-    }
-    memset(s.rows, 0, kTile * w.row * sizeof(float));
-  }
-  // Rows of the route's slot: rank of dt_weight, states of A, dt_bias, D.
-  float *to = p.grad_parameters + (group * p.routes + w.route) * (p.rank + states + 2) * p.width + w.block.first;
-  auto add = [&](const float *from, int64_t rows) {
-    for (int64_t i = 0; i < rows; ++i, to += p.width) add_row(to, from + i * kBlock, w.block.count);
-  };
-  add(s.grad_weight, p.rank);
-  add(s.grad_rate, states);
-  add(s.grad_bias, 1);
-  add(s.grad_skip, 1);
-  *product = sum_of(sum);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ LEVELS = ("baseline", "avx2", "avx512")
 """Instruction sets by their number in the library: SSE2 or NEON, AVX2, AVX-512."""
 
 _SIZES = (
-    "batch tokens channels routes taken steps width states rank softplus inclusive "
+    "batch tokens channels routes taken steps width states rates rank head softplus inclusive "
     "x_type dbc_type delta_type y_type grad_y_type "
     "dbc_route delta_route A_route dt_weight_route dt_bias_route D_route"
 )

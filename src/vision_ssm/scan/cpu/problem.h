@@ -8,7 +8,8 @@ enum Type : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 struct Problem {
   // Sizes. `taken` routes of the pool of `routes` are walked per image.
-  int64_t batch, tokens, channels, routes, taken, steps, width, states, rank;
+  int64_t batch, tokens, channels, routes, taken, steps, width, states, rates, rank;  // rates: per channel, `states` or 1
+  int64_t head;  // neighboring channels with one step size; 1, a multiple of 16, or `width`
   int64_t softplus, inclusive;
   // Dtypes of the tensors that may be of half precision.
   int64_t x_type, dbc_type, delta_type, y_type, grad_y_type;
@@ -34,8 +35,8 @@ struct Problem {
   const float *grad_state;
   void *grad_x;              // (batch, tokens, channels) dense, of x_type
   float *grad_dbc;           // (parts, batch, tokens, routes or 1, rank + 2 states)
-  float *grad_delta;         // (batch, tokens, routes or 1, width)
-  float *grad_parameters;    // (groups, routes, rank + states + 2, width): dt_weight, A, dt_bias, D
+  float *grad_delta;         // (batch, tokens, routes or 1, width), or of heads (parts, batch, tokens, routes or 1, heads)
+  float *grad_parameters;    // (groups, routes, rank + rates + 2, width): dt_weight, A, dt_bias, D
   float *grad_route_weight;  // (blocks, batch, taken)
   int64_t groups;
   int64_t threads;

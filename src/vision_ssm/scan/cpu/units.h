@@ -1,6 +1,6 @@
 // Units of work from the scan of one block; included by one file per target, which names it in TARGET.
 #pragma once
-#include "kernel.h"
+#include "gradient.h"
 #include "target.h"
 
 namespace {

@@ -152,16 +152,16 @@ INLINE Vec near_of(Vec x) {
 // to = exp(x a), given the rate of a and near = near_of(x). The exponent is cut into a multiple of a power of 2 and a
 // rest f on either side of 0, where the result is exactly 1: many steps of nearly no decay would add up a bias. Without
 // AVX-512, results below 2^-126 are 0.
-INLINE void exp_of(const Vec *x, const Vec *near, Rate rate, Group to) {
+INLINE void exp_of(const Vec *x, const Vec *near, const Rate *rate, Group to) {
   Group y, whole, f, p;
-  EACH y[i] = x[i] * rate.high;
+  EACH y[i] = x[i] * rate[i].high;
 #if defined(__AVX512F__)
   const Vec table = {1.0f,          1.0442737f,  1.0905077f,  1.1387886f, 1.1892071f, 1.2418578f,
                      1.2968396f,    1.3542556f,  1.4142135f,  1.4768262f, 1.5422108f, 1.6104903f,
                      1.6817929f,    1.7562522f,  1.8340081f,  1.9152066f};  // 2^(i/16)
   EACH f[i] = (Vec)_mm512_reduce_ps((__m512)y[i], 4 << 4 | _MM_FROUND_NO_EXC);  // beyond sixteenths; 0 for infinity
   EACH whole[i] = y[i] - f[i];
-  EACH f[i] = near[i] * rate.low + f[i];
+  EACH f[i] = near[i] * rate[i].low + f[i];
   EACH p[i] = 5.5504e-2f * f[i] + 2.4022651e-1f;
   EACH p[i] = p[i] * f[i] + 6.9314718e-1f;
   EACH to[i] = (Vec)_mm512_permutexvar_ps((__m512i)(whole[i] + 786432.0f), (__m512)table);  // by the sum's low bits
@@ -171,7 +171,7 @@ INLINE void exp_of(const Vec *x, const Vec *near, Rate rate, Group to) {
   Group t;
   EACH t[i] = y[i] + 12582912.0f;  // rounds to an integer, which the low bits then hold
   EACH whole[i] = t[i] - 12582912.0f;
-  EACH f[i] = near[i] * rate.low + (y[i] - whole[i]);
+  EACH f[i] = near[i] * rate[i].low + (y[i] - whole[i]);
   EACH p[i] = 1.53264713e-4f * f[i] + 1.33908060e-3f;
   EACH p[i] = p[i] * f[i] + 9.61850584e-3f;
   EACH p[i] = p[i] * f[i] + 5.55036013e-2f;
@@ -181,6 +181,12 @@ INLINE void exp_of(const Vec *x, const Vec *near, Rate rate, Group to) {
   EACH p[i] = (Vec)(((Bits)p[i] + ((Bits)t[i] << 23)) & (Bits)(y[i] > -126.0f));
   EACH to[i] = select(y[i] < 128.0f, p[i], y[i] * 0x1p127f);  // infinity or NaN
 #endif
+}
+
+INLINE void exp_of(const Vec *x, const Vec *near, Rate rate, Group to) {
+  Rate rates[kGroup];
+  EACH rates[i] = rate;
+  exp_of(x, near, rates, to);
 }
 
 // t = exp(-|z|), from which softplus and its derivative follow.

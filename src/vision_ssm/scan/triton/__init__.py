@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vision_ssm.scan.arguments import ScanArguments
+from vision_ssm.scan.portable import of_channels, of_heads
 from vision_ssm.scan.triton.tiles import BACKWARD, BACKWARD_LARGE, FORWARD, Tile, choose
 
 
@@ -171,6 +172,9 @@ def backward(
         parameter = getattr(args, name)
         if parameter is not None:
             found[name] = grad.sum(0, keepdim=True) if parameter.shape[0] < args.routes else grad
+    found["A"] = of_heads(found["A"], wanted.A.shape[2])
+    for name in found.keys() & {"delta", "dt_bias"}:
+        found[name] = of_heads(found[name], wanted.heads)
     return {name: grad.to(getattr(wanted, name).dtype) for name, grad in found.items()}
 
 
@@ -272,13 +276,16 @@ def _launch(
 
 
 def _prepared(args: ScanArguments) -> ScanArguments:
-    """Return the call with contiguous tensors and float32 parameters."""
+    """Return the call with contiguous tensors, float32 parameters and a step size for every channel."""
     changes: dict[str, Any] = {}
     for name in ("x", "dbc", "delta", *ScanArguments.SHARED, "route_weight", "read", "write", "route_index"):
         tensor = getattr(args, name)
         if tensor is not None:
             exact = name in ScanArguments.SHARED or name == "route_weight" or tensor.dtype == torch.float64
-            changes[name] = (tensor.float() if exact else tensor).resolve_neg().contiguous()
+            tensor = tensor.float() if exact else tensor
+            tensor = of_channels(tensor, args.channels_per_route) if name in ("delta", "dt_bias") else tensor
+            tensor = tensor.expand(-1, -1, args.state_size) if name == "A" else tensor
+            changes[name] = tensor.resolve_neg().contiguous()
     return replace(args, **changes)
 
 
