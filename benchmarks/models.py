@@ -327,6 +327,8 @@ def main() -> int:
     unknown = [name for name in options.models if not timm.is_model(name)]
     if unknown:
         parser.error(f"timm knows no model named {', '.join(unknown)}")
+    if options.training and (options.compile or options.onnx):
+        parser.error("--compile and --onnx are for inference; leave out --training")
     torch.set_num_threads(options.threads)
     common.console().print(common.machine_line())
     rows: list[dict[str, Any]] = []

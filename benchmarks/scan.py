@@ -152,19 +152,20 @@ def measure_peers(shape: Shape, seconds: float) -> list[dict[str, Any]]:
 
 
 def measure_both_ways(side: int, channels: int, batch: int, seconds: float) -> dict[str, Any]:
-    """Time a quasi-separable scan as in QSMixer, and two scans, one in each direction, that have nothing in common."""
+    """Time a quasi-separable scan as in QSMixer, and two scans, one in each direction, of its kind and of Mamba's."""
     torch.manual_seed(0)
     states, heads, rank = 16, channels // 32, math.ceil(channels / 32)
     x, path = torch.randn(batch, side, side, channels), (ROWS,)
     shared = dict(dbc=torch.randn(batch, side, side, 2 * states), delta=torch.randn(batch, side, side, heads))
     shared |= dict(A=-torch.ones(1, channels, 1), dt_bias=torch.full((2, 1, heads), -4.0), D=torch.ones(channels))
+    alike = shared | {name: torch.randn(batch, side, side, 2, shared[name].shape[3]) for name in ("dbc", "delta")}
     own = dict(dbc=torch.randn(batch, side, side, 2, rank + 2 * states), D=torch.ones(channels))
     own |= dict(A=-torch.arange(1.0, states + 1).repeat(2, channels, 1), dt_bias=torch.full((2, 1, channels), -4.0))
     own["dt_weight"] = torch.randn(2, rank, channels) / rank
     row: dict[str, Any] = dict(table="both ways", shape=f"{side}x{side}x{channels}", states=states, batch=batch)
     for step in ("forward", "training"):
         steps = {}
-        for name, given in (("quasi_separable", shared), ("two_scans", own)):
+        for name, given in (("quasi_separable", shared), ("two_alike", alike), ("two_scans", own)):
             leaves = {
                 key: value.clone().requires_grad_(step == "training") for key, value in dict(x=x, **given).items()
             }
@@ -172,7 +173,8 @@ def measure_both_ways(side: int, channels: int, batch: int, seconds: float) -> d
         timings = common.interleaved(steps, seconds)
         for name, timing in timings.items():
             row[f"{name}_{step}_ms"] = timing.median * 1e3
-        row[f"{step}_ratio"] = timings["quasi_separable"].median / timings["two_scans"].median
+        for name in ("two_alike", "two_scans"):
+            row[f"{step}_ratio_{name}"] = timings["quasi_separable"].median / timings[name].median
     return row
 
 
@@ -187,13 +189,17 @@ def show_both_ways(rows: list[dict[str, Any]]) -> None:
     """Print the table of quasi-separable scans."""
     columns = [("shape", "{shape}"), (">batch", "{batch}")]
     for step in ("forward", "training"):
-        columns += [(f">{step}", f"{{quasi_separable_{step}_ms:.2f}}"), (">two scans", f"{{two_scans_{step}_ms:.2f}}")]
-        columns += [(">ratio", f"{{{step}_ratio:.2f}}")]
+        columns += [(f">{step}", f"{{quasi_separable_{step}_ms:.2f}}")]
+        for name, heading in (("two_alike", "two alike"), ("two_scans", "two of Mamba")):
+            columns += [(f">{heading}", f"{{{name}_{step}_ms:.2f}}"), (">ratio", f"{{{step}_ratio_{name}:.2f}}")]
     common.show(
         f"A quasi-separable scan beside two scans, one in each direction, N = {rows[0]['states']}: ms (medians)",
         rows,
         columns,
-        ["The first has a step size and decay rate per 32 channels, and B and C, for both directions (QSMixer)."],
+        [
+            "The first has a step size and decay rate per 32 channels, and B and C, for both directions (QSMixer); "
+            "two alike: the same, each with B, C and step sizes of its own; two of Mamba: also 16 rates per channel."
+        ],
     )
 
 

@@ -180,6 +180,7 @@ CASES = [
     Case(batch=5, channels=1),
     Case(rates="channel"),
     Case(rank=0, heads=3),
+    Case(rank=0, heads=2, side_by_side=True, shared=True),
     Case(rank=0, heads=3, rates="head", height=5, width=7),
     Case(rank=0, heads=2, channels=32, rates="channel", height=5, width=7),
     *(

@@ -24,7 +24,10 @@ def conv_act(x: Tensor, conv: nn.Module, act: nn.Module | None = None) -> Tensor
 
 
 def add_product(total: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """Return ``total + x factor``, in inference in the memory of ``total``, which nothing else may need."""
+    """Return ``total + x factor``, in inference in the memory of ``total``, which nothing else may need.
+
+    ``total`` and ``x`` have one shape.
+    """
     if unobserved(total) and total.dtype == torch.result_type(total, x) == torch.result_type(total, factor):
         return total.addcmul_(x, factor)
     return torch.addcmul(total, x, factor)

@@ -390,7 +390,7 @@ def _scan_channels(
         A.view(1, 1, 1),
         D.unsqueeze(-1),
         (ROWS,),
-        delta=(raw[..., :1] + dt_bias.t()).view(batch, 1, channels, directions, 1),
+        delta=(raw[..., :1] + dt_bias.t())[:, None, :, :, None],
         aligned=aligned,
         bidirectional=directions == 2,
     )

@@ -157,7 +157,10 @@ def unroll(args: ScanArguments, length: int, chunks: int) -> Steps:
 
 def of_channels(values: Tensor, width: int) -> Tensor:
     """Repeat the last axis, one value per head, for the channels of a head."""
-    return values if values.shape[-1] == width else values.repeat_interleave(width // values.shape[-1], dim=-1)
+    heads = values.shape[-1]
+    if heads == 1:
+        return values.expand(*values.shape[:-1], width)
+    return values if heads == width else values.repeat_interleave(width // heads, dim=-1)
 
 
 def of_heads(grad: Tensor, heads: int) -> Tensor:

@@ -86,15 +86,14 @@ def backward(
     args: ScanArguments, grad_y: Tensor, grad_state: Tensor | None, level: str | None = None
 ) -> dict[str, Tensor]:
     """Return the gradients of all differentiable arguments, from those of outputs and last state."""
-    wanted, args = args, _with_heads(args)
     shared_delta = args.delta if args.side_by_side else None
     if shared_delta is not None and shared_delta.shape[2] < args.routes:
         # Side by side, every route is a unit of work of its own: each needs its own gradient to write to.
         found = backward(
             replace(args, delta=shared_delta.float().expand(-1, -1, args.routes, -1)), grad_y, grad_state, level
         )
-        of_delta = of_heads(_sum_in_order(found["delta"].movedim(2, 0)), wanted.heads)
-        return found | {"delta": of_delta.unsqueeze(2).to(shared_delta.dtype)}
+        return found | {"delta": _sum_in_order(found["delta"].movedim(2, 0)).unsqueeze(2).to(shared_delta.dtype)}
+    wanted, args = args, _with_heads(args)
     problem, keep = _problem(args)
     batch, tokens, channels = args.x.shape
     width, rates, rank = args.channels_per_route, args.A.shape[2], args.rank

@@ -158,8 +158,9 @@ struct Walk {
     for (int64_t n = 1; n < p.states && p.rates > 1 && one_rate; ++n)
       one_rate = same_rate(n);
     shared = heads && p.rates == 1;
-    for (int64_t c = 1; c < block.count && shared; ++c)
-      shared = head_of(c) > head_of(c - 1) || A[c] == A[c - 1];
+    // Of the whole route, as its blocks depend on the number of threads.
+    const float *rates = p.A + k * p.A_route;
+    for (int64_t c = 1; c < p.width && shared; ++c) shared = c % p.head == 0 || rates[c] == rates[c - 1];
     memset(s.state, 0, p.states * kBlock * sizeof(float));
     memset(s.rows, 0, row * kTile * sizeof(float));
     memset(s.zeros, 0, kBlock * sizeof(float));
