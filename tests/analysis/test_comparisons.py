@@ -122,6 +122,14 @@ def test_differences_are_paired_by_seed(tmp_path: Path):
     assert found.plot().axes[0].get_legend_handles_labels()[1] == ["a", "b", "c"]
 
 
+def test_a_legend_of_long_names_stays_inside_of_the_picture():
+    variants = [Variant(f"atrous={a} conv_branch={b}", {}, 1, 2, 3.0) for a in (True, False) for b in (True, False)]
+    figure = Ablation("accuracy", tuple(variants)).plot()
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_without_runs_there_are_costs_only():
     found = Ablation("accuracy", (Variant("a", {"width": 1}, 10, 100, 2.0),))
     assert found.rows() == [{"variant": "a", "width": "1", "parameters": 10, "macs": 100, "milliseconds": 2.0}]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vision_ssm.analysis.result import COLORS, Result, new_figure
+from vision_ssm.analysis.result import COLORS, Result, legend_below, new_figure
 from vision_ssm.errors import InputError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Ablation(Result):
             figure.suptitle(f"{what[0].upper()}{what[1:]}{bars}")
         else:
             panels[0].set_yticks([])
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        legend_below(panels[0])
         return figure
 
 

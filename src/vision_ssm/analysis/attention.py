@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vision_ssm.analysis.capture import capture, locate
 from vision_ssm.analysis.pictures import path_name
-from vision_ssm.analysis.result import COLOR_MAP, COLORS, Result, new_figure
+from vision_ssm.analysis.result import COLOR_MAP, COLORS, Result, legend_below, new_figure
 from vision_ssm.analysis.scan_layers import ATTENTION, SCAN, Call, choose_layer, find_scan_layers, trace
 from vision_ssm.errors import InputError
 from vision_ssm.layers import SwitchOfScans
@@ -467,7 +467,7 @@ class SwitchChoices(Result):
         axes.spines[["top", "right"]].set_visible(False)
         count = len(self.images)
         figure.suptitle(f"Paths that {self.model} takes, mean of {count} image{'s' * (count > 1)}", fontsize=11)
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        legend_below(axes)
         return figure
 
     def rows(self) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vision_ssm.analysis.result import COLORS, LINES, Result, new_figure
+from vision_ssm.analysis.result import COLORS, LINES, Result, legend_below, new_figure
 from vision_ssm.analysis.speed import FAILURES, Speed, mark_sizes, measure_step, reason
 from vision_ssm.errors import InputError
 
@@ -99,7 +99,7 @@ class Resolution(Result):
             axes.set(title=title[0].upper() + title[1:], ylabel=unit, yscale="linear" if factor > 1 else "log")
             mark_sizes(axes, sorted({row["size"] for row in rows}))
         panels[0].plot([], [], "o", markersize=11, fillstyle="none", color="0.3", label="the model's own size")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        legend_below(panels[0])
         return figure
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -49,3 +50,12 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def legend_below(axes: Axes) -> None:
+    """Put the legend of one of the panels below all of them, in as many columns, at most four, as its labels allow."""
+    figure: Any = axes.figure
+    handles, labels = axes.get_legend_handles_labels()
+    longest = 6 + max(map(len, labels), default=0)
+    columns = min(4, max(1, int(12 * figure.get_figwidth() / longest)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vision_ssm import __version__
-from vision_ssm.analysis.result import COLORS, LINES, Result, new_figure
+from vision_ssm.analysis.result import COLORS, LINES, Result, legend_below, new_figure
 from vision_ssm.scan import last_backend
 from vision_ssm.scan.cpu.library import load_library
 
@@ -229,7 +229,7 @@ class Bench(Result):
         for axes, title, unit in zip(panels, ("Time", "Memory"), units, strict=True):
             axes.set(title=f"{title} ({what})", ylabel=unit, yscale="log")
             mark_sizes(axes, sorted({_side(entry) for entry in self.entries if entry.speed}))
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        legend_below(panels[0])
         return figure
 
 
