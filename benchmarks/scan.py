@@ -198,7 +198,8 @@ def show_both_ways(rows: list[dict[str, Any]]) -> None:
         columns,
         [
             "The first has a step size and decay rate per 32 channels, and B and C, for both directions (QSMixer); "
-            "two alike: the same, each with B, C and step sizes of its own; two of Mamba: also 16 rates per channel."
+            "two alike: the same, each with B, C and step sizes of its own; two of Mamba: a step size and 16 rates "
+            "per channel."
         ],
     )
 

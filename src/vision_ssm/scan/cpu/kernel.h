@@ -131,7 +131,8 @@ struct Walk {
 
   Walk(const Problem &problem, const Scratch &scratch, Block of, int64_t b, int64_t j, int64_t k)
       : p(problem), s(scratch), block(of), image(b), taken(j), route(k), features(p.rank + 2 * p.states),
-        row(round_up(features, kTile)), heads(problem.head > 1 ? head_of(of.count - 1) + 1 : 0), read(p.read + k * p.steps), write(p.write + k * p.steps) {
+        row(round_up(features, kTile)), heads(problem.head > 1 ? head_of(of.count - 1) + 1 : 0),
+        read(p.read + k * p.steps), write(p.write + k * p.steps) {
     for (int64_t r = 0; r < p.rank; ++r)
       load_row_as<Float32>(s.weight + r * kBlock, p.dt_weight, k * p.dt_weight_route + r * p.width + block.first,
                            block.count);
@@ -160,7 +161,8 @@ struct Walk {
     shared = heads && p.rates == 1;
     // Of the whole route, as its blocks depend on the number of threads.
     const float *rates = p.A + k * p.A_route;
-    for (int64_t c = 1; c < p.width && shared; ++c) shared = c % p.head == 0 || rates[c] == rates[c - 1];
+    for (int64_t first = 0; first < p.width && shared; first += p.head)
+      for (int64_t c = 1; c < p.head; ++c) shared &= rates[first + c] == rates[first];
     memset(s.state, 0, p.states * kBlock * sizeof(float));
     memset(s.rows, 0, row * kTile * sizeof(float));
     memset(s.zeros, 0, kBlock * sizeof(float));
