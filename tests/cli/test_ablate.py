@@ -81,6 +81,17 @@ def test_costs_alone_need_no_images(tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["ablation.csv", "ablation.png"]
 
 
+def test_named_variants_change_several_values(tmp_path, capsys):
+    words = "small --measure-only --img-size 16 --num-classes 7 --seconds 0.01 --json"
+    variants = ("--variant", "as it is:", "--variant", "ViM2, deep: model=vim2_atto, depths=(1,1,2,1)")
+    code, out, _ = ablate(capsys, *words.split(), *variants, "--out", tmp_path)
+    first, second = json.loads(out)["runs"]
+    assert code == 0
+    assert (first["variant"], first["model"], first["depths"]) == ("as it is", "", "")
+    assert (second["variant"], second["model"], second["depths"]) == ("ViM2, deep", "vim2_atto", "(1,1,2,1)")
+    assert first["parameters"] != second["parameters"]
+
+
 def test_names_of_the_model_and_of_options():
     config = change(recipes.small(model="sparx_mamba_atto"), {"steps": 2, "windows": None, "lr": 1})
     assert (config.model_args, config.steps, config.lr) == ({"steps": 2, "windows": None}, None, 1)
@@ -93,7 +104,12 @@ def test_names_of_the_model_and_of_options():
     ("words", "message"),
     [
         pytest.param("smal --over lr=1", "no recipe smal", id="unknown-recipe"),
-        pytest.param("small --seeds 2", "nothing to compare", id="nothing-to-compare"),
+        pytest.param("small --seeds 2", "either --over or --variant", id="nothing-to-compare"),
+        pytest.param("small --over lr=1 --variant a:lr=1", "either --over or --variant", id="both"),
+        pytest.param("small --variant lr=1", '--variant lr=1: expected "TITLE: NAME=VALUE', id="no-title"),
+        pytest.param("small --variant a!:lr=1 --variant a?:lr=2", "each title once", id="titles-of-one-folder"),
+        pytest.param("small --variant a:lr=1,2", "--variant a:lr=1,2: expected NAME=VALUE", id="no-list"),
+        pytest.param("small --variant a:lr=1,lr=2", "each name once", id="value-twice"),
         pytest.param("small --over lr", "--over lr: expected NAME=VALUE", id="no-values"),
         pytest.param(
             "small --over lr=1 --over lr=2", "--over lr=2: expected NAME=VALUE,..., each name once", id="twice"

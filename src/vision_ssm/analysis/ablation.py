@@ -91,10 +91,11 @@ class Ablation(Result):
         """One line per run; per variant, if there are no runs."""
         runs = self.runs or [AblationRun(variant.name, 0, None) for variant in self.variants]
         known, lines = {variant.name: variant for variant in self.variants}, []
+        names = {name: "" for variant in self.variants for name in variant.values}
         for run in runs:
             variant = known[run.variant]
             result = {"seed": run.seed, self.metric: run.value, "error": run.error} if self.runs else {}
-            values = {name: _text(value) for name, value in variant.values.items()}
+            values = names | {name: _text(value) for name, value in variant.values.items()}
             lines.append({"variant": run.variant, **values, **_costs(variant), **result})
         return lines
 

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from vision_ssm.analysis.ablation import Ablation, Variant
 
 _USAGE = """usage: vision-ssm ablate RECIPE --over NAME=VALUE,... [--over NAME=VALUE,...] [--seeds 5] [OPTIONS]
+       vision-ssm ablate RECIPE --variant "TITLE: NAME=VALUE,..." --variant "TITLE: ..." [--seeds 5] [OPTIONS]
 
-Trains every combination of values of model arguments or options with several seeds, and compares them.
+Trains every combination of values of model arguments or options, or variants named one by one, with several seeds,
+and compares them.
 `vision-ssm recipes` lists the recipes, `vision-ssm ablate RECIPE --help` all options, which are those of train too.
 """
 
@@ -38,6 +40,9 @@ class AblationOptions(Config):
     over: UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE,...")]] = ()
     """A model argument or an option, and its values, such as windows=1,2,none or "steps=(1,1,2,1),(1,1,3,1)"; several
     of these give all combinations. A name of both the model and the options, such as SparX's steps, is the model's."""
+    variant: UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar='"TITLE: NAME=VALUE,..."')]] = ()
+    """Instead of --over: one variant with any number of values, such as "deeper: depths=(1,1,4,1), lr=1e-3"; with none,
+    "as it is:" alone."""
     seeds: int = limited(3, least=1)
     """How often each is trained, with seeds from --seed on."""
     measure_only: bool = False
@@ -60,7 +65,10 @@ def ablate(words: Sequence[str]) -> int:
     recipe = recipes.find(words[0])
     text = f"Compare variants of the recipe {recipe.name}: {recipe.text}."
     config, options = parse_config(words[1:], f"ablate {recipe.name}", recipe(), AblationOptions(), text)
-    over = _read_over(options.over)
+    combinations = _read_variants(options.variant) if options.variant else {}
+    if bool(combinations) == bool(options.over):
+        example = '--over lr=1e-3,2e-3 or --variant "deeper: depths=(1,1,4,1)"'
+        raise InputError(f"name what to compare with either --over or --variant, such as {example}")
     if config.processes > 1:
         raise InputError("ablate trains in one process; leave out --devices and --num-nodes")
 
@@ -72,13 +80,12 @@ def ablate(words: Sequence[str]) -> int:
     console = make_console(stderr=options.json)
     out = options.out or Path("runs") / f"ablation-{recipe.name}"
     config = absolute(config)
-    combinations = grid(over)
+    combinations = combinations or grid(_read_over(options.over))
     configs = {name: change(config, values) for name, values in combinations.items()}
     seeds = range(config.seed, config.seed + options.seeds)
 
     def prepare(name: str, seed: int) -> tuple[RunFolder, Any]:
-        stem = re.sub(r"[^\w=.,()+-]+", "_", name)
-        return RunFolder(out / f"{stem}-seed{seed}"), replace(configs[name], seed=seed)
+        return RunFolder(out / f"{_stem(name)}-seed{seed}"), replace(configs[name], seed=seed)
 
     for name in () if options.measure_only else configs:
         for folder, each in (prepare(name, seed) for seed in seeds):
@@ -122,21 +129,41 @@ def ablate(words: Sequence[str]) -> int:
     return fail(f"{len(failed)} of {len(result.runs)} runs failed; {files[1]} says why") if failed else 0
 
 
+def _stem(name: str) -> str:
+    return re.sub(r"[^\w=.,()+-]+", "_", name)
+
+
 def _read_over(words: Sequence[str]) -> dict[str, list[Any]]:
     over: dict[str, list[Any]] = {}
     for word in words:
-        name, equals, values = word.partition("=")
-        name = name.replace("-", "_")
-        if not (name and equals) or name in over or name == "seed":
-            problem = "seeds come from --seeds" if name == "seed" else "expected NAME=VALUE,..., each name once"
-            raise InputError(f"--over {word}: {problem}")
-        try:
-            over[name] = [read_literal(value, word) for value in split_values(values)]
-        except ValueError as error:
-            raise InputError(f"--over: {error}") from None
-    if not over:
-        raise InputError("nothing to compare; name it with --over NAME=VALUE,..., such as --over lr=1e-3,2e-3")
+        name, values = _read_setting(word, over, f"--over {word}")
+        over[name] = values
     return over
+
+
+def _read_variants(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    variants: dict[str, dict[str, Any]] = {}
+    for word in words:
+        title, colon, settings = word.partition(":")
+        if not (title := title.strip()) or not colon or _stem(title) in map(_stem, variants):
+            raise InputError(f'--variant {word}: expected "TITLE: NAME=VALUE,...", each title once')
+        variants[title] = {}
+        for setting in split_values(settings) if settings.strip() else ():
+            name, values = _read_setting(setting.strip(), variants[title], f"--variant {word}")
+            variants[title][name] = values[0]
+    return variants
+
+
+def _read_setting(text: str, known: Mapping[str, Any], where: str) -> tuple[str, list[Any]]:
+    name, equals, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if not (name and equals) or name in known or name == "seed":
+        problem = "seeds come from --seeds" if name == "seed" else "expected NAME=VALUE,..., each name once"
+        raise InputError(f"{where}: {problem}")
+    try:
+        return name, [read_literal(value.strip(), text) for value in split_values(values)]
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def change(config: Any, values: Mapping[str, Any]) -> Any:
@@ -160,7 +187,7 @@ def change(config: Any, values: Mapping[str, Any]) -> Any:
         config = recipes.from_dict(type(config), recipes.to_dict(config) | rest)
         return replace(config, model_args={**config.model_args, **args})
     except TypeError as error:
-        raise InputError(f"--over: {error}") from None
+        raise InputError(str(error)) from None
 
 
 def _measure(
