@@ -8,7 +8,6 @@ python benchmarks/dense.py detect --models sparx_mamba_tiny resnet50 --size 480 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -148,8 +147,7 @@ def measure(task: str, names: list[str], size: Size, options: argparse.Namespace
         row |= dict(best_milliseconds=timing.best * 1e3, calls=timing.calls, ratio=timing.median / base.median)
         row["peak_mib"] = None
         if not (options.quick and rows):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                row["peak_mib"] = pool.apply(memory_of, (task, name, form, size, options.threads))
+            row["peak_mib"] = common.in_new_process(memory_of, task, name, form, size, options.threads)
         rows.append(row)
     for row in rows:
         like = (PEERS[task], row["form"].partition(",")[0])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import itertools
-import multiprocessing
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -127,8 +126,7 @@ def random_images(setting: Setting) -> torch.Tensor:
 
 def measure_memory(name: str, setting: Setting, training: bool, form: str, threads: int) -> float | None:
     """Measure the peak of one step in a process of its own; MiB beyond model and images."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_memory_of_step, (name, setting, training, form, threads))
+    return common.in_new_process(_memory_of_step, name, setting, training, form, threads)
 
 
 def _memory_of_step(name: str, setting: Setting, training: bool, form: str, threads: int) -> float | None:

@@ -208,10 +208,10 @@ class _TokenMixer(nn.Module):
             :class:`SwitchOfScans`), else ``None``.
         """
         u = self.norm(x)
-        z = self.gate_act(self.gate_proj(self.gate(u)))
-        v = conv_act(self.in_proj(u), self.conv2d, self.act)  # (B, H, W, inner)
         index, weight, balance = self.switch(u)
-        y = self.out_proj(self.out_norm(self.scan(u, v, index, weight)) * z)
+        # The gate last, and no name for the scan's input: in inference neither is in memory beside the other.
+        y = self.out_norm(self.scan(u, conv_act(self.in_proj(u), self.conv2d, self.act), index, weight))
+        y = self.out_proj(y * self.gate_act(self.gate_proj(self.gate(u))))  # of (B, H, W, inner)
         return x + self.drop_path(y), balance
 
 
