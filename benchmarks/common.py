@@ -158,8 +158,8 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
     There malloc maps every large block by itself and gives it back when it is free. Else it keeps some, and the
     peaks of two calls differ by up to a fifth.
     """
-    exact = unittest.mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536")
-    with exact, multiprocessing.get_context("spawn").Pool(1) as pool:
+    exact = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_MMAP_MAX_="1000000")
+    with unittest.mock.patch.dict(os.environ, exact), multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
 
