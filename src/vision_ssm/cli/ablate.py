@@ -65,8 +65,7 @@ def ablate(words: Sequence[str]) -> int:
     recipe = recipes.find(words[0])
     text = f"Compare variants of the recipe {recipe.name}: {recipe.text}."
     config, options = parse_config(words[1:], f"ablate {recipe.name}", recipe(), AblationOptions(), text)
-    combinations = _read_variants(options.variant) if options.variant else {}
-    if bool(combinations) == bool(options.over):
+    if bool(options.variant) == bool(options.over):
         example = '--over lr=1e-3,2e-3 or --variant "deeper: depths=(1,1,4,1)"'
         raise InputError(f"name what to compare with either --over or --variant, such as {example}")
     if config.processes > 1:
@@ -80,7 +79,7 @@ def ablate(words: Sequence[str]) -> int:
     console = make_console(stderr=options.json)
     out = options.out or Path("runs") / f"ablation-{recipe.name}"
     config = absolute(config)
-    combinations = combinations or grid(_read_over(options.over))
+    combinations = _read_variants(options.variant) if options.variant else grid(_read_over(options.over))
     configs = {name: change(config, values) for name, values in combinations.items()}
     seeds = range(config.seed, config.seed + options.seeds)
 

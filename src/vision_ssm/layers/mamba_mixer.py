@@ -211,7 +211,7 @@ class _TokenMixer(nn.Module):
         index, weight, balance = self.switch(u)
         # The gate last, and no name for the scan's input: in inference neither is in memory beside the other.
         y = self.out_norm(self.scan(u, conv_act(self.in_proj(u), self.conv2d, self.act), index, weight))
-        y = self.out_proj(y * self.gate_act(self.gate_proj(self.gate(u))))  # of (B, H, W, inner)
+        y = self.out_proj(y * self.gate_act(self.gate_proj(self.gate(u))))
         return x + self.drop_path(y), balance
 
 
