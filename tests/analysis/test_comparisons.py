@@ -95,7 +95,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path):
     def train(variant, seed):
         if (value := accuracy[variant.name][seed]) is None:
             raise InputError("loss is\nnot finite")
-        return value
+        return value, 100.0 * (seed + 1)
 
     seen = []
     found = ablate(variants, range(3), train, on_run=seen.append)
@@ -114,12 +114,17 @@ def test_differences_are_paired_by_seed(tmp_path: Path):
     assert (c["seeds"], c["accuracy"], c["difference"]) == (0, None, None)
     assert found.rows()[2] == {
         **{"variant": "c", "width": "3", "parameters": 30, "macs": 100, "milliseconds": 2.0},
-        **{"seed": 0, "accuracy": None, "error": "loss is not finite"},
+        **{"seed": 0, "accuracy": None, "images_per_second": None, "error": "loss is not finite"},
     }
+    assert [line["images_per_second"] for line in (a, b, c)] == [200, 150, None]
+    assert found.plot().axes[2].get_title() == "Time"  # one that all variants have
     picture, table = found.save(tmp_path / "found")
     assert picture.stat().st_size > 10_000
     assert table.read_text().count("\n") == 10
     assert found.plot().axes[0].get_legend_handles_labels()[1] == ["a", "b", "c"]
+    trained = Ablation("accuracy", tuple(variants[:2]), found.runs).plot().axes[2]
+    assert trained.get_title() == "Time of training"
+    assert trained.lines[0].get_xdata() == [5.0]  # ms per image
 
 
 def test_a_legend_of_long_names_stays_inside_of_the_picture():

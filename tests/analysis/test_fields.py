@@ -1,5 +1,7 @@
 """Effective receptive fields: known ones of convolutions, areas by hand, and models."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -10,7 +12,10 @@ from short_runs import SEGMENTER
 from vision_ssm.analysis.fields import ERF, centered_squares, effective_receptive_field
 from vision_ssm.cli import main
 from vision_ssm.detectors import create_detector, create_segmenter
+from vision_ssm.engine.weights import save_weights
 from vision_ssm.errors import InputError
+from vision_ssm.recipes import small
+from vision_ssm.tasks.classification import Classification, ClassifierSpec
 
 
 class Convolutions(nn.Module):
@@ -109,6 +114,9 @@ def test_side_by_side(tmp_path):
     figure = both.plot()
     assert [axes.get_ylabel() for axes in figure.axes[:8:4]] == ["pixels of before", "pixels of after"]
     assert "maximum" in figure.axes[-1].get_ylabel()
+    last = ERF(tuple(field for field in both.fields if field.stage == 3), "max").plot()
+    assert [axes.get_ylabel() for axes in last.axes[:2]] == ["pixels of before", "pixels of after"]
+    assert last.axes[0].get_subplotspec().rowspan == last.axes[1].get_subplotspec().rowspan
     png, csv, npz = both.save(tmp_path / "erf")
     assert png.exists()
     assert len(csv.read_text().splitlines()) == 9
@@ -139,6 +147,20 @@ def test_command(images, tmp_path, capsys):
     assert '"area_50"' in out
     assert '"input": "24x32"' in out
     assert (tmp_path / "erf.png").stat().st_size > 10_000
+
+
+def test_command_before_and_after_training(images, tmp_path):
+    spec = ClassifierSpec.from_config(small(model="vmamba_atto", img_size=32), ("blue", "green", "red"))
+    words = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors", "b.safetensors=random")]
+    for seed, file in enumerate(words[:2]):
+        torch.manual_seed(seed)
+        save_weights(Path(file), Classification.create_model(spec).state_dict(), "classification", spec)
+    words += ["--stages", "2", "--images", "4", "--data", str(images), "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["analyze", "erf", *words]) == 0
+    fields = np.load(tmp_path / "erf.npz")
+    first, second, new = (fields[f"{Path(word).name} stage 2"] for word in words[:3])
+    assert np.array_equal(new, first)
+    assert not np.array_equal(new, second)
 
 
 def test_command_refuses(images, tmp_path, capsys):

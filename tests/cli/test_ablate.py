@@ -40,6 +40,7 @@ def test_runs_go_on_where_they_stopped(images, tmp_path, capsys):
     assert [(row["drop_rate"], row["seed"], row["error"]) for row in rows[:3]] == [
         *(("0.0", "0", ""), ("0.5", "0", ""), ("0.0", "1", ""))
     ]
+    assert float(rows[0]["images_per_second"]) > 0
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
     config = json.loads((tmp_path / "drop_rate=0.5-seed1" / "config.json").read_text())
     assert (config["recipe"], config["config"]["model_args"], config["config"]["seed"]) == (

@@ -60,12 +60,14 @@ class AblationRun:
         variant: Its name.
         seed: The seed.
         value: The metric; ``None`` if the training failed.
+        images_per_second: Images that training took per second; ``None`` if not known.
         error: Why it failed.
     """
 
     variant: str
     seed: int
     value: float | None
+    images_per_second: float | None = None
     error: str = ""
 
 
@@ -94,7 +96,8 @@ class Ablation(Result):
         names = {name: "" for variant in self.variants for name in variant.values}
         for run in runs:
             variant = known[run.variant]
-            result = {"seed": run.seed, self.metric: run.value, "error": run.error} if self.runs else {}
+            result = {"seed": run.seed, self.metric: run.value} if self.runs else {}
+            result |= {name: getattr(run, name) for name in ("images_per_second", "error")} if self.runs else {}
             values = names | {name: _text(value) for name, value in variant.values.items()}
             lines.append({"variant": run.variant, **values, **_costs(variant), **result})
         return lines
@@ -103,7 +106,7 @@ class Ablation(Result):
         """One line per variant: costs, mean and standard error over the seeds, and of the difference to the first one.
 
         Differences are paired: each is between two runs of one seed, and only seeds that both have count. A standard
-        error needs two seeds.
+        error needs two seeds. Images per second are the median of the runs.
         """
         first, lines = self.values(self.variants[0]), []
         for variant in self.variants:
@@ -113,18 +116,27 @@ class Ablation(Result):
             difference = mean_and_error(differences if variant is not self.variants[0] else [])
             line = {"variant": variant.name, **_costs(variant), "seeds": len(own), self.metric: mean}
             line |= {"standard_error": error, "difference": difference[0], "difference_error": difference[1]}
+            speeds = [run.images_per_second for run in self.runs if run.variant == variant.name]
+            line["images_per_second"] = statistics.median(filter(None, speeds)) if any(speeds) else None
             lines.append(line)
         return lines
 
     def plot(self) -> Figure:
-        """Draw the metric against parameters, multiply-accumulates and time, with standard errors."""
+        """Draw the metric with its standard errors against parameters, multiply-accumulates and time of training.
+
+        The time is that of a forward pass unless all variants have images per second of training.
+        """
         lines = self.summary()
         trained = any(line[self.metric] is not None for line in lines)
         height = 3.6 + 0.22 * math.ceil(len(lines) / 4)
         figure = new_figure(11, height)
         panels = figure.subplots(1, 3, sharey=True)
         shown = {"parameters": ("Parameters", "millions", 1e6), "macs": ("Multiply-accumulates", "millions", 1e6)}
-        shown |= {"milliseconds": ("Time", "ms per image", 1.0)}
+        if all(line["images_per_second"] for line in lines):
+            lines = [line | {"milliseconds": 1e3 / line["images_per_second"]} for line in lines]
+            shown |= {"milliseconds": ("Time of training", "ms per image", 1.0)}
+        else:
+            shown |= {"milliseconds": ("Time", "ms per image", 1.0)}
         for axes, (key, (title, unit, scale)) in zip(panels, shown.items(), strict=True):
             for number, line in enumerate(lines):
                 mean, error = line[self.metric], line["standard_error"]
@@ -173,7 +185,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]
 def ablate(
     variants: Sequence[Variant],
     seeds: Sequence[int],
-    train: Callable[[Variant, int], float],
+    train: Callable[[Variant, int], tuple[float, float | None]],
     *,
     metric: str = "accuracy",
     on_run: Callable[[Ablation], None] = lambda so_far: None,
@@ -183,7 +195,7 @@ def ablate(
     Args:
         variants: The variants; the others are compared with the first one.
         seeds: The seeds.
-        train: Trains a variant with a seed and returns the metric.
+        train: Trains a variant with a seed; returns the metric, and the images per second or ``None``.
         metric: Its name.
         on_run: Called after every run with what there is so far.
 
@@ -193,10 +205,10 @@ def ablate(
     result = Ablation(metric, tuple(variants))
     for seed, variant in itertools.product(seeds, variants):
         try:
-            run = AblationRun(variant.name, seed, train(variant, seed))
+            run = AblationRun(variant.name, seed, *train(variant, seed))
         except (InputError, RuntimeError, ValueError, OSError) as error:
             text = error.line if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-            run = AblationRun(variant.name, seed, None, " ".join(text.split()))
+            run = AblationRun(variant.name, seed, None, error=" ".join(text.split()))
         result = Ablation(metric, result.variants, (*result.runs, run))
         on_run(result)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,20 +74,25 @@ class ERF(Result):
         return rows
 
     def plot(self) -> Figure:
-        """Draw a map per stage, one row per model, with the squares that hold half and nearly all of it."""
+        """Draw a map per stage, one row per model, with the squares that hold half and nearly all of it.
+
+        Maps of a single stage stand four in a row.
+        """
         from matplotlib.colors import LogNorm
         from matplotlib.patches import Rectangle
 
         models, stages = _unique(f.model for f in self.fields), sorted({f.stage for f in self.fields})
-        figure = new_figure(2.7 * len(stages) + 1.5, 2.9 * len(models) + 0.9)
-        grid = figure.subplots(len(models), len(stages), squeeze=False)
+        columns = len(stages) if len(stages) > 1 else min(4, len(models))
+        rows = math.ceil(len(models) * len(stages) / columns)
+        figure = new_figure(2.7 * columns + 1.5, 2.9 * rows + 0.9)
+        grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat:
             axes.set_visible(False)
         peak = max(float(f.values.max()) for f in self.fields)
         norm = LogNorm(peak / 1000, peak, clip=True)
         picture: Any = None
         for field in self.fields:
-            axes = grid[models.index(field.model), stages.index(field.stage)]
+            axes = grid.flat[models.index(field.model) * len(stages) + stages.index(field.stage)]
             axes.set_visible(True)
             picture = axes.imshow(field.values, norm=norm, cmap=COLOR_MAP, interpolation="nearest")
             squares = dict(zip(SHARES, centered_squares(field.values, position=field.position), strict=True))

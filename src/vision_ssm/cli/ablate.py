@@ -3,6 +3,7 @@ import inspect
 import json
 import re
 import shlex
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,12 +97,13 @@ def ablate(words: Sequence[str]) -> int:
         metric, variants = _measure(configs, combinations, options.seconds, weights=not options.measure_only)
     out.mkdir(parents=True, exist_ok=True)
 
-    def train_one(variant: "Variant", seed: int) -> float:
+    def train_one(variant: "Variant", seed: int) -> tuple[float, float]:
         folder, each = prepare(variant.name, seed)
         if not folder.results.is_file():
             about = {"recipe": recipe.name, "command": shlex.join(["vision-ssm", *sys.argv[1:]])}
             train(each, folder, resume=folder.state.is_file(), about=about)
-        return float(json.loads(folder.results.read_text())[metric])
+        speed = statistics.median(row["images_per_second"] for row in folder.read_metrics())
+        return float(json.loads(folder.results.read_text())[metric]), speed
 
     def report(so_far: "Ablation") -> None:
         write_csv(out / "ablation.csv", so_far.rows())
@@ -240,14 +242,16 @@ def _show(result: "Ablation", console: Any) -> None:
     lines = result.summary()
     heads = ["variant", ">parameters", ">MACs", ">ms per image"]
     if result.runs:
-        heads += [">seeds", f">{name.replace('_', ' ')}", ">difference to the first"]
+        heads += [">images/s, training", ">seeds", f">{name.replace('_', ' ')}", ">difference to the first"]
     table = make_table(*heads)
     for line in lines:
         cells = [line["variant"], f"{line['parameters'] / 1e6:.3f} M", f"{line['macs'] / 1e6:,.1f} M"]
         cells += [f"{line['milliseconds']:.2f}"]
         if result.runs:
-            difference = _percent(line["difference"], line["difference_error"], "+")
-            cells += [str(line["seeds"]), _percent(line[name], line["standard_error"]), difference]
+            speed = line["images_per_second"]
+            cells += [f"{speed:.0f}" if speed else "-", str(line["seeds"])]
+            cells += [_percent(line[name], line["standard_error"])]
+            cells += [_percent(line["difference"], line["difference_error"], "+")]
         table.add_row(*cells)
     console.print(table)
     if result.runs:

@@ -15,5 +15,8 @@ ANALYSES = {
 
 def analyze(words: Sequence[str]) -> int:
     """Run one analysis; `words` follow `vision-ssm analyze`."""
-    models = "MODEL is a timm name with its published weights, NAME=FILE with those of a file, or NAME=random."
+    models = (
+        "MODEL is a timm name with its published weights, NAME=FILE with those of a file, or NAME=random.\n"
+        "RUN=random is the model of a run with random weights."
+    )
     return run_named("analyze", "ANALYSIS MODEL|RUN...", ANALYSES, words, models)

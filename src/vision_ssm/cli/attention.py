@@ -16,7 +16,7 @@ class AttentionOptions(AnalysisOptions):
     """Draw which tokens a scan attends to from one position, or the channel attention of a ganglion layer."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL|RUN")]
-    """A run, or a model by its name, NAME=FILE or NAME=random."""
+    """A run, or a timm name: NAME or NAME=FILE; with =random at the end, with random weights."""
     layer: str | None = None
     """Name of the layer; by default the last scan of the third stage. --list shows those there are."""
     position: tuple[float, float] = limited((0.5, 0.5), least=0, most=1)

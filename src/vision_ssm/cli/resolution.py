@@ -24,7 +24,8 @@ class ResolutionOptions(AnalysisOptions):
     models: Annotated[
         Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL|RUN...", help_behavior_hint="(required)")
     ]
-    """Folders of runs, weights files of them, or timm names: NAME, NAME=FILE or NAME=random."""
+    """Folders of runs, weights files of them, or timm names: NAME or NAME=FILE; with =random at the end, with random
+    weights."""
     data: Path | None = None
     """Labeled images, as `vision-ssm eval` takes them: class folders, or for detectors and segmenters a data set; by
     default the validation images of each run."""

@@ -1,7 +1,8 @@
 """What the commands that analyze take as MODEL or RUN, and the images they look at."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,7 +65,7 @@ def load_subject(word: str, device: str = "auto") -> Subject:
 
     Args:
         word: The folder of a run, or a weights file of one; or a timm name, with its published weights, or as
-            NAME=FILE with those of a file, or as NAME=random with new ones (always the same).
+            NAME=FILE with those of a file. With =random at its end, either has new weights (always the same).
         device: auto, cpu, cuda, cuda:1 or mps.
 
     Raises:
@@ -76,17 +77,27 @@ def load_subject(word: str, device: str = "auto") -> Subject:
     from vision_ssm.tasks import load
     from vision_ssm.tasks.classification import Classification
 
-    if Path(word).exists():
-        path = weights_file(Path(word))
+    @contextmanager
+    def same_weights() -> Iterator[None]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+
+    trained = Path(word if Path(word).exists() else word.removesuffix("=random"))
+    if trained.exists():
+        path = weights_file(trained)
         if path.suffix == ".onnx":
             raise InputError(f"{path} is an ONNX file, which predict and eval take; name the run or the model here")
+        task = load(path, device, optimized=False)
+        if trained != Path(word):
+            with same_weights():
+                task = type(task)(task.create_model(task.spec), task.spec).ready(find_device(device), optimized=False)
         run = path.parent if (path.parent / "config.json").is_file() else None
-        return Subject(Path(word).name or word, load(path, device, optimized=False), run, path)
+        return Subject(Path(word).name or word, task, run, path)
     name, equals, source = word.partition("=")
     file = Path(source) if equals and source != "random" else None
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with same_weights():
             task = Classification.from_timm(name, file, pretrained=not equals)
     except InputError as error:
         also = "" if equals else f"; {name}=FILE takes the weights of a file, {name}=random new ones"
