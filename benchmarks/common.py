@@ -7,6 +7,7 @@ import contextlib
 import csv
 import ctypes
 import gc
+import importlib.util
 import io
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import vision_ssm
 from vision_ssm.analysis import machine_settings
 from vision_ssm.engine.files import atomic_write, write_text
 
@@ -46,6 +48,21 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--seconds", type=duration, default=seconds, metavar="S", help="time per measurement")
         self.add_argument("--csv", type=output_file, metavar="PATH", help="also write the rows to this file")
         self.add_argument("--quick", action="store_true", help="tiny sizes and times: does it run at all?")
+        self.add_argument(
+            "--return-memory", action="store_true", help="let the C library return freed memory, as it does by default"
+        )
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse the words, and keep freed memory in this process unless asked to return it."""
+        options = super().parse_args(*args, **kwargs)
+        if not options.return_memory:
+            vision_ssm.keep_freed_memory()
+        return options
+
+    def need(self, package: str) -> None:
+        """Leave with one line if a package is not installed."""
+        if importlib.util.find_spec(package) is None:
+            self.error(f"this needs {package}, which is not installed")
 
     def error(self, message: str) -> NoReturn:
         """Leave with one line and exit code 2."""
@@ -81,11 +98,12 @@ def output_file(text: str) -> Path:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median and the best of several."""
+    """Seconds per call: the median and the best of several, and their interquartile range over the median."""
 
     median: float
     best: float
     calls: int
+    spread: float
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Timing]:
@@ -93,11 +111,11 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], seconds: float) -> d
 
     Args:
         functions: What to time, by name; each is called once beforehand.
-        seconds: Time for each function, in ten turns. A slow one still gets three calls (one below 0.1 seconds).
+        seconds: Time for each function, in ten turns. A slow one still gets seven calls (two below 0.1 seconds).
     """
     for function in functions.values():
         function()
-    fewest = 3 if seconds >= 0.1 else 1
+    fewest = 7 if seconds >= 0.1 else 2
     times: dict[str, list[float]] = {name: [] for name in functions}
     waiting = list(functions)
     while waiting:
@@ -109,7 +127,12 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], seconds: float) -> d
                 times[name].append(time.perf_counter() - begin)
                 spent += times[name][-1]
         waiting = [name for name in waiting if sum(times[name]) < seconds or len(times[name]) < fewest]
-    return {name: Timing(statistics.median(t), min(t), len(t)) for name, t in times.items()}
+    return {name: _timing(each) for name, each in times.items()}
+
+
+def _timing(times: Sequence[float]) -> Timing:
+    quarter, median, other = statistics.quantiles(times, n=4, method="inclusive")
+    return Timing(median, min(times), len(times), (other - quarter) / median)
 
 
 def products(dtype: torch.dtype, sizes: Sequence[int] = (1024, 1536, 2048)) -> dict[str, Callable[[], Any]]:

@@ -66,8 +66,7 @@ def detector_steps(name: str, size: Size) -> dict[str, Step]:
     with torch.no_grad():
         bias[1] += 4
     found = {"inference": partial(infer, model, _paste, *batch), "training": partial(train, model, losses)}
-    if name not in PEERS.values():
-        found["inference, optimized"] = partial(infer, vision_ssm.optimize(model.eval()), _paste, *batch)
+    found["inference, optimized"] = partial(infer, vision_ssm.optimize(model.eval()), _paste, *batch)
     return found
 
 
@@ -101,8 +100,7 @@ def segmenter_steps(name: str, size: Size) -> dict[str, Step]:
         model = create_segmenter("upernet", name)
         losses = partial(_detector_losses, model, image, labels)
     found = {"inference": partial(infer, model, _labels, image[:1]), "training": partial(train, model, losses)}
-    if name not in PEERS.values():
-        found["inference, optimized"] = partial(infer, vision_ssm.optimize(model.eval()), _labels, image[:1])
+    found["inference, optimized"] = partial(infer, vision_ssm.optimize(model.eval()), _labels, image[:1])
     return found
 
 
@@ -142,7 +140,7 @@ def measure(task: str, names: list[str], size: Size, options: argparse.Namespace
     rows = []
     for name, form in timed:
         timing = timings[str((name, form))]
-        base = timings[str((PEERS[task], form.partition(",")[0]))]
+        base = timings[str((PEERS[task], form))]
         row = dict(backbone=name, form=form, height=size[0], width=size[1], milliseconds=timing.median * 1e3)
         row |= dict(best_milliseconds=timing.best * 1e3, calls=timing.calls, ratio=timing.median / base.median)
         row["peak_mib"] = None
@@ -150,7 +148,7 @@ def measure(task: str, names: list[str], size: Size, options: argparse.Namespace
             row["peak_mib"] = common.in_new_process(memory_of, task, name, form, size, options.threads)
         rows.append(row)
     for row in rows:
-        like = (PEERS[task], row["form"].partition(",")[0])
+        like = (PEERS[task], row["form"])
         base_mib = next(other["peak_mib"] for other in rows if (other["backbone"], other["form"]) == like)
         row["memory_ratio"] = row["peak_mib"] / base_mib if row["peak_mib"] and base_mib else None
     return rows
@@ -180,6 +178,7 @@ def main() -> None:
         options.models, size, options.seconds = ["vmamba_atto"], (64, 96), 0.01
     if min(size) < 64 or any(side % 4 for side in size):
         parser.error(f"--size must be multiples of 4 from 64 on, got {' '.join(map(str, size))}")
+    parser.need("torchvision" if options.task == "detect" else "transformers")
     try:
         rows = measure(options.task, [PEERS[options.task], *options.models], size, options)
     except InputError as error:
@@ -187,7 +186,7 @@ def main() -> None:
     title = TITLES[options.task]
     columns = [(f"{title} on", "{backbone}"), ("step", "{form}"), (">ms", "{milliseconds:.0f}")]
     columns += [(">ratio", "{ratio:.2f}"), (">peak MiB", "{peak_mib:.0f}"), (">ratio", "{memory_ratio:.2f}")]
-    notes = [f"{NOTES[options.task]}; ratios: to {PEERS[options.task]}"]
+    notes = [f"{NOTES[options.task]}; ratios: to {PEERS[options.task]}, in the same form"]
     common.show(f"{title}, images of {size[0]}x{size[1]}", rows, columns, [*notes, common.machine_line()])
     if options.csv:
         common.write_csv(options.csv, rows)

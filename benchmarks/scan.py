@@ -152,7 +152,7 @@ def measure_peers(shape: Shape, seconds: float) -> list[dict[str, Any]]:
 
 
 def measure_both_ways(side: int, channels: int, batch: int, seconds: float) -> dict[str, Any]:
-    """Time a quasi-separable scan as in QSMixer, and two scans, one in each direction, of its kind and of Mamba's."""
+    """Time QSMixer's quasi-separable scan, ViM2's, and two scans, one in each direction, with heads or as in Mamba."""
     torch.manual_seed(0)
     states, heads, rank = 16, channels // 32, math.ceil(channels / 32)
     x, path = torch.randn(batch, side, side, channels), (ROWS,)
@@ -162,10 +162,11 @@ def measure_both_ways(side: int, channels: int, batch: int, seconds: float) -> d
     own = dict(dbc=torch.randn(batch, side, side, 2, rank + 2 * states), D=torch.ones(channels))
     own |= dict(A=-torch.arange(1.0, states + 1).repeat(2, channels, 1), dt_bias=torch.full((2, 1, channels), -4.0))
     own["dt_weight"] = torch.randn(2, rank, channels) / rank
+    vim2 = {name: own[name][..., 0, :] if name == "dbc" else own[name][:1] for name in ("dbc", "A", "dt_weight")}
     row: dict[str, Any] = dict(table="both ways", shape=f"{side}x{side}x{channels}", states=states, batch=batch)
     for step in ("forward", "training"):
         steps = {}
-        for name, given in (("quasi_separable", shared), ("two_alike", alike), ("two_scans", own)):
+        for name, given in (("qsmixer", shared), ("vim2", own | vim2), ("two_heads", alike), ("two_mamba", own)):
             leaves = {
                 key: value.clone().requires_grad_(step == "training") for key, value in dict(x=x, **given).items()
             }
@@ -173,8 +174,8 @@ def measure_both_ways(side: int, channels: int, batch: int, seconds: float) -> d
         timings = common.interleaved(steps, seconds)
         for name, timing in timings.items():
             row[f"{name}_{step}_ms"] = timing.median * 1e3
-        for name in ("two_alike", "two_scans"):
-            row[f"{step}_ratio_{name}"] = timings["quasi_separable"].median / timings[name].median
+        for name in ("vim2", "two_heads", "two_mamba"):
+            row[f"{step}_ratio_{name}"] = timings["qsmixer"].median / timings[name].median
     return row
 
 
@@ -189,17 +190,17 @@ def show_both_ways(rows: list[dict[str, Any]]) -> None:
     """Print the table of quasi-separable scans."""
     columns = [("shape", "{shape}"), (">batch", "{batch}")]
     for step in ("forward", "training"):
-        columns += [(f">{step}", f"{{quasi_separable_{step}_ms:.2f}}")]
-        for name, heading in (("two_alike", "two alike"), ("two_scans", "two of Mamba")):
+        columns += [(f">{step}", f"{{qsmixer_{step}_ms:.2f}}")]
+        for name, heading in (("vim2", "ViM2"), ("two_heads", "two, heads"), ("two_mamba", "two, Mamba")):
             columns += [(f">{heading}", f"{{{name}_{step}_ms:.2f}}"), (">ratio", f"{{{step}_ratio_{name}:.2f}}")]
     common.show(
-        f"A quasi-separable scan beside two scans, one in each direction, N = {rows[0]['states']}: ms (medians)",
+        f"QSMixer's scan beside ViM2's and two scans, one in each direction, N = {rows[0]['states']}: ms (medians)",
         rows,
         columns,
         [
-            "The first has a step size and decay rate per 32 channels, and B and C, for both directions (QSMixer); "
-            "two alike: the same, each with B, C and step sizes of its own; two of Mamba: a step size and 16 rates "
-            "per channel."
+            "QSMixer's: a step size and a decay rate per head of 32 channels, B and C for both directions. ViM2's: a "
+            "step size and N rates per channel, B and C for both directions. Two, heads: as QSMixer's, each with B, C "
+            "and step sizes of its own. Two, Mamba: as ViM2's, each with B, C and step sizes of its own."
         ],
     )
 
@@ -210,7 +211,7 @@ def measure_growth(sides: list[int], channels: int, seconds: float) -> list[dict
     steps = {name: partial(shape.call, shape.tensors(), "cpu") for name, shape in shapes.items()}
     with torch.no_grad():
         timings = common.interleaved(steps, seconds)
-        memory = {name: common.peak_memory(step) for name, step in steps.items()}
+        memory = {name: common.in_new_process(_memory_of_call, shape) for name, shape in shapes.items()}
     return [
         dict(
             table="growth",
@@ -224,6 +225,13 @@ def measure_growth(sides: list[int], channels: int, seconds: float) -> list[dict
         )
         for name, shape in shapes.items()
     ]
+
+
+def _memory_of_call(shape: Shape) -> float | None:
+    step = partial(shape.call, shape.tensors(), "cpu")
+    with torch.no_grad():
+        step()
+        return common.peak_memory(step)
 
 
 def draw_growth(rows: list[dict[str, Any]], path: Path) -> None:

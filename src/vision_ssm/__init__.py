@@ -7,6 +7,8 @@ Importing the package registers its models with timm, so that
 import sys
 from typing import Any
 
+from vision_ssm.memory import keep_freed_memory
+
 # Registering imports torch and timm, which takes seconds. The program `vision-ssm` leaves it to what needs a model
 # (`vision_ssm.models.create`, `vision_ssm.models.registry`), so that help, recipes and mistyped options take none.
 if "vision_ssm_program" not in sys.modules:
@@ -16,7 +18,7 @@ if "vision_ssm_program" not in sys.modules:
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "load", "models", "optimize", "warmup"]
+__all__ = ["__version__", "keep_freed_memory", "load", "models", "optimize", "warmup"]
 
 
 def __getattr__(name: str) -> Any:

@@ -155,7 +155,7 @@ def test_command_before_and_after_training(images, tmp_path):
     for seed, file in enumerate(words[:2]):
         torch.manual_seed(seed)
         save_weights(Path(file), Classification.create_model(spec).state_dict(), "classification", spec)
-    words += ["--stages", "2", "--images", "4", "--data", str(images), "--device", "cpu", "--out", str(tmp_path)]
+    words += ["--stages", "-2", "--images", "4", "--data", str(images), "--device", "cpu", "--out", str(tmp_path)]
     assert main(["analyze", "erf", *words]) == 0
     fields = np.load(tmp_path / "erf.npz")
     first, second, new = (fields[f"{Path(word).name} stage 2"] for word in words[:3])

@@ -100,14 +100,14 @@ def stage_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def check_stages(stages: Sequence[int] | None, count: int) -> list[int]:
-    """The stages to look at, all by default.
+    """The stages to look at, all by default; negative ones count from the last.
 
     Raises:
         InputError: There is no such stage.
     """
-    if wrong := [stage for stage in stages or () if stage not in range(count)]:
+    if wrong := [stage for stage in stages or () if stage not in range(-count, count)]:
         raise InputError(f"there are stages 0 to {count - 1}, not {', '.join(map(str, wrong))}")
-    return list(range(count) if stages is None else dict.fromkeys(stages))
+    return list(range(count) if stages is None else dict.fromkeys(stage % count for stage in stages))
 
 
 def locate(position: Sequence[float], size: Sequence[int]) -> list[int]:

@@ -76,14 +76,15 @@ class ERF(Result):
     def plot(self) -> Figure:
         """Draw a map per stage, one row per model, with the squares that hold half and nearly all of it.
 
-        Maps of a single stage stand four in a row.
+        Where each model has one map, they stand four in a row.
         """
         from matplotlib.colors import LogNorm
         from matplotlib.patches import Rectangle
 
-        models, stages = _unique(f.model for f in self.fields), sorted({f.stage for f in self.fields})
-        columns = len(stages) if len(stages) > 1 else min(4, len(models))
-        rows = math.ceil(len(models) * len(stages) / columns)
+        models = [[f for f in self.fields if f.model == name] for name in _unique(f.model for f in self.fields)]
+        most = max(map(len, models))
+        columns = most if most > 1 else min(4, len(models))
+        rows = math.ceil(len(models) * most / columns)
         figure = new_figure(2.7 * columns + 1.5, 2.9 * rows + 0.9)
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat:
@@ -91,8 +92,8 @@ class ERF(Result):
         peak = max(float(f.values.max()) for f in self.fields)
         norm = LogNorm(peak / 1000, peak, clip=True)
         picture: Any = None
-        for field in self.fields:
-            axes = grid.flat[models.index(field.model) * len(stages) + stages.index(field.stage)]
+        for place, field in ((n * most + i, f) for n, own in enumerate(models) for i, f in enumerate(own)):
+            axes = grid.flat[place]
             axes.set_visible(True)
             picture = axes.imshow(field.values, norm=norm, cmap=COLOR_MAP, interpolation="nearest")
             squares = dict(zip(SHARES, centered_squares(field.values, position=field.position), strict=True))
@@ -111,7 +112,7 @@ class ERF(Result):
             )
             axes.tick_params(labelsize=7)
             axes.set_xlabel("pixels", fontsize=8)
-            if field.stage == stages[0]:
+            if place % most == 0:
                 axes.set_ylabel(f"pixels of {field.model}", fontsize=8)
         images = " and ".join(_unique(f"{f.images:,}" for f in self.fields))
         at = self.fields[0].position
@@ -155,7 +156,7 @@ def effective_receptive_field(
     Args:
         model: The model; of a detector or segmenter the backbone is measured.
         batches: Normalized images (B, 3, H, W), all of one size.
-        stages: The stages, counted from 0; all by default.
+        stages: The stages, counted from 0, or negative from the last; all by default.
         normalization: What a field is divided by: nothing, its maximum or its sum.
         name: What the model is called.
         position: Row and column of the output, relative to the image: 0 is the upper or left border.

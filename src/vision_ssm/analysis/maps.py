@@ -135,7 +135,7 @@ def stage_maps(
     Args:
         model: The model; of a detector or segmenter the backbone.
         images: Normalized images (3, H, W) of any sizes.
-        stages: The stages, counted from 0; all by default.
+        stages: The stages, counted from 0, or negative from the last; all by default.
         show: ``mean_absolute_activation``, ``principal_components`` or ``most_varying_channel``.
         pictures: The images as people see them, (H, W, 3) with values from 0 to 1; by default `images`, stretched.
         image_names: Names of the images.

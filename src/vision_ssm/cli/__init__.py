@@ -58,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"no command {words[0]}; there are {', '.join(COMMANDS)}")
 
     from vision_ssm.errors import InputError
+    from vision_ssm.memory import keep_freed_memory
 
+    if argv is None:  # in a process of its own
+        keep_freed_memory()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its profiler warns of memory that was there before
     try:
         _import_modules(modules)

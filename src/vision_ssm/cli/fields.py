@@ -18,7 +18,7 @@ class ERFOptions(AnalysisOptions):
     models: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL|RUN...")]
     """Models or runs, drawn one below the other."""
     stages: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STAGE...")] = ()
-    """Stages, counted from 0; all by default."""
+    """Stages, counted from 0, or negative from the last; all by default."""
     size: Size = limited((), least=1)  # noqa: RUF009
     """Resize the input to this; by default it is what evaluation takes, and of detectors and segmenters the size of the
     first image."""

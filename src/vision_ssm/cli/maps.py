@@ -27,7 +27,7 @@ class FeatureOptions(_MapOptions):
     """Maps of stages as pictures, next to the images."""
 
     stages: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STAGE...")] = ()
-    """Stages, counted from 0; all by default."""
+    """Stages, counted from 0, or negative from the last; all by default."""
     show: Literal["mean", "components", "channel"] = "mean"
     """The mean absolute value over the channels, the first three principal components as colors, or the channel that
     varies most."""
