@@ -25,8 +25,8 @@ from vision_ssm.scan import CROSS_SCAN, ROWS, ScanPath, available_backends, buil
 
 ROUTES = len(CROSS_SCAN)
 PSCAN = "mamba.py's parallel scan"
-BOUND = """\
-bound: the time of the multiply-adds alone, at {multiply_adds_per_ns:.1f} per ns (as in float32 matrix products; \
+ESTIMATE = """\
+estimate: the time of the multiply-adds alone, at {multiply_adds_per_ns:.1f} per ns (as in float32 matrix products; \
 {threads} threads).
   They are R + 17 + 9 N: R for the step size; 17 for its softplus (an exponential: a product and 5 multiply-adds;
   a logarithm: 9 and 1) and what else is done once; 9 per state (an exponential: 1 + 5; 3 for recurrence and output).
@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def multiply_adds(self) -> int:
-        """Vector operations per token x channel x route; see ``BOUND``."""
+        """Vector operations per token x channel x route; see ``ESTIMATE``."""
         return self.rank + 17 + 9 * self.states
 
     def tensors(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -270,12 +270,12 @@ def show_operator(rows: list[dict[str, Any]]) -> None:
             ("shape", "{shape}"),
             *described,
             *forward,
-            (">bound", "{bound_ns:.2f}"),
+            (">estimate", "{estimate_ns:.2f}"),
             (">portable", "{portable_ns:.2f}"),
             *backward,
             ("reached", "{backward_reached}"),
         ],
-        [BOUND.format(**rows[0], threads=torch.get_num_threads())],
+        [ESTIMATE.format(**rows[0], threads=torch.get_num_threads())],
     )
 
 
@@ -349,7 +349,7 @@ def main() -> int:
         found.append(common.product_rate(common.interleaved(common.products(torch.float32, sizes), seconds)))
         rate = max(found) / 2e9
         for row in rows:
-            row |= dict(bound_ns=row["multiply_adds"] / rate, multiply_adds_per_ns=rate, copy_gb_per_s=copy / 1e9)
+            row |= dict(estimate_ns=row["multiply_adds"] / rate, multiply_adds_per_ns=rate, copy_gb_per_s=copy / 1e9)
         show_operator(rows)
         peers = measure_peers(shapes[0], seconds)
         show_peers(peers, shapes[0])
