@@ -12,9 +12,9 @@ def keep_freed_memory() -> bool:
     """Keep freed memory for the next layer instead of returning it to the system, as long as this process runs.
 
     By default glibc returns large blocks at once and gets them again page by page, which costs time on a CPU in any
-    model, most of it in virtual machines. The process then keeps the most memory that it ever needed. `vision-ssm`
-    does this by itself. Without glibc nothing changes, and a variable MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_ or
-    MALLOC_TOP_PAD_ of the environment takes precedence.
+    model, most of it in virtual machines. The process then keeps the most memory that it ever needed. ``vision-ssm``
+    does this by itself. Without glibc nothing changes, and a variable ``MALLOC_MMAP_MAX_``, ``MALLOC_TRIM_THRESHOLD_``
+    or ``MALLOC_TOP_PAD_`` of the environment takes precedence.
 
     Returns:
         Whether freed memory is kept.

@@ -26,13 +26,11 @@ def test_detectors_and_segmenters_are_compared(tmp_path, task, peer):
     assert [float(row["ratio"]) for row in rows[:3]] == [1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "words", ["models.py", "models.py --training", "scan.py", "scan.py --growth", "trainer.py"], ids=str
-)
+@pytest.mark.parametrize("words", ["models.py", "models.py --training", "scan.py", "trainer.py"], ids=str)
 def test_others_run(tmp_path, words):
     script, *options = words.split()
     if script == "models.py":
-        options += ["--models", "vmamba_atto", "convnext_atto"]
+        options += ["--models", "vmamba_atto", "convnext_atto", "--no-memory"]
     command = [sys.executable, BENCHMARKS / script, *options, "--quick", "--csv", tmp_path / "table.csv"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
