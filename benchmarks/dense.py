@@ -178,7 +178,8 @@ def main() -> None:
         options.models, size, options.seconds = ["vmamba_atto"], (64, 96), 0.01
     if min(size) < 64 or any(side % 4 for side in size):
         parser.error(f"--size must be multiples of 4 from 64 on, got {' '.join(map(str, size))}")
-    parser.need("torchvision" if options.task == "detect" else "transformers")
+    if options.task == "segment":
+        parser.need("transformers")
     try:
         rows = measure(options.task, [PEERS[options.task], *options.models], size, options)
     except InputError as error:

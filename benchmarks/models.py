@@ -76,8 +76,7 @@ def inference_step(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def training_step(model: nn.Module, images: torch.Tensor, form: str, forward: Callable[..., torch.Tensor]) -> None:
     """Forward and backward; leaves the gradients behind, as before an optimizer's step."""
-    if form != COMPILED:
-        model.set_grad_checkpointing(form == CHECKPOINTING)  # type: ignore[operator]
+    model.set_grad_checkpointing(form == CHECKPOINTING)  # type: ignore[operator]
     model.zero_grad(set_to_none=True)
     forward(images).float().square().mean().backward()
 
@@ -97,8 +96,6 @@ def make_step(model: nn.Module, images: torch.Tensor, training: bool, form: str 
     forward: Any = model
     if form == COMPILED:
         torch.compiler.reset()
-        if training:
-            model.set_grad_checkpointing(False)  # type: ignore[operator]
         # Frozen parameters are packed for oneDNN, as in the optimized copy.
         forward = torch.compile(model, options={"freezing": not training})
     if training:

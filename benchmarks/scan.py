@@ -327,8 +327,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.picture and not options.growth:
         parser.error("--picture needs --growth")
-    if options.picture and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--picture needs matplotlib: pip install matplotlib")
+    if options.picture:
+        parser.need("matplotlib")
     if "cpu" not in available_backends():
         parser.error(f"the compiled scan was not built here; there are {', '.join(available_backends())}")
     seconds = 0.02 if options.quick else options.seconds

@@ -16,7 +16,7 @@ class ERFOptions(AnalysisOptions):
     """Effective receptive fields: which pixels the centers of the stages' maps depend on, and how much."""
 
     models: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL|RUN...")]
-    """Models or runs, drawn one below the other."""
+    """Models or runs."""
     stages: Annotated[tuple[int, ...], tyro.conf.arg(metavar="STAGE...")] = ()
     """Stages, counted from 0, or negative from the last; all by default."""
     size: Size = limited((), least=1)  # noqa: RUF009
