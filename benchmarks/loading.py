@@ -1,4 +1,4 @@
-"""Photographs as training reads them, ours beside timm's data set with the same random changes: images per second.
+"""Photographs as training reads them, our loader beside timm's with the same random changes: images per second.
 
 python benchmarks/loading.py --csv loading.csv
 """
@@ -8,63 +8,101 @@ from __future__ import annotations
 import itertools
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
-from timm.data import ImageDataset
+from timm.data import ImageDataset, create_loader
 
 from vision_ssm import recipes
-from vision_ssm.data.sampling import TrainingSamples
+from vision_ssm.data.module import ImageData
 from vision_ssm.tasks.classification import Classification
 
 SIZES = [(500, 375), (4000, 3000)]
 """Width and height: typical of ImageNet, and of a phone."""
+BATCH = 16
+
+
+def write_photographs(place: Path, size: tuple[int, int], count: int) -> None:
+    """Write scikit-learn's two photographs as two classes, each many times; of validation there is one image."""
+    from sklearn.datasets import load_sample_images
+
+    for name, pixels in zip("ab", load_sample_images().images, strict=True):
+        image = Image.fromarray(pixels).resize(size)
+        for part, copies in (("train", count // 2), ("val", 1)):
+            folder = place / part / name
+            folder.mkdir(parents=True)
+            for number in range(copies):
+                image.save(folder / f"{number}.jpg", quality=90)
+
+
+def make_epochs(place: Path, size: int, workers: int) -> dict[str, Callable[[], int]]:
+    """Return, for each loader, a call that reads all training images once."""
+    config = recipes.scratch(
+        data=str(place), model="vmamba_atto", img_size=size, batch_size=BATCH, num_workers=workers
+    )  # fmt: skip
+    splits = Classification.load_data(config)
+    task = Classification.from_config(config, splits)
+    ours = ImageData(splits, task.train_transform, task.eval_transform, config).train_dataloader()
+    theirs = create_loader(
+        ImageDataset(str(place / "train")), (3, size, size), BATCH, is_training=True, use_prefetcher=False,
+        num_workers=workers, persistent_workers=workers > 0, pin_memory=False,
+    )  # fmt: skip
+    theirs.dataset.transform = task.spec.train_transform(config)
+    epochs = itertools.count()
+
+    def read_ours() -> int:
+        ours.sampler.set_epoch(next(epochs))
+        return sum(len(batch["image"]) for batch in ours)
+
+    return {"timm": lambda: sum(len(images) for images, _ in theirs), "vision-ssm train": read_ours}
 
 
 def measure(size: tuple[int, int], options: Any) -> list[dict[str, Any]]:
-    """Read the same files in turns, in this process."""
+    """Read the same files with each loader, by turns, in this process and in others."""
+    rows = []
     with tempfile.TemporaryDirectory() as place:
-        for name, pixels in zip("ab", load_sample_images().images, strict=True):
-            for part in ("train", "val"):
-                (Path(place) / part / name).mkdir(parents=True)
-                Image.fromarray(pixels).resize(size).save(Path(place) / part / name / "x.jpg", quality=90)
-        config = recipes.scratch(data=place, model="vmamba_atto", img_size=options.size)
-        splits = Classification.load_data(config)
-        task = Classification.from_config(config, splits)
-        ours = TrainingSamples(splits.train, task.train_transform, seed=0)
-        timms = ImageDataset(str(Path(place) / "train"), transform=task.spec.train_transform(config))
-        theirs, epochs = itertools.count(), itertools.count()  # each reads the two files in turns
-        timings = common.interleaved(
-            {
-                "timm.data.ImageDataset": lambda: timms[next(theirs) % 2],
-                "vision-ssm train": lambda: ours.__getitems__([((turn := next(epochs)) // 2, turn % 2)]),
-            },
-            options.seconds,
-        )
-    first = next(iter(timings.values())).median
-    return [
-        dict(width=size[0], height=size[1], to=options.size, reader=name, images_per_second=1 / timing.median,
-             ratio=first / timing.median)
-        for name, timing in timings.items()
-    ]  # fmt: skip
+        write_photographs(Path(place), size, options.images)
+        for workers in options.workers:
+            timings = common.interleaved(make_epochs(Path(place), options.size, workers), options.seconds)
+            first = next(iter(timings.values())).median
+            for name, timing in timings.items():
+                row = dict(width=size[0], height=size[1], to=options.size, workers=workers, reader=name)
+                row |= dict(images_per_second=options.images / timing.median, ratio=first / timing.median)
+                rows.append(row | dict(calls=timing.calls, spread=timing.spread))
+    return rows
 
 
 def main() -> int:
     """Run the command line."""
     parser = common.Parser("How fast photographs are read for training.", seconds=10.0)
     parser.add_argument("--size", type=common.count, default=224, metavar="N", help="pixels of the network's input")
+    parser.add_argument("--images", type=common.count, default=64, metavar="N", help="photographs per epoch")
+    parser.add_argument(
+        "--workers",
+        nargs="+",
+        type=int,
+        choices=(0, 1, 2, 4, 8),
+        default=[0, 2],
+        help="processes that load; 0: this one",
+    )
     options = parser.parse_args()
+    parser.need("sklearn")
     if options.quick:
-        options.seconds = 0.01
+        options.seconds, options.images = 0.01, BATCH
+    if options.images % BATCH:
+        parser.error(f"argument --images: must be a multiple of {BATCH}, got {options.images}")
     torch.set_num_threads(1)
     rows = [row for size in SIZES[: 1 if options.quick else None] for row in measure(size, options)]
-    columns = [("JPEG", "{width}x{height}"), ("reader", "{reader}"), (">images/s", "{images_per_second:.1f}")]
-    columns += [(">ratio", "{ratio:.2f}")]
-    notes = [f"one process; changes of the recipe scratch, to {options.size}x{options.size}", common.machine_line()]
+    columns = [("JPEG", "{width}x{height}"), (">workers", "{workers}"), ("reader", "{reader}")]
+    columns += [(">images/s", "{images_per_second:.1f}"), (">ratio", "{ratio:.2f}")]
+    notes = [
+        f"whole epochs in batches of {BATCH}; random changes of the recipe scratch, to {options.size}x{options.size}",
+        common.machine_line(),
+    ]
     common.show("Reading photographs for training", rows, columns, notes)
     if options.csv:
         common.write_csv(options.csv, rows)

@@ -71,15 +71,18 @@ def test_processes_share_the_images():
     assert seen(1, batches_done=2)[0] == parts[1][0][128:]
 
 
-def test_augmentation_does_not_depend_on_workers():
+def test_augmentation_does_not_depend_on_workers_and_leaves_the_global_generators_alone():
     def first_batches(workers):
         batches = iter(module(workers=workers).train_dataloader())
         return [next(batches) for _ in range(3)]
 
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     for alone, spread in zip(first_batches(0), first_batches(2), strict=True):
         assert torch.equal(alone["image"], spread["image"])
         assert torch.equal(alone["label"], spread["label"])
         assert alone["id"] == spread["id"]
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
 
 
 def test_augmentation_changes_with_the_epoch():

@@ -26,7 +26,9 @@ def test_detectors_and_segmenters_are_compared(tmp_path, task, peer):
     assert [float(row["ratio"]) for row in rows[:3]] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("words", ["models.py", "models.py --training", "scan.py", "trainer.py"], ids=str)
+@pytest.mark.parametrize(
+    "words", ["models.py", "models.py --training", "scan.py", "trainer.py", "loading.py --workers 0"], ids=str
+)
 def test_others_run(tmp_path, words):
     script, *options = words.split()
     if script == "models.py":
@@ -36,14 +38,6 @@ def test_others_run(tmp_path, words):
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "table.csv").open() as file:
         assert list(csv.DictReader(file))
-
-
-def test_photographs_are_read_beside_timms_reader(tmp_path):
-    command = [sys.executable, BENCHMARKS / "loading.py", "--quick", "--csv", tmp_path / "table.csv"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    with (tmp_path / "table.csv").open() as file:
-        assert [row["reader"] for row in csv.DictReader(file)] == ["timm.data.ImageDataset", "vision-ssm train"]
 
 
 def test_a_classifier_in_int8_keeps_its_answers(tmp_path, images):

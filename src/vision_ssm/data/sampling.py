@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vision_ssm.data.dataset import Images, Sample
-from vision_ssm.data.seeding import AUGMENT, REPLACE, seeded
+from vision_ssm.data.seeding import AUGMENT, REPLACE, restored_generators, seed_generators
 from vision_ssm.data.streams import ImageStream
 from vision_ssm.errors import InputError
 
@@ -89,7 +89,8 @@ class TrainingSamples(Dataset[Sample]):
     def __getitems__(self, keys: Sequence[tuple[int, Any]]) -> list[Sample]:
         """The samples of a batch (torch's loader calls this)."""
         batch = [key for _, key in keys]
-        return [self._sample(epoch, key, batch) for epoch, key in keys]
+        with restored_generators():  # once per batch: it takes longer than seeding
+            return [self._sample(epoch, key, batch) for epoch, key in keys]
 
     def _sample(self, epoch: int, key: Any, batch: Sequence[Any]) -> Sample:
         unreadable: dict[str, str] = {}
@@ -101,8 +102,8 @@ class TrainingSamples(Dataset[Sample]):
             sample = next((other for other in others if other is not None), None)
         if sample is None:
             raise InputError(f"hardly any training image can be read; the first one: {next(iter(unreadable.values()))}")
-        with seeded(self.seed, AUGMENT, epoch, *place):
-            return {**self.transform(sample), "unreadable": unreadable}
+        seed_generators(self.seed, AUGMENT, epoch, *place)
+        return {**self.transform(sample), "unreadable": unreadable}
 
     def _read(self, key: Any, unreadable: dict[str, str]) -> Sample | None:
         try:
