@@ -9,13 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vision_ssm.analysis.result import COLORS, Result, legend_below, new_figure
+from vision_ssm.analysis.result import COLORS, MARKERS, Result, legend_below, new_figure
 from vision_ssm.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_MARKERS = "osD^vP*X"
 
 
 def grid(over: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
@@ -145,13 +143,13 @@ class Ablation(Result):
                     line[key] / scale,
                     place,
                     None if error is None else 100 * error,
-                    fmt=_MARKERS[number // len(COLORS) % len(_MARKERS)],
+                    fmt=MARKERS[number // len(COLORS) % len(MARKERS)],
                     color=COLORS[number % len(COLORS)],
                     capsize=3,
                     label=line["variant"],
                 )
             axes.set(title=title, xlabel=unit)
-            axes.locator_params(axis="x", nbins=5)
+            axes.locator_params(axis="x", nbins=4)
             axes.ticklabel_format(axis="x", useOffset=False)
             axes.margins(x=0.15, y=0.15)
             axes.grid(alpha=0.25)

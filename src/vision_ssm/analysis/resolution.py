@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vision_ssm.analysis.result import COLORS, LINES, Result, legend_below, new_figure
+from vision_ssm.analysis.result import COLORS, LINES, MARKERS, Result, legend_below, new_figure
 from vision_ssm.analysis.speed import FAILURES, Speed, mark_sizes, measure_step, reason
 from vision_ssm.errors import InputError
 
@@ -76,8 +76,9 @@ class Resolution(Result):
         panels = figure.subplots(1, 3)
         rows = [row for row in self.rows() if not row["error"]]
         batch = ", ".join(str(count) for count in sorted({row["batch"] for row in rows}))
+        metric = self.metric.replace("_", " ")
         shown = {
-            self.metric: (self.metric.replace("_", " "), "%", 100),
+            self.metric: (metric, f"{metric} (%)", 100),
             "milliseconds_per_image": (f"time, batch size {batch}", "ms per image", 1),
             "peak_memory_mib": (f"memory, batch size {batch}", "MiB beyond weights and images", 1),
         }
@@ -85,9 +86,10 @@ class Resolution(Result):
             for number, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
                 own = [row for row in rows if row["model"] == name and row[key] is not None]
                 style = dict(color=COLORS[number % len(COLORS)], linestyle=LINES[number % len(LINES)])
+                marker = MARKERS[number // len(COLORS) % len(MARKERS)]
                 ring = [place for place, row in enumerate(own) if row["size"] == row["own_size"]]
                 values = [factor * row[key] for row in own]
-                axes.plot([row["size"] for row in own], values, marker="o", markersize=4, label=name, **style)
+                axes.plot([row["size"] for row in own], values, marker=marker, markersize=4, label=name, **style)
                 axes.plot(
                     [own[place]["size"] for place in ring],
                     [values[place] for place in ring],

@@ -15,6 +15,9 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 LINES = ("-", "--", "-.", ":")
 """Styles of lines, for what has the same color or is printed without colors."""
 
+MARKERS = "osD^vP*X"
+"""Markers, for more series than there are colors."""
+
 COLOR_MAP = "viridis"
 """Colors of quantities; black to white stays black to white in print."""
 
