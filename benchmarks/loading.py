@@ -27,7 +27,7 @@ BATCH = 16
 
 
 def write_photographs(place: Path, size: tuple[int, int], count: int) -> None:
-    """Write scikit-learn's two photographs as two classes, each many times; of validation there is one image."""
+    """Write scikit-learn's two photographs as two classes, each many times, and once for validation."""
     from sklearn.datasets import load_sample_images
 
     for name, pixels in zip("ab", load_sample_images().images, strict=True):
@@ -41,9 +41,8 @@ def write_photographs(place: Path, size: tuple[int, int], count: int) -> None:
 
 def make_epochs(place: Path, size: int, workers: int) -> dict[str, Callable[[], int]]:
     """Return, for each loader, a call that reads all training images once."""
-    config = recipes.scratch(
-        data=str(place), model="vmamba_atto", img_size=size, batch_size=BATCH, num_workers=workers
-    )  # fmt: skip
+    data = dict(data=str(place), img_size=size, batch_size=BATCH, num_workers=workers)
+    config = recipes.scratch(model="vmamba_atto", **data)
     splits = Classification.load_data(config)
     task = Classification.from_config(config, splits)
     ours = ImageData(splits, task.train_transform, task.eval_transform, config).train_dataloader()
@@ -62,7 +61,7 @@ def make_epochs(place: Path, size: int, workers: int) -> dict[str, Callable[[], 
 
 
 def measure(size: tuple[int, int], options: Any) -> list[dict[str, Any]]:
-    """Read the same files with each loader, by turns, in this process and in others."""
+    """Read the same files with each loader, interleaved, in this process and with workers."""
     rows = []
     with tempfile.TemporaryDirectory() as place:
         write_photographs(Path(place), size, options.images)

@@ -155,9 +155,10 @@ class Ablation(Result):
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         if trained:
-            counts = sorted({line["seeds"] for line in lines})
-            count = " to ".join(str(counts[place]) for place in sorted({0, len(counts) - 1}))
-            bars = f", mean and standard error of {count} seeds" if counts[-1] > 1 else ""
+            counts = [line["seeds"] for line in lines if line["seeds"]]
+            fewest, most = min(counts), max(counts)
+            count = f"{most}" if fewest == most else f"{fewest} to {most}"
+            bars = f", mean and standard error of {count} seeds" if most > 1 else ""
             what = self.metric.replace("_", " ")
             panels[0].set_ylabel(f"{what} (%)")
             figure.suptitle(f"{what[0].upper()}{what[1:]}{bars}")
