@@ -346,6 +346,9 @@ def main() -> int:
     for package in ("onnx", "onnxscript", "onnxruntime") if options.onnx else ():
         parser.need(package)
     torch.set_num_threads(options.threads)
+    # Our models share one forward method, of which torch.compile makes no more than 8 versions by default.
+    if options.compile:
+        torch._dynamo.config.recompile_limit = max(8, len(options.models))
     common.console().print(common.machine_line())
     rows: list[dict[str, Any]] = []
     kinds: list[dict[str, Any]] = []
