@@ -239,6 +239,17 @@ def test_maps_between_layer_and_norm() -> None:
         assert_close(y, expected)
 
 
+@torch.no_grad()
+def test_a_convolution_whose_weight_does_not_fit_into_the_caches() -> None:
+    model = nn.Sequential(nn.Conv2d(1024, 1024, 3, padding=1), nn.GELU()).eval()
+    optimized = vision_ssm.optimize(model)
+    for size in ((3, 5), (32, 33)):  # packed, and in the layout that is faster on a large map
+        x = torch.randn(1, 1024, *size)
+        expected = model(x)
+        assert_close(optimized(x), expected)
+        assert_close(optimized(x.contiguous(memory_format=torch.channels_last)), expected)
+
+
 def test_nan_and_edited_weights_and_forward_mode() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU()).eval()
     optimized, x = vision_ssm.optimize(model), torch.randn(3, 64)

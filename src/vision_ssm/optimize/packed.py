@@ -200,6 +200,9 @@ class PackedLinear(_Packed):
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, act, [], variant)
 
 
+_CACHE = 2**25  # bytes
+
+
 class PackedConv2d(_Packed):
     """See :class:`torch.nn.Conv2d`."""
 
@@ -215,8 +218,12 @@ class PackedConv2d(_Packed):
         return torch.ops.mkldnn._reorder_convolution_weight(weight, *self.sizes, x.shape)
 
     def _run(self, x: Tensor, weight: Tensor, act: str, variant: str) -> Tensor:
-        # These products are fastest in channels-last layout.
-        x = x.contiguous(memory_format=torch.channels_last)
+        # These products are fastest in channels-last layout, except for large maps where the weight does not fit into
+        # the caches: the fusion of a UPerNet, 2048 channels to 512 at 128x128, takes 2.3 s in it and 1.5 s without.
+        if self.weight.nbytes > _CACHE and x.shape[-2:].numel() >= 32 * 32:
+            x, weight = x.contiguous(), self.weight
+        else:
+            x = x.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.sizes, act, [], variant)
 
 
