@@ -200,7 +200,7 @@ class PackedLinear(_Packed):
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, act, [], variant)
 
 
-_CACHE = 2**25  # bytes
+_CACHE = 2**25  # bytes; a larger weight is taken not to fit into the caches
 
 
 class PackedConv2d(_Packed):
